@@ -1,0 +1,37 @@
+# Two commands do everything on a fresh machine with Python 3.11+: `make train` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: train test check bench clean
+
+train: $(VENV)/.train  ## set up, run the main job, show it learn (about ten minutes on two cores)
+	$(RUN) train.py configs/chain_sum.py
+
+test: $(VENV)/.test  ## every test, on 8 virtual CPU devices
+	$(RUN) -m pytest
+
+check: $(VENV)/.check  ## format, lint, types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+bench: $(VENV)/.train  ## the README's figures (hours)
+	$(RUN) benchmarks/sample_efficiency.py
+
+$(VENV)/.train: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cero_jax needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -e '.[train]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	$(RUN) -m pip install -q -e '.[test]'
+	@touch $@
+
+$(VENV)/.check: $(VENV)/.test
+	$(RUN) -m pip install -q -e '.[check]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,19 @@
+"""Strict settings for every test: 8 virtual CPU devices, no silent rank promotion."""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["NPROC"] = "8"  # fixes the size of XLA's thread pool, and with it the bits of a matrix product
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def strict_dtypes():
+    """No implicit dtype promotion: for the allocator, grpo, the sampler and the model (optax raises under it)."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
