@@ -1,0 +1,113 @@
+"""Real shares to whole groups: exact integers, no sort over the prompts, fair whatever a prompt's place in the file."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+_LANES = 1024  # the running sum goes down this many columns at once
+
+
+def feasible_budget(budget: Array, num_prompts: Array, *, min_group: int, max_group: int) -> Array:
+    """The largest sum <= budget of group sizes that are 0 or in [min_group, max_group], over num_prompts prompts.
+
+    With G groups every sum in [min_group G, max_group G] can be had, and the largest G that the budget pays for reaches
+    furthest. budget, num_prompts: [] int32. Returns [] int32.
+    """
+    groups = jnp.minimum(budget // min_group, num_prompts)
+    enough = groups > budget // max_group  # max_group * groups may pass 2^31
+    return jnp.where(enough, budget, groups * max_group)
+
+
+def whole_groups(key, shares: Array, valid: Array, budget: Array, *, min_group: int, max_group: int) -> Array:
+    """Integers n in {0} or [min_group, max_group] that sum to the budget, n_i equal to the share in expectation.
+
+    A share under min_group becomes a group of min_group with the matching probability; a larger one is rounded up with
+    the probability of its fraction; both by systematic sampling, whose sum is fixed. What rounding leaves over (a few
+    rollouts) goes to or comes from groups drawn by the key.
+
+    key: PRNG key, consumed. shares: [P] float32 in [0, max_group], summing to about the budget. valid: [P] bool.
+    budget: [] int32, a feasible one. Returns [P] int32.
+    """
+    keys = jax.random.split(key, 5)
+    fewest, most = -(-budget // max_group), jnp.minimum(budget // min_group, jnp.sum(valid, dtype=jnp.int32))
+    large = valid & (shares >= min_group)
+    chance = jnp.where(valid & ~large, shares / min_group, 0.0)
+    num_large, expected = jnp.sum(large, dtype=jnp.int32), jnp.sum(chance)
+    num_small = jnp.floor(expected + jax.random.uniform(keys[0])).astype(jnp.int32)
+    num_small = jnp.clip(num_small, fewest - num_large, most - num_large)
+    chance = chance * (jnp.maximum(num_small, 0).astype(jnp.float32) / jnp.maximum(expected, 1e-30))
+    live = large | _systematic(keys[1], chance)
+    live = _exactly(keys[2], live, valid, shares > 0, large, num_large + num_small)
+
+    size = jnp.clip(shares, min_group, max_group)
+    floor = jnp.floor(size)
+    extra = _systematic(keys[3], jnp.where(live, size - floor, 0.0))
+    num_rollouts = jnp.where(live, floor.astype(jnp.int32) + extra.astype(jnp.int32), 0)
+    return _balance(keys[4], num_rollouts, budget, min_group=min_group, max_group=max_group)
+
+
+def choose(key, eligible: Array, count: Array) -> Array:
+    """[P] bool, `count` of the eligible ones (all, if there are fewer): a run of neighbours from a keyed start."""
+    rank = _running_sum(eligible.astype(jnp.int32)) - 1
+    total = jnp.sum(eligible, dtype=jnp.int32)
+    start = jax.random.randint(key, (), 0, jnp.maximum(total, 1))
+    place = rank - start
+    return eligible & (jnp.where(place < 0, place + total, place) < count)
+
+
+def _systematic(key, chance: Array) -> Array:
+    """[P] bool with P(hit) = chance in [0, 1] and the number of hits within one of the sum of the chances.
+
+    Chances are 32-bit fractions and their running sum wraps around, so it is exact at any length; a float32 running sum
+    is not. An element is hit where the sum, from a keyed start, passes a whole number.
+    """
+    fraction = (jnp.minimum(chance, 1 - 2**-24) * 2.0**32).astype(jnp.uint32)
+    position = _running_sum(fraction) + jax.random.bits(key, dtype=jnp.uint32)
+    return position < fraction
+
+
+def _running_sum(x: Array) -> Array:
+    """Inclusive running sum of [P] integers, wrapping around, in an order that suits vector units: down columns."""
+    rows = -(-x.shape[0] // _LANES)
+    table = jnp.pad(x, (0, rows * _LANES - x.shape[0])).reshape(rows, _LANES)
+    zero = jnp.zeros(_LANES, x.dtype)
+    totals, sums = jax.lax.scan(lambda above, row: (above + row, above + row), zero, table)
+    before = jnp.cumsum(totals, dtype=x.dtype) - totals
+    return (sums + before[None, :]).reshape(-1)[: x.shape[0]]
+
+
+def _exactly(key, live: Array, valid: Array, wanted: Array, kept: Array, count: Array) -> Array:
+    """Opens or closes groups until exactly `count` are live: wanted ones are opened first, kept ones closed last.
+
+    The systematic draw is within one of the count, so this is mostly no step at all.
+    """
+
+    def unequal(carry):
+        return jnp.sum(carry[1], dtype=jnp.int32) != count
+
+    def step(carry):
+        key, live = carry
+        key, draw = jax.random.split(key)
+        short = count - jnp.sum(live, dtype=jnp.int32)
+        eligible = jnp.where(short > 0, valid & ~live, live)
+        preferred = eligible & jnp.where(short > 0, wanted, ~kept)
+        eligible = jnp.where(jnp.any(preferred), preferred, eligible)
+        return key, live ^ choose(draw, eligible, jnp.abs(short))
+
+    return jax.lax.while_loop(unequal, step, (key, live))[1]
+
+
+def _balance(key, num_rollouts: Array, budget: Array, *, min_group: int, max_group: int) -> Array:
+    """Adds or takes single rollouts, within the bounds of the groups at hand, until they sum to the budget."""
+
+    def unequal(carry):
+        return jnp.sum(carry[1], dtype=jnp.int32) != budget
+
+    def step(carry):
+        key, n = carry
+        key, draw = jax.random.split(key)
+        short = budget - jnp.sum(n, dtype=jnp.int32)
+        eligible = (n > 0) & jnp.where(short > 0, n < max_group, n > min_group)
+        return key, n + jnp.sign(short) * choose(draw, eligible, jnp.abs(short)).astype(jnp.int32)
+
+    return jax.lax.while_loop(unequal, step, (key, num_rollouts))[1]

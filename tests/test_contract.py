@@ -1,0 +1,166 @@
+"""One contract for every allocator: bounds, exact sums, the ledger, padding, parts, jit, and stable structure."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import cero_jax
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+ALLOCATORS = [cero_jax.cero, cero_jax.uniform]
+PROMPTS, BUDGET, EPOCHS = 60, 3000, 50
+
+
+@pytest.fixture(params=ALLOCATORS, ids=lambda make: make.__name__)
+def make(request):
+    return request.param
+
+
+def check_groups(n, min_group=4, max_group=32):
+    n = np.asarray(n)
+    assert n.dtype == np.int32
+    assert np.all((n == 0) | ((n >= min_group) & (n <= max_group)))
+
+
+def check_ledger(state, total=BUDGET):
+    spent, reserved, left = (int(x) for x in (state.ledger.spent, state.ledger.reserved, state.ledger.left))
+    assert spent + reserved + left == total == int(state.ledger.total)
+    assert spent == int(state.cumulative_rollouts.sum())
+    assert reserved == int(state.reserved.sum())
+
+
+def test_a_run_spends_the_budget_to_the_rollout_in_rounds_shorter_than_a_pass(make):
+    allocator = make(total_budget=BUDGET, num_epochs=EPOCHS)
+    allocate, update = jax.jit(allocator.allocate), jax.jit(allocator.update)
+    state, rng = allocator.init(PROMPTS, seed=1), np.random.default_rng(0)
+    rounds = []
+    while True:
+        n, state = allocate(state)
+        check_groups(n)
+        check_ledger(state)
+        if not n.any():
+            break
+        rounds.append(int(n.sum()))
+        drawn = np.flatnonzero(n)
+        for part in np.array_split(drawn, 2):  # a step settles some prompts, padded to a fixed length
+            ids = np.concatenate([part, np.full(40 - len(part), rng.choice([-1, PROMPTS]))]).astype(np.int32)
+            counts = np.where(ids == np.clip(ids, 0, PROMPTS - 1), np.asarray(n)[np.clip(ids, 0, PROMPTS - 1)], 7)
+            state = update(state, ids, counts.astype(np.int32), rng.binomial(counts, 0.4).astype(np.int32))
+            check_ledger(state)
+    assert rounds == [BUDGET // EPOCHS] * EPOCHS
+    assert int(state.ledger.spent) == BUDGET
+    assert allocate._cache_size() == update._cache_size() == 1
+
+
+def test_two_batches_in_flight_cannot_overspend(make):
+    allocator = make(total_budget=100, num_epochs=1)
+    state = allocator.init(PROMPTS)
+    first, state = allocator.allocate(state, jnp.arange(30), budget=80)
+    second, state = allocator.allocate(state, jnp.arange(30, 60), budget=80)
+    assert int(first.sum()) == 80
+    assert int(second.sum()) == 20
+    check_ledger(state, 100)
+    state = allocator.update(state, jnp.arange(30), first // 2, first * 0)  # half of each was not drawn
+    check_ledger(state, 100)
+    assert int(state.ledger.spent) == int((first // 2).sum())
+    assert int(state.reserved[:30].sum()) == 0
+    assert int(state.reserved[30:].sum()) == 20
+
+
+def test_a_group_cut_over_two_steps_settles_in_two_parts(make):
+    allocator = make(total_budget=100, num_epochs=1)
+    n, state = allocator.allocate(allocator.init(8), budget=32)
+    ids = jnp.arange(8)
+    half = n // 2
+    once = allocator.update(state, ids, n, half)
+    for release in (True, False):
+        twice = allocator.update(state, ids, half, half, release=release)
+        assert int(twice.ledger.reserved) == (0 if release else 32 - int(half.sum()))
+        twice = allocator.update(twice, ids, n - half, half * 0)
+        check_ledger(twice, 100)
+        assert int(twice.ledger.spent) == 32
+        np.testing.assert_array_equal(twice.cumulative_rollouts, once.cumulative_rollouts)
+
+
+def test_rows_that_are_no_evidence_are_charged_and_left_out_of_the_posterior(make):
+    allocator = make(total_budget=100, num_epochs=1, discount=1.0)
+    state = allocator.update(allocator.init(4), jnp.array([2]), jnp.array([8]), jnp.array([3]), jnp.array([5]))
+    np.testing.assert_allclose(state.alpha, [0.5, 0.5, 3.5, 0.5])
+    np.testing.assert_allclose(state.beta, [0.5, 0.5, 2.5, 0.5])
+    assert int(state.ledger.spent) == 8
+
+
+def test_padding_gets_nothing_and_changes_nothing(make):
+    allocator = make(total_budget=BUDGET, num_epochs=EPOCHS)
+    state = allocator.init(PROMPTS)
+    ids = jnp.array([3, -1, 7, PROMPTS, 9, 2**31 - 1])
+    n, after = allocator.allocate(state, ids, budget=24)
+    assert n[jnp.array([1, 3, 5])].sum() == 0
+    assert int(n.sum()) == 24
+    np.testing.assert_array_equal(np.flatnonzero(after.reserved), np.sort(np.asarray(ids)[np.asarray(n) > 0]))
+    settled = allocator.update(after, ids, jnp.full(6, 4), jnp.full(6, 1))
+    assert int(settled.ledger.spent) == 12
+    np.testing.assert_array_equal(np.flatnonzero(settled.cumulative_rollouts), [3, 7, 9])
+
+
+def test_shares_of_a_stream_of_batches_sum_to_an_epochs_budget(make):
+    num_prompts, total, epochs = 50, 7777, 10
+    allocator = make(total_budget=total, num_epochs=epochs, min_group=2)
+    allocate = jax.jit(allocator.allocate)
+    state = allocator.init(num_prompts)
+    for _ in range(3):
+        before = int(state.ledger.left)
+        for start in range(0, num_prompts, 8):  # the last batch is short
+            ids = np.arange(start, start + 8, dtype=np.int32)
+            n, state = allocate(state, ids)
+            check_groups(n, 2)
+        assert before - int(state.ledger.left) == total // epochs
+    assert allocate._cache_size() == 1
+
+
+def test_structure_is_stable_under_cond_scan_vmap_and_eval_shape(make):
+    def run(total_budget, seed):
+        allocator = make(total_budget=total_budget, num_epochs=5)
+        state = allocator.init(PROMPTS, seed)
+
+        def epoch(state, _):
+            n, state = allocator.allocate(state)
+            state = jax.lax.cond(n[0] > 3, lambda s: allocator.update(s, None, n, n // 2), lambda s: s, state)
+            return state, n
+
+        return jax.lax.scan(epoch, state, length=5)
+
+    budgets = jnp.array([300, 3000, 0])
+    shape = jax.eval_shape(run, budgets[0], 0)
+    states, n = jax.jit(jax.vmap(run))(budgets, jnp.arange(3))
+    assert jax.tree.map(lambda x: x.shape, states.ledger) == jax.tree.map(lambda x: (3, *x.shape), shape[0].ledger)
+    assert np.all(np.asarray(n).sum((1, 2)) <= np.asarray(budgets))
+    alone = jax.jit(run)(budgets[1], 1)[1]
+    np.testing.assert_array_equal(n[1], alone)
+
+
+def test_jit_equals_eager(make):
+    allocator = make(total_budget=BUDGET, num_epochs=EPOCHS)
+    state = allocator.init(PROMPTS, seed=3)
+    n, eager = allocator.allocate(state)
+    jitted_n, jitted = jax.jit(allocator.allocate)(state)
+    np.testing.assert_array_equal(n, jitted_n)
+    np.testing.assert_array_equal(jax.random.key_data(eager.key), jax.random.key_data(jitted.key))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"min_group": 1}, "min_group=1"),
+        ({"min_group": 9, "max_group": 8}, "max_group=8"),
+        ({"num_epochs": 0}, "num_epochs=0"),
+        ({"total_budget": 2**31}, "2147483648"),
+        ({"prior": (0.0, 1.0)}, r"prior=\(0.0, 1.0\)"),
+        ({"discount": 1.5}, "discount=1.5"),
+    ],
+)
+def test_static_misuse_names_the_values(make, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        make(**{"total_budget": 100, "num_epochs": 2, **wrong})

@@ -1,0 +1,30 @@
+"""What an import costs: the package alone imports nothing, the allocator jax and numpy only."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def imported(statement: str) -> set[str]:
+    """Top-level modules that a fresh process has after the statement."""
+    code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_the_package_alone_imports_nothing_heavy():
+    assert not imported("import cero_jax, cero_jax.rewards") & {"jax", "jaxlib", "numpy", "flax", "optax", "orbax"}
+
+
+def test_the_allocator_imports_jax_and_numpy_only():
+    modules = imported("import cero_jax; cero_jax.cero")
+    assert {"jax", "numpy"} <= modules
+    assert not modules & {"flax", "optax", "orbax", "chex", "scipy", "matplotlib", "tyro"}
+
+
+def test_an_unknown_name_is_refused_with_those_there_are():
+    import cero_jax
+
+    with pytest.raises(AttributeError, match=r"sero.*uniform"):
+        cero_jax.sero  # noqa: B018
+    assert set(cero_jax.__all__) <= set(dir(cero_jax))
