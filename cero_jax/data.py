@@ -1,0 +1,74 @@
+"""Prompts by id, and the order in which a pass visits them: a function of (seed, pass)."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from cero_jax.tokenizer import Tokenizer
+
+
+class Prompts(NamedTuple):
+    """N prompts; a prompt's id is its place. L = max_prompt_tokens."""
+
+    questions: tuple[str, ...]  # [N] exactly the text that `tokens` encode
+    answers: tuple[str, ...]  # [N] gold answers, as the verifier takes them
+    tokens: np.ndarray  # [N, L] int32, left-padded with pad_id
+    lengths: np.ndarray  # [N] int32 in 1..L, tokens
+    labels: tuple[str, ...]  # [N] what a report groups by; "all" where the task knows nothing
+
+
+class Task(NamedTuple):
+    """What a run learns from and is judged on."""
+
+    train: Prompts
+    heldout: Prompts
+    tokenizer: Tokenizer
+    verify: Callable[[str, str, str], float]  # (question, completion, answer) -> reward
+    # (rng, batch size) -> questions exactly as in a prompt, completions without eos: for a supervised warm start
+    demonstrations: Callable[[np.random.Generator, int], tuple[list[str], list[str]]] | None
+
+
+def encode_prompts(
+    questions: Sequence[str],
+    answers: Sequence[str],
+    labels: Sequence[str],
+    tokenizer: Tokenizer,
+    max_prompt_tokens: int,
+    sources: Sequence[str] | None = None,
+) -> Prompts:
+    """Tokenize N questions to rows of `max_prompt_tokens` tokens, padded on the left.
+
+    sources: where each row came from ("file:line"), for the message; by default its place.
+    Raises ValueError at an empty prompt, or one longer than `max_prompt_tokens`.
+    """
+    tokens = np.full((len(questions), max_prompt_tokens), tokenizer.pad_id, np.int32)
+    lengths = np.zeros(len(questions), np.int32)
+    for i, question in enumerate(questions):
+        ids = tokenizer.encode(question)
+        if not 1 <= len(ids) <= max_prompt_tokens:
+            where = sources[i] if sources else f"prompt {i}"
+            mend = f"raise max_prompt_tokens to {len(ids)} or more, or drop the row" if ids else "give it text"
+            raise ValueError(f"{where}: a prompt of {len(ids)} tokens, max_prompt_tokens={max_prompt_tokens}: {mend}")
+        tokens[i, max_prompt_tokens - len(ids) :] = ids
+        lengths[i] = len(ids)
+    return Prompts(tuple(questions), tuple(answers), tokens, lengths, tuple(labels))
+
+
+def prompts_hash(prompts: Prompts) -> str:
+    """Sha256 (hex) of the ordered questions, answers and tokens: a resume on other prompts is refused by it."""
+    digest = hashlib.sha256()
+    for text in (*prompts.questions, *prompts.answers):
+        encoded = text.encode("utf-8")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)  # the length keeps "ab", "c" apart from "a", "bc"
+    digest.update(repr(prompts.tokens.shape).encode() + prompts.tokens.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def pass_order(num_prompts: int, seed: int, pass_index: int) -> np.ndarray:
+    """The order of ids in one pass over the data: [N] int, a permutation, a pure function of (seed, pass)."""
+    return np.random.default_rng((seed, pass_index, _PASS_STREAM)).permutation(num_prompts)
+
+
+_PASS_STREAM = 1  # keeps the orders apart from the tasks' own draws under the same seed
