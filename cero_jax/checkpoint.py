@@ -1,0 +1,95 @@
+"""Everything that a run needs to go on, saved and restored as one step, so that no two files can disagree on which is latest.
+
+A step holds `state` (policy, optimiser, allocator with its ledger and key, the `num_rollouts` of the round under way) and
+`cursor` (where in the run that is, how far the metrics files reach, the hash of the prompts, the settings).
+"""
+
+import signal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+KEPT = 2  # the newest, and one more in case it is damaged
+
+
+class Cursor(NamedTuple):
+    """Where a run stands; plain values, saved as JSON."""
+
+    config: dict  # the settings it runs under
+    prompts_hash: str
+    step: int = 0  # steps of R rollouts drawn, verified and settled
+    spent: int = 0  # rollouts
+    optimizer_steps: int = 0
+    epoch: int = 0  # the round under way
+    epoch_step: int = 0  # steps of this round that are done; 0: the round is still to be allocated
+    finished: bool = False
+    metrics: dict | None = None  # how far the metrics files reach
+    save: int = 0  # number of this checkpoint
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _pack(state: Any) -> Any:
+    """Typed PRNG keys as the plain integers that a file can hold."""
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
+
+
+class Checkpoints:
+    """The checkpoints of one run directory, over Orbax's CheckpointManager."""
+
+    def __init__(self, directory: Path):
+        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True, create=True)
+        self._manager = ocp.CheckpointManager(directory, options=options)
+
+    def cursor(self) -> Cursor | None:
+        """The latest step's cursor, None where nothing was saved."""
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        return Cursor(**self._manager.restore(step, args=ocp.args.Composite(cursor=ocp.args.JsonRestore())).cursor)
+
+    def restore(self, cursor: Cursor, like: Any) -> Any:
+        """The state saved with `cursor`, laid out (dtype, shape, sharding) as `like` is."""
+        packed = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), _pack(like)
+        )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(packed))
+        restored = self._manager.restore(cursor.save, args=args).state
+        return jax.tree.map(lambda leaf, new: jax.random.wrap_key_data(new) if _is_key(leaf) else new, like, restored)
+
+    def save(self, cursor: Cursor, state: Any) -> Cursor:
+        """Start saving; returns once the state is copied off the devices. A failure of the save before raises here."""
+        self._manager.check_for_errors()
+        cursor = cursor._replace(save=cursor.save + 1)
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(_pack(state)), cursor=ocp.args.JsonSave(cursor._asdict())
+        )
+        self._manager.save(cursor.save, args=args)
+        return cursor
+
+    def close(self) -> None:
+        """Wait for the save under way; raises what went wrong in it."""
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+        self._manager.close()
+
+
+class StopSignal:
+    """Turns SIGTERM and SIGINT into a wish that the loop reads between steps; a second one acts as if this were not here."""
+
+    def __init__(self):
+        self.number = 0  # of the signal that came; 0: none
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number: int, frame) -> None:
+        self.number = number
+        self.close()
+
+    def close(self) -> None:
+        """Give the handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

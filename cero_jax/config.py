@@ -1,0 +1,204 @@
+"""Every setting of a run, gathered from the dataclass of each piece; and which of them a resumed run may change."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import jax
+import tyro
+
+import cero_jax
+from cero_jax.checkpoint import Cursor
+from cero_jax.data import Task
+from cero_jax.evaluate import EvaluationConfig
+from cero_jax.learner import LearnerConfig
+from cero_jax.model import ModelConfig
+from cero_jax.sampler import SamplerConfig
+from cero_jax.sharding import MeshConfig
+from cero_jax.tasks.chain_sum import ChainSum
+from cero_jax.tasks.jsonl import Jsonl
+from cero_jax.warm_start import WarmStartConfig
+
+FREE = ("work_dir", "mesh", "evaluation", "checkpoint_every_steps", "extend", "task.path", "task.heldout_path")
+
+
+@dataclass(frozen=True)
+class AllocatorConfig:
+    """Who gets the rollouts."""
+
+    name: Literal["cero", "uniform"] = "cero"
+    total_budget: int = 25_600
+    """Rollouts of the whole run: it ends when they are spent."""
+    num_epochs: int = 50
+    """Rounds of allocation that the budget is cut into."""
+    min_group: int = 4
+    """Fewest rollouts of a visit; for uniform, of a group cut over two steps."""
+    max_group: int = 32
+    """Most rollouts of a prompt in a round (cero)."""
+    group_size: int = 8
+    """Rollouts of every visit (uniform)."""
+    tau: float | None = None
+    """Rollouts at which returns diminish; None is total_budget / prompts (cero)."""
+    prior: tuple[float, float] = (0.5, 0.5)
+    """Beta prior of a prompt's success (cero)."""
+    discount: float = 0.9
+    """Share of the evidence that survives a pass, of 8 rollouts a prompt (cero)."""
+    explore: float = 0.1
+    """Share of a round that goes to prompts whose evidence has faded, stalest first (cero)."""
+    utility: Literal["exponential", "rational"] = "exponential"
+    """How utility saturates in a prompt's cumulative rollouts (cero)."""
+
+    def build(self) -> cero_jax.Allocator:
+        """The allocator. Raises ValueError naming what does not fit."""
+        if self.name == "uniform":
+            return cero_jax.uniform(
+                total_budget=self.total_budget, num_epochs=self.num_epochs, group_size=self.group_size
+            )
+        return cero_jax.cero(
+            total_budget=self.total_budget,
+            num_epochs=self.num_epochs,
+            min_group=self.min_group,
+            max_group=self.max_group,
+            tau=self.tau,
+            prior=self.prior,
+            discount=self.discount,
+            explore=self.explore,
+            utility=self.utility,
+        )
+
+    @property
+    def smallest_group(self) -> int:
+        """Fewest rollouts that a visit can have."""
+        return min(self.min_group, self.group_size) if self.name == "uniform" else self.min_group
+
+    @property
+    def largest_group(self) -> int:
+        """Most rollouts that a prompt can get in a round."""
+        return self.group_size if self.name == "uniform" else self.max_group
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run."""
+
+    name: str
+    """Of the experiment; part of the work directory's name."""
+    task: ChainSum | Jsonl
+    seed: int = 0
+    """Of everything drawn: data, parameters, allocation, rollouts."""
+    allocator: AllocatorConfig = field(default_factory=AllocatorConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    dynamic_sampling: bool = False
+    """DAPO's remedy: groups without variance are drawn, charged and left out until a step is full of others."""
+    success_threshold: float = 0.5
+    """A reward of at least this is a success to the posterior."""
+    truncated: Literal["wrong", "mask"] = "wrong"
+    """What a completion cut at the length limit is: reward 0, or reward 0 and left out of the loss and its group."""
+    checkpoint_every_steps: int = 100
+    """Batches of rollouts between two checkpoints; a stop by signal saves one more."""
+    work_dir: str | None = None
+    """Where everything of the run goes; None is runs/<name>-<allocator>-<seed>."""
+    extend: bool = False
+    """Go on with a run under a larger total_budget than it was started with."""
+
+    @property
+    def run_dir(self) -> Path:
+        """The work directory, resolved."""
+        return Path(self.work_dir or f"runs/{self.name}-{self.allocator.name}-{self.seed}").absolute()
+
+    def check(self, num_prompts: int) -> None:
+        """Raise ValueError for settings that do not fit each other, before any work is done."""
+        allocator, learner = self.allocator, self.learner
+        self.sampler.check_for_training()
+        if allocator.largest_group > learner.rows_per_step:
+            name = "group_size" if allocator.name == "uniform" else "max_group"
+            raise ValueError(
+                f"allocator.{name}={allocator.largest_group} must be at most learner.rows_per_step="
+                f"{learner.rows_per_step}: a group is drawn within a step"
+            )
+        if allocator.total_budget < allocator.smallest_group:
+            raise ValueError(
+                f"allocator.total_budget={allocator.total_budget} is smaller than one group of "
+                f"{allocator.smallest_group}: raise the budget"
+            )
+        if allocator.total_budget // allocator.num_epochs < allocator.smallest_group:
+            raise ValueError(
+                f"allocator.total_budget={allocator.total_budget} over num_epochs={allocator.num_epochs} leaves less than "
+                f"one group of {allocator.smallest_group} a round: raise the budget or lower num_epochs"
+            )
+        if self.dynamic_sampling and learner.steps_per_batch > 1:
+            raise ValueError("dynamic_sampling fills one step from several batches: it needs learner.steps_per_batch=1")
+        if num_prompts == 0:
+            raise ValueError("the task has no training prompts")
+
+
+def parse(default: Config, args: list[str]) -> Config:
+    """`default` with command-line overrides; an unknown key is refused with the nearest names, --help lists all."""
+    return tyro.cli(
+        Config,
+        default=default,
+        args=args,
+        prog="train.py CONFIG",
+        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+    )
+
+
+def to_json(config: Config) -> dict:
+    """The resolved config as nested plain values, the task's class among them."""
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    plain["task"] = {"kind": type(config.task).__name__} | plain["task"]
+    return plain
+
+
+def _flat(plain: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in plain.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def check_resumable(cursor: Cursor, config: Config, prompts_hash: str) -> None:
+    """Raise ValueError, naming each, where a field that changes the mathematics differs from the saved run's."""
+    before, now = _flat(cursor.config), _flat(to_json(config))
+    grown = ("allocator.total_budget", "allocator.num_epochs") if config.extend else ()
+    changed = [
+        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not key.startswith(FREE) and key not in grown
+    ]
+    if changed:
+        raise ValueError(
+            f"{config.run_dir} holds a run with other settings: {'; '.join(changed)}. Give them back, or choose another "
+            "--work-dir" + ("" if config.extend else "; to go on with a larger budget say --extend=True")
+        )
+    if prompts_hash != cursor.prompts_hash:
+        raise ValueError(f"{config.run_dir} holds a run on other prompts, or in another order: give the same data back")
+    if config.allocator.total_budget < cursor.config["allocator"]["total_budget"]:
+        raise ValueError(f"extend: total_budget may only grow, from {cursor.config['allocator']['total_budget']}")
+
+
+def open_run_dir(config: Config, task: Task) -> tuple[Path, Path]:
+    """The run directory, with the resolved config and the prompts' labels in it, and the cache that runs share beside it.
+
+    Turns on JAX's persistent compilation cache there: a restart is quick. Raises ValueError where it cannot be written.
+    """
+    run_dir = config.run_dir
+    cache_dir = run_dir.parent / ".cache"
+    try:
+        for directory in (run_dir, cache_dir / "jax"):
+            directory.mkdir(parents=True, exist_ok=True)
+        if not (run_dir / "config.json").exists():
+            (run_dir / "config.json").write_text(json.dumps(to_json(config), indent=2))
+            (run_dir / "prompts.json").write_text(json.dumps({"labels": task.train.labels}))
+    except OSError as error:
+        raise ValueError(f"cannot write to the work directory {run_dir}: {error}: choose another --work-dir") from error
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return run_dir, cache_dir

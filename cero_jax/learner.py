@@ -1,0 +1,228 @@
+"""Train state and the jitted steps: reinforcement (GRPO on ragged groups) and supervised (the warm start).
+
+Letters: R rows of an optimiser step, P prompt tokens, T completion tokens, D width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+
+from cero_jax import grpo, model, sharding
+from cero_jax.grpo import AdvantageKind, Aggregation
+from cero_jax.model import ModelConfig, Params
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """How the policy is updated."""
+
+    rows_per_step: int = 32
+    """R, rollouts of one optimiser step."""
+    steps_per_batch: int = 1
+    """Optimiser steps on rollouts of one policy; 1 is on-policy."""
+    learning_rate: float = 5e-4
+    """Peak, of Adam."""
+    final_learning_rate_share: float = 0.05
+    """The rate falls linearly with the budget spent, to this share of the peak; 1 keeps it constant."""
+    adam_b1: float = 0.9
+    adam_b2: float = 0.99
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """The gradient is scaled down to this global norm."""
+    advantage: AdvantageKind = "grpo"
+    aggregation: Aggregation = "token"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coef: float = 0.0
+    """Weight of the KL to the policy that RL started from; 0 keeps no reference in memory."""
+    undo_visit_rate: bool = False
+    """Divide each row's weight by its prompt's rate of rollouts: with `rloo` and `sequence`, the objective that a uniform
+    allocation optimises, whatever the allocation."""
+    visit_rate_clip: float = 4.0
+    """Rates are clipped to within this factor of the mean before they are divided by."""
+    logit_chunk_tokens: int = 128
+    """Completion tokens of a row whose logits are held at once."""
+
+    def __post_init__(self):
+        if self.rows_per_step < 2 or self.steps_per_batch < 1:
+            raise ValueError(
+                f"rows_per_step={self.rows_per_step} must be at least 2, steps_per_batch={self.steps_per_batch} at least 1"
+            )
+
+
+class TrainState(NamedTuple):
+    """What an optimiser step moves."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: Array  # [] int32, optimiser steps taken
+
+
+class Batch(NamedTuple):
+    """R rows with everything that the step needs."""
+
+    prompt_tokens: Array  # [R, P] int32, padded on the left
+    prompt_lengths: Array  # [R] int32
+    tokens: Array  # [R, T] int32, padded on the right
+    lengths: Array  # [R] int32, EOS counted
+    log_probs: Array  # [R, T] float32, of the policy that drew them
+    reward: Array  # [R] float32
+    group_ids: Array  # [R] int32, in 0..R-1
+    row_mask: Array  # [R] bool, False: padding, or masked out
+    row_weight: Array  # [R] float32, multiplies the row's tokens' weights; 1 unless visit rates are undone
+
+
+def make_optimizer(config: LearnerConfig) -> optax.GradientTransformation:
+    """Adam without its rate: the step multiplies by minus the rate, a function of the budget spent."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.scale_by_adam(config.adam_b1, config.adam_b2),
+        optax.add_decayed_weights(config.weight_decay),
+    )
+
+
+def completion_log_probs(
+    params: Params, config: ModelConfig, batch: Batch, *, temperature: float, chunk: int
+) -> Array:
+    """[R, T] float32 log-probabilities of the completion's tokens, of the full vocabulary at `temperature`.
+
+    Logits are computed for completion tokens only, `chunk` of a row at a time and again in the backward pass: [R, P + T, V]
+    is never held.
+    """
+    num_rows, width = batch.prompt_tokens.shape
+    limit = batch.tokens.shape[1]
+    in_prompt, _ = model.left_padded(batch.prompt_lengths, width)
+    drawn = jnp.arange(limit, dtype=jnp.int32)[None, :] < batch.lengths[:, None]
+    valid = jnp.concatenate([in_prompt, drawn], axis=1)
+    positions = jnp.maximum(jnp.arange(width + limit, dtype=jnp.int32)[None, :] - (width - batch.prompt_lengths)[:, None], 0)
+    tokens = jnp.concatenate([batch.prompt_tokens, batch.tokens], axis=1)
+    # The last token is never read: nothing follows it.
+    hidden, _ = model.forward(
+        params, config, tokens[:, :-1], positions[:, :-1], model.causal_mask(valid[:, :-1])
+    )
+    hidden = hidden[:, width - 1 :]  # [R, T, D], each predicts the completion token at its place
+
+    @jax.checkpoint
+    def log_probs(hidden: Array, tokens: Array) -> Array:
+        logits = model.logits(params, config, hidden) / temperature
+        return jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[..., None], axis=-1)[..., 0]
+
+    chunk = min(chunk, limit)
+    pieces = -(-limit // chunk)
+    pad = pieces * chunk - limit
+    hidden = jnp.pad(hidden, ((0, 0), (0, pad), (0, 0))).reshape(num_rows, pieces, chunk, -1)
+    tokens = jnp.pad(batch.tokens, ((0, 0), (0, pad))).reshape(num_rows, pieces, chunk)
+    out = jax.lax.map(lambda piece: log_probs(*piece), (jnp.moveaxis(hidden, 1, 0), jnp.moveaxis(tokens, 1, 0)))
+    return jnp.moveaxis(out, 0, 1).reshape(num_rows, pieces * chunk)[:, :limit]
+
+
+def _token_mask(batch: Batch) -> Array:
+    return jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None, :] < batch.lengths[:, None]
+
+
+def grpo_loss(
+    params: Params, ref_params: Params | None, batch: Batch, *, model_config: ModelConfig, config: LearnerConfig,
+    temperature: float, num_rows: int, row_sharding: NamedSharding,
+) -> tuple[Array, dict[str, Array]]:
+    """The loss of one optimiser step, computed on its `num_rows` rows that come first when rows with a gradient do.
+
+    Advantages and weights are those of the whole step; a row of advantage 0 has no gradient, so that leaving it out of the
+    forward pass changes the gradient by rounding only.
+    """
+    groups = {"group_ids": batch.group_ids, "row_mask": batch.row_mask, "num_groups": batch.reward.shape[0]}
+    advantage = grpo.advantages(batch.reward, kind=config.advantage, **groups)
+    weights = grpo.token_weights(_token_mask(batch), aggregation=config.aggregation, **groups)
+    weights = weights * batch.row_weight[:, None]
+    first = jnp.argsort(advantage == 0, stable=True)[:num_rows]
+    batch, advantage, weights = jax.lax.with_sharding_constraint(
+        jax.tree.map(lambda x: x[first], (batch, advantage, weights)), row_sharding
+    )
+    log_probs_of = partial(
+        completion_log_probs, config=model_config, batch=batch, temperature=temperature, chunk=config.logit_chunk_tokens
+    )
+    ref = None if ref_params is None else jax.lax.stop_gradient(log_probs_of(ref_params))
+    return grpo.policy_loss(
+        log_probs_of(params), batch.log_probs, advantage, weights, clip_low=config.clip_low, clip_high=config.clip_high,
+        kl_coef=config.kl_coef, ref_log_probs=ref,
+    )
+
+
+def nll_loss(params: Params, batch: Batch, *, model_config: ModelConfig, config: LearnerConfig) -> Array:
+    """Mean negative log-likelihood of a completion token: the supervised loss of the warm start."""
+    log_probs = completion_log_probs(params, model_config, batch, temperature=1.0, chunk=config.logit_chunk_tokens)
+    mask = _token_mask(batch) & batch.row_mask[:, None]
+    return -jnp.where(mask, log_probs, 0.0).sum() / jnp.maximum(mask.sum(), 1)
+
+
+class Learner(NamedTuple):
+    """The functions that make and move a TrainState, jitted for one set of shapes and one mesh."""
+
+    init: Callable[[Params], TrainState]  # fresh optimiser around parameters
+    step: Callable[..., tuple[TrainState, dict[str, Array]]]  # (state, ref_params, batch, learning_rate, num_rows)
+    supervised_step: Callable[..., tuple[TrainState, Array]]  # (state, batch, learning_rate) -> loss
+    sizes: tuple[int, ...]  # the numbers of rows that `step` is compiled for, ascending; the last is R
+    shardings: TrainState  # of each part of the state
+
+
+def row_sizes(rows_per_step: int, shards: int) -> tuple[int, ...]:
+    """Quarter, half and whole of a step's rows, each a multiple of the mesh's row shards."""
+    return tuple(sorted({-(-rows_per_step // part // shards) * shards for part in (4, 2, 1)}))
+
+
+def make_learner(
+    model_config: ModelConfig, vocab_size: int, config: LearnerConfig, temperature: float, mesh: Mesh
+) -> Learner:
+    """The learner. Raises ValueError where rows or parameters do not divide over the mesh."""
+    shards = sharding.row_shards(mesh)
+    if config.rows_per_step % shards:
+        raise ValueError(f"rows_per_step={config.rows_per_step} must be a multiple of data x fsdp = {shards}")
+    optimizer = make_optimizer(config)
+    abstract = jax.eval_shape(lambda: model.init_params(model_config, vocab_size, 0))
+    param_shardings = sharding.shard_params(abstract, mesh)
+    opt_shardings = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, spec: spec, jax.eval_shape(optimizer.init, abstract), param_shardings,
+        transform_non_params=lambda _: sharding.replicated(mesh),
+    )
+    row_sharding = sharding.rows(mesh)
+    shardings = TrainState(param_shardings, opt_shardings, sharding.replicated(mesh))
+
+    @partial(jax.jit, out_shardings=shardings)
+    def init(params: Params) -> TrainState:
+        return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+    def apply(state: TrainState, grads: Params, learning_rate: Array) -> TrainState:
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(lambda u: -learning_rate.astype(u.dtype) * u, updates)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+
+    @partial(jax.jit, static_argnames="num_rows", donate_argnames="state", out_shardings=(shardings, None))
+    def step(state: TrainState, ref_params: Params | None, batch: Batch, learning_rate: Array, num_rows: int):
+        batch = jax.lax.with_sharding_constraint(batch, row_sharding)
+        loss = partial(
+            grpo_loss, model_config=model_config, config=config, temperature=temperature, num_rows=num_rows,
+            row_sharding=row_sharding,
+        )
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, ref_params, batch)
+        return apply(state, grads, learning_rate), metrics | {"loss": value, "grad_norm": optax.global_norm(grads)}
+
+    @partial(jax.jit, donate_argnames="state", out_shardings=(shardings, None))
+    def supervised_step(state: TrainState, batch: Batch, learning_rate: Array):
+        batch = jax.lax.with_sharding_constraint(batch, row_sharding)
+        loss = partial(nll_loss, model_config=model_config, config=config)
+        value, grads = jax.value_and_grad(loss)(state.params, batch)
+        return apply(state, grads, learning_rate), value
+
+    sizes = (config.rows_per_step,) if config.kl_coef else row_sizes(config.rows_per_step, shards)
+    return Learner(init, step, supervised_step, sizes, shardings)
+
+
+def learning_rate(config: LearnerConfig, spent: int, total_budget: int) -> float:
+    """The rate once `spent` of `total_budget` rollouts are: linear from the peak to its final share."""
+    return config.learning_rate * (1.0 - (1.0 - config.final_learning_rate_share) * min(1.0, spent / total_budget))

@@ -1,0 +1,126 @@
+"""One step's rollouts between sampler and learner: prompts in, scored rows out. The host's part of the loop, in NumPy.
+
+Letters: R rows of a step, U visits (groups) in it, P prompt tokens, T completion tokens.
+"""
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from cero_jax.data import Prompts, Task
+from cero_jax.evaluate import decode
+from cero_jax.learner import Batch
+from cero_jax.rows import Rows
+from cero_jax.sampler import Rollouts
+
+
+class Scored(NamedTuple):
+    """A step's rollouts with their rewards."""
+
+    batch: Batch  # [R] rows, in NumPy
+    num_correct: np.ndarray  # [U] int32, successes of each visit
+    truncated: np.ndarray  # [R] bool
+    completions: list[str]  # [R] text, "" for padding
+
+
+def sampling_inputs(prompts: Prompts, rows: Rows) -> dict[str, np.ndarray]:
+    """What the sampler takes for a step: each prompt once, and its rows."""
+    visits = np.maximum(rows.visit_ids, 0)  # an unused visit prefills prompt 0, and no row reads it
+    return {
+        "prompt_tokens": prompts.tokens[visits],
+        "prompt_lengths": prompts.lengths[visits],
+        "prompt_of_row": rows.group_ids,
+        "row_mask": rows.row_mask,
+        "prompt_ids": np.maximum(rows.prompt_ids, 0),
+        "rollout_index": rows.rollout_index,
+    }
+
+
+def score(
+    task: Task, rows: Rows, rollouts: Rollouts, *, success_threshold: float, truncated: Literal["wrong", "mask"]
+) -> Scored:
+    """Verify each rollout. A truncated one has reward 0; under `mask` it is left out of the loss and its group as well.
+
+    It is evidence all the same: a prompt whose completions never end in time would otherwise look untried for ever.
+    """
+    completions = decode(task, rollouts)
+    cut = np.asarray(rollouts.truncated) & rows.row_mask
+    reward = np.zeros(len(completions), np.float32)
+    for row in np.flatnonzero(rows.row_mask & ~cut):
+        prompt = rows.prompt_ids[row]
+        reward[row] = task.verify(task.train.questions[prompt], completions[row], task.train.answers[prompt])
+    if not np.isfinite(reward).all():
+        row = int(np.flatnonzero(~np.isfinite(reward))[0])
+        raise ValueError(f"the verifier gave {reward[row]} to prompt {rows.prompt_ids[row]}: a reward must be finite")
+    success = (reward >= success_threshold) & rows.row_mask
+    num_correct = np.bincount(rows.group_ids[success], minlength=len(rows.visit_ids)).astype(np.int32)
+    prompt_ids = np.maximum(rows.prompt_ids, 0)
+    batch = Batch(
+        prompt_tokens=task.train.tokens[prompt_ids],
+        prompt_lengths=task.train.lengths[prompt_ids],
+        tokens=np.asarray(rollouts.tokens),
+        lengths=np.asarray(rollouts.lengths),
+        log_probs=np.asarray(rollouts.log_probs),
+        reward=reward,
+        group_ids=rows.group_ids,
+        row_mask=rows.row_mask & ~cut if truncated == "mask" else rows.row_mask,
+        row_weight=np.ones(len(reward), np.float32),
+    )
+    return Scored(batch, num_correct, cut, completions)
+
+
+def live_rows(batch: Batch) -> np.ndarray:
+    """[R] bool, the rows whose group holds two different rewards: those with a gradient."""
+    highest, lowest = np.full(len(batch.reward), -np.inf), np.full(len(batch.reward), np.inf)
+    np.maximum.at(highest, batch.group_ids[batch.row_mask], batch.reward[batch.row_mask])
+    np.minimum.at(lowest, batch.group_ids[batch.row_mask], batch.reward[batch.row_mask])
+    return (highest > lowest)[batch.group_ids] & batch.row_mask
+
+
+def pack_live(batches: list[Batch]) -> Batch:
+    """One step's rows from several batches of R: their live groups, whole and in order, as many as R holds; then padding.
+
+    DAPO's dynamic sampling (Yu et al. 2025): what has no variance was drawn and charged, and is left out.
+    """
+    num_rows = len(batches[0].reward)
+    groups = []  # (batch, rows) of each live group
+    room = num_rows
+    for batch in batches:
+        live = live_rows(batch)
+        for group in np.unique(batch.group_ids[live]):
+            members = np.flatnonzero(live & (batch.group_ids == group))
+            if len(members) <= room:
+                groups.append((batch, members))
+                room -= len(members)
+    packed = Batch(*(np.concatenate([column[:0], *(getattr(b, name)[m] for b, m in groups)])
+                     for name, column in zip(Batch._fields, batches[0], strict=True)))  # fmt: skip
+    sizes = [len(members) for _, members in groups]
+    packed = packed._replace(group_ids=np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))
+    return Batch(*(np.pad(column, [(0, room)] + [(0, 0)] * (column.ndim - 1)) for column in packed))
+
+
+def visit_rate_weights(prompt_ids: np.ndarray, rollouts: np.ndarray, row_mask: np.ndarray, clip: float) -> np.ndarray:
+    """[R] float32 weights that undo the rate at which an allocation visits a prompt; their mean over real rows is 1.
+
+    prompt_ids: [R]. rollouts: [N] int, each prompt's so far, this round's included. clip: rates are held within this
+    factor of their mean.
+    """
+    rate = np.clip(rollouts / max(rollouts.mean(), 1e-9), 1 / clip, clip)[np.maximum(prompt_ids, 0)]
+    weight = np.where(row_mask, 1 / rate, 0.0)
+    return (weight / max(weight.sum() / max(row_mask.sum(), 1), 1e-9)).astype(np.float32)
+
+
+def step_row(rows: Rows, scored: Scored) -> dict:
+    """What the metrics file says of a step's rollouts: who was drawn how often, what came of it, and the shares."""
+    used = rows.visit_ids >= 0
+    drawn, lengths = rows.row_mask, scored.batch.lengths[rows.row_mask]
+    return {
+        "prompt_ids": rows.visit_ids[used].tolist(),
+        "num_rollouts": rows.visit_sizes[used].tolist(),
+        "num_correct": scored.num_correct[used].tolist(),
+        "reward": float(scored.batch.reward[drawn].mean()),
+        "live_share": float(live_rows(scored.batch).sum() / drawn.sum()),
+        "fill": float(drawn.mean()),
+        "truncated_share": float(scored.truncated[drawn].mean()),
+        "completion_tokens": float(lengths.mean()),
+    }

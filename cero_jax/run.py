@@ -1,0 +1,105 @@
+"""What a run is made of: every piece built and checked from the config, the state from the start or the latest checkpoint."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from cero_jax import sharding
+from cero_jax.allocator.base import AllocatorState
+from cero_jax.checkpoint import Checkpoints, Cursor
+from cero_jax.config import Config, check_resumable, open_run_dir, to_json
+from cero_jax.data import Task, pass_order, prompts_hash
+from cero_jax.learner import Learner, TrainState, make_learner
+from cero_jax.metrics import MetricsWriter, Progress
+from cero_jax.model import Params
+from cero_jax.rows import Rows, plan
+from cero_jax.sampler import Sampler, make_sampler
+from cero_jax.warm_start import warm_start
+
+
+class State(NamedTuple):
+    """Everything that training moves. A checkpoint holds all of it."""
+
+    policy: TrainState
+    allocation: AllocatorState
+    num_rollouts: Array  # [N] int32, of the round under way
+
+
+class Run(NamedTuple):
+    """Everything that stays."""
+
+    config: Config
+    directory: Path
+    task: Task
+    sample: Sampler
+    learner: Learner
+    allocate: Callable  # jitted: AllocatorState -> (num_rollouts [N], AllocatorState)
+    update: Callable  # jitted: (AllocatorState, prompt_ids [U], num_rollouts [U], num_correct [U]) -> AllocatorState
+    ref_params: Params | None  # the policy that RL started from, where there is a KL term
+    checkpoints: Checkpoints
+    metrics: MetricsWriter
+    progress: Progress
+
+    def plan(self, num_rollouts: Array, epoch: int) -> list[Rows]:
+        """The steps of a round. Reads [N] counts from the device, once a round: they decide how rows are laid."""
+        counts = np.asarray(num_rollouts)
+        return plan(
+            counts,
+            pass_order(len(counts), self.config.seed, epoch),
+            rows_per_step=self.config.learner.rows_per_step,
+            min_group=self.config.allocator.smallest_group,
+        )
+
+
+def start(config: Config) -> tuple[Run, State, Cursor]:
+    """Build, check and restore. Raises ValueError on bad input, before any work is done or lost."""
+    task = config.task.build(config.seed)
+    num_prompts, tokenizer = len(task.train.questions), task.tokenizer
+    config.check(num_prompts)
+    mesh = sharding.make_mesh(config.mesh)
+    everywhere = sharding.replicated(mesh)
+    allocator = config.allocator.build()
+    learner = make_learner(config.model, tokenizer.vocab_size, config.learner, config.sampler.temperature, mesh)
+    sample = make_sampler(config.model, config.sampler, tokenizer.eos_ids, tokenizer.pad_id, mesh)
+    directory, cache_dir = open_run_dir(config, task)
+
+    checkpoints = Checkpoints(directory / "checkpoints")
+    fresh = Cursor(config=to_json(config), prompts_hash=prompts_hash(task.train))
+    at = checkpoints.cursor() or fresh
+    check_resumable(at, config, fresh.prompts_hash)
+
+    params = warm_start(config.warm_start, config.model, task, config, mesh, cache_dir)
+    # A copy: the step donates the parameters it is given.
+    ref_params = jax.tree.map(jnp.copy, params) if config.learner.kl_coef else None
+    allocation, counts = jax.device_put(
+        (allocator.init(num_prompts, config.seed), jnp.zeros(num_prompts, jnp.int32)), everywhere
+    )
+    state = State(learner.init(params), allocation, counts)
+    if at.save:
+        state = checkpoints.restore(at, like=state)
+    if config.extend:
+        total = jax.device_put(jnp.int32(config.allocator.total_budget), everywhere)
+        ledger = state.allocation.ledger._replace(total=total)
+        state = state._replace(allocation=state.allocation._replace(ledger=ledger))
+        at = at._replace(finished=False, config=fresh.config)
+    run = Run(
+        config=config,
+        directory=directory,
+        task=task,
+        sample=sample,
+        learner=learner,
+        allocate=jax.jit(allocator.allocate, out_shardings=everywhere),
+        # Every rollout of a round is drawn, so nothing is released: the rest of a group cut over two steps stays reserved.
+        update=jax.jit(partial(allocator.update, release=False), out_shardings=everywhere),
+        ref_params=ref_params,
+        checkpoints=checkpoints,
+        metrics=MetricsWriter(directory, position=at.metrics),
+        progress=Progress(total=config.allocator.total_budget, initial=at.spent),
+    )
+    return run, state, at

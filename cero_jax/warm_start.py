@@ -1,0 +1,115 @@
+"""The supervised phase before RL: a policy that imitates the task's demonstrations, computed once and cached.
+
+It is not charged to the budget. The cache lies beside the runs, under a hash of all that determines it, so that runs of one
+seed start from the very same policy whatever allocates their rollouts.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from tqdm import tqdm
+
+from cero_jax import model
+from cero_jax.data import Task, encode_prompts
+from cero_jax.learner import Batch, Learner, LearnerConfig, make_learner
+from cero_jax.model import ModelConfig, Params
+
+
+@dataclass(frozen=True)
+class WarmStartConfig:
+    """Supervised steps on the task's demonstrations."""
+
+    num_steps: int = 0
+    """0 starts RL from random parameters."""
+    rows_per_step: int = 64
+    """Demonstrations a step."""
+    learning_rate: float = 1e-3
+    """Peak, of Adam; falls linearly to 0."""
+
+
+def demonstration_batch(task: Task, rng: np.random.Generator, num_rows: int, max_tokens: int) -> Batch:
+    """`num_rows` demonstrations as rows; raises ValueError for one longer than `max_tokens`."""
+    assert task.demonstrations is not None
+    questions, completions = task.demonstrations(rng, num_rows)
+    width = task.train.tokens.shape[1]
+    prompts = encode_prompts(questions, [""] * num_rows, ["all"] * num_rows, task.tokenizer, width)
+    tokens = np.full((num_rows, max_tokens), task.tokenizer.pad_id, np.int32)
+    lengths = np.zeros(num_rows, np.int32)
+    for row, completion in enumerate(completions):
+        ids = [*task.tokenizer.encode(completion), task.tokenizer.eos_ids[0]]
+        if len(ids) > max_tokens:
+            raise ValueError(
+                f"a demonstration has {len(ids)} tokens, sampler.max_completion_tokens={max_tokens}: raise the limit"
+            )
+        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+    ones = np.ones(num_rows, np.float32)
+    return Batch(
+        prompt_tokens=prompts.tokens, prompt_lengths=prompts.lengths, tokens=tokens, lengths=lengths,
+        log_probs=np.zeros(tokens.shape, np.float32), reward=ones, group_ids=np.zeros(num_rows, np.int32),
+        row_mask=np.ones(num_rows, bool), row_weight=ones,
+    )  # fmt: skip
+
+
+def warm_start(
+    config: WarmStartConfig, model_config: ModelConfig, task: Task, *, task_settings: dict, seed: int, max_tokens: int,
+    mesh: jax.sharding.Mesh, cache_dir: Path,
+) -> Params:
+    """Parameters after the supervised phase, from the cache where they are there; sharded over the mesh.
+
+    Raises ValueError where steps are asked for and the task has no demonstrations.
+    """
+    vocab_size = task.tokenizer.vocab_size
+    learner_config = LearnerConfig(rows_per_step=config.rows_per_step, weight_decay=0.0)
+    learner = make_learner(model_config, vocab_size, learner_config, 1.0, mesh)
+    init = jax.jit(
+        lambda: model.init_params(model_config, vocab_size, seed), out_shardings=learner.shardings.params
+    )
+    if config.num_steps == 0:
+        return init()
+    if task.demonstrations is None:
+        raise ValueError(f"warm_start.num_steps={config.num_steps}: this task has no demonstrations, set it to 0")
+    identity = [dataclasses.asdict(config), dataclasses.asdict(model_config), task_settings, seed, max_tokens, jax.__version__]
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    cached = cache_dir / f"warm_start-{digest}"
+    with ocp.StandardCheckpointer() as checkpointer:
+        if not cached.exists():
+            params = _imitate(config, learner, init(), task, seed, max_tokens)
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(dir=cache_dir))
+            checkpointer.save(scratch / "params", params)
+            checkpointer.wait_until_finished()
+            try:
+                os.rename(scratch / "params", cached)  # atomic: a run beside this one sees all of it or nothing
+            except OSError:
+                assert cached.exists()  # a run beside this one was first, with the same content
+            shutil.rmtree(scratch)
+        target = jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            jax.eval_shape(init), learner.shardings.params,
+        )  # fmt: skip
+        return checkpointer.restore(cached, target)
+
+
+def _imitate(
+    config: WarmStartConfig, learner: Learner, params: Params, task: Task, seed: int, max_tokens: int
+) -> Params:
+    rng = np.random.default_rng((seed, 0x5EED))  # a stream of its own, apart from the task's data
+    state = learner.init(params)
+    progress = tqdm(range(config.num_steps), desc="warm start", unit="step", mininterval=1.0)
+    for step in progress:
+        rate = np.float32(config.learning_rate * (1 - step / config.num_steps))
+        state, loss = learner.supervised_step(
+            state, demonstration_batch(task, rng, config.rows_per_step, max_tokens), rate
+        )
+        if step % 50 == 49:  # reading the loss waits for the step, so not at each
+            progress.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+    return state.params

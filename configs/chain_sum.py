@@ -1,0 +1,18 @@
+"""Running sums modulo 10: the embedded task. No download, no GPU.
+
+Needs: 2 cores, 2 GB of memory.
+Command: make train, or python train.py configs/chain_sum.py
+"""
+
+from cero_jax.config import AllocatorConfig, Config
+from cero_jax.sampler import SamplerConfig
+from cero_jax.tasks.chain_sum import ChainSum
+from cero_jax.warm_start import WarmStartConfig
+
+config = Config(
+    name="chain_sum",
+    task=ChainSum(),
+    allocator=AllocatorConfig(total_budget=25_600, num_epochs=50),
+    sampler=SamplerConfig(max_completion_tokens=25),
+    warm_start=WarmStartConfig(num_steps=1500),
+)
