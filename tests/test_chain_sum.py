@@ -113,6 +113,7 @@ def test_demonstrations_slip_at_their_rate_and_go_on_from_what_is_written(task):
 
 def test_demonstrations_without_slips_are_right():
     task = ChainSum(demonstration_error_rate=0.0).build(seed=0)
+    assert task.demonstrations is not None
     questions, completions = task.demonstrations(np.random.default_rng(1), 100)
     assert completions == list(map(sums_by_hand, questions))
 

@@ -1,0 +1,161 @@
+"""Metrics files that a crash and a resume leave bit-identical, TensorBoard beside them, and the progress line."""
+
+import io
+import json
+import re
+import struct
+
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+
+from cero_jax.metrics import MetricsWriter, Progress
+
+LABELS = {"length 2-4": 0.75, "wrong gold": 0.0}
+
+
+def step_row(step):
+    return {
+        "kind": "step",
+        "step": step,
+        "epoch": step // 2,
+        "spent": 32 * (step + 1),
+        "prompt_ids": np.arange(3) + step,
+        "reward": np.float32(0.1) * step,
+        "loss": -0.25,
+    }
+
+
+def eval_row(step):
+    return {"kind": "eval", "step": step, "spent": 32 * (step + 1), "accuracy": 0.5, "accuracy_by_label": LABELS}
+
+
+def tensorboard_events(run_dir):
+    """Every event in the order in which TensorBoard reads: by file name, then by place."""
+    events = []
+    for path in sorted((run_dir / "tensorboard").iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)  # a record: length, its checksum, data, its checksum
+            events.append(Event.FromString(data[at + 12 : at + 12 + length]))
+            at += 12 + length + 4
+    return events
+
+
+def shown(events):
+    """{(tag, step): value} after what a START event at a step hides: that step and later ones seen before it."""
+    points = {}
+    for event in events:
+        if event.session_log.status == SessionLog.START:
+            points = {(tag, step): value for (tag, step), value in points.items() if step < event.step}
+        for value in event.summary.value:
+            points[value.tag, event.step] = value.simple_value
+    return points
+
+
+def write(run_dir, steps, position=None):
+    writer = MetricsWriter(run_dir, position)
+    for step in steps:
+        writer.write(step_row(step), {"sample_seconds": 0.5})
+        writer.write(eval_row(step), {})
+    position = writer.position()
+    writer.close()
+    return position
+
+
+def test_rows_read_back(tmp_path):
+    write(tmp_path, range(3))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["kind"] for row in rows] == ["step", "eval"] * 3
+    assert rows[2]["prompt_ids"] == [1, 2, 3]
+    assert rows[2]["reward"] == float(np.float32(0.1))
+    assert rows[1] == eval_row(0)
+    timings = [json.loads(line) for line in (tmp_path / "timings.jsonl").read_text().splitlines()]
+    assert timings[2] == {"kind": "step", "step": 1, "spent": 64, "sample_seconds": 0.5}
+    assert "seconds" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_scalars_reach_tensorboard_over_rollouts(tmp_path):
+    write(tmp_path, range(3))
+    points = shown(tensorboard_events(tmp_path))
+    assert {step for _, step in points} == {32, 64, 96}
+    assert points["step/reward", 96] == pytest.approx(0.2)
+    assert points["timings/sample_seconds", 32] == 0.5
+    assert points["eval/accuracy_by_label/length_2-4", 64] == 0.75
+    assert not any("prompt_ids" in tag for tag, _ in points)
+
+
+@pytest.mark.parametrize("lost", [b"", b'{"kind": "st', b"\xff\n"])
+def test_a_crash_after_the_checkpoint_leaves_no_trace(tmp_path, lost):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    write(whole, range(6))
+    position = json.loads(json.dumps(write(broken, range(3))))
+    write(broken, range(3, 5), position)  # not in any checkpoint
+    assert write(broken, [], position) == position
+    write(broken, range(3, 5), position)
+    for name in ("metrics.jsonl", "timings.jsonl"):
+        with open(broken / name, "ab") as file:
+            file.write(lost)
+    write(broken, range(3, 6), position)
+    for name in ("metrics.jsonl", "timings.jsonl"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes()
+    assert shown(tensorboard_events(broken)) == shown(tensorboard_events(whole))
+    starts = [e.step for e in tensorboard_events(broken) if e.session_log.status == SessionLog.START]
+    assert starts == [0, 97, 97, 97, 97]
+
+
+def test_without_a_checkpoint_all_starts_afresh(tmp_path):
+    write(tmp_path, range(5))
+    write(tmp_path, range(1))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert {step for _, step in shown(tensorboard_events(tmp_path))} == {32}
+
+
+def test_a_line_is_in_the_file_at_once(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write(step_row(0), {})
+    assert (tmp_path / "metrics.jsonl").read_bytes().endswith(b"}\n")
+    writer.close()
+
+
+def test_a_file_cut_short_is_refused(tmp_path):
+    position = write(tmp_path, range(3))
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"metrics.jsonl has 0 bytes, the checkpoint was written at \d+"):
+        MetricsWriter(tmp_path, position)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_live_line():
+    stream = Terminal()
+    progress = Progress(25600, initial=12800, stream=stream)
+    progress.update(12832, epoch=25, reward=0.521, accuracy=None)
+    progress.update(19200, epoch=26, reward=0.5, accuracy=0.8125, live=0.25)
+    progress.close()
+    last = stream.getvalue().split("\r")[-1]
+    assert re.search(
+        r"\| 19200/25600 rollouts, .*/s, \d+:\d+ left, epoch 26, reward 0.50, accuracy 0.81, live 0.25", last
+    )
+    assert "accuracy" not in stream.getvalue().split("\r")[2]
+
+
+def test_plain_lines_where_there_is_no_terminal(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("cero_jax.metrics.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    progress = Progress(10000, initial=5000, stream=stream)
+    for second in range(25):
+        now[0] = 101.0 + second
+        progress.update(5000 + 100 * (second + 1), epoch=second)
+    progress.close()
+    assert "\r" not in stream.getvalue()
+    lines = stream.getvalue().splitlines()
+    assert [line.split(" ")[0] for line in lines] == ["5100/10000", "6100/10000", "7100/10000", "7500/10000"]
+    # 2,500 left at 100 a second; what was spent before the resume does not count as speed
+    assert lines[-1] == "7500/10000 rollouts, 100.00/s, 00:25 left, epoch 24"
