@@ -172,7 +172,7 @@ def overwrite(name, text):
         (overwrite("metrics.jsonl", json.dumps(ROWS[1]) + "\n"), r"metrics.jsonl: no eval in it yet"),
         (append("metrics.jsonl", '{"kind": "st'), r"metrics.jsonl:6: half-written or broken"),
         (append("metrics.jsonl", "[1]\n"), r"metrics.jsonl:6: half-written or broken"),
-        (append("metrics.jsonl", '{"kind": "step", "step": 1}\n'), r"metrics.jsonl:6: no epoch, spent, .* in this step"),
+        (append("metrics.jsonl", '{"kind": "step", "step": 1}\n'), r"metrics.jsonl:6: no epoch, spent, .* in this"),
         (overwrite("prompts.json", '{"labels": ["a", "b"]}'), r"metrics.jsonl:2: a prompt id outside the 2 prompts"),
     ],
 )  # fmt: skip
