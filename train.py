@@ -5,19 +5,19 @@
 The run ends when the budget is spent. Stopped at any time (SIGTERM, SIGINT, a crash), the same command goes on.
 """
 
-import runpy
 import sys
 import time
 
 import jax
 import numpy as np
+from tqdm import tqdm
 
 from cero_jax.checkpoint import Cursor, StopSignal
-from cero_jax.config import Config, parse
+from cero_jax.config import Config, from_command_line
 from cero_jax.evaluate import evaluate
 from cero_jax.learner import Batch, learning_rate
 from cero_jax.report import draw_report
-from cero_jax.rollout import live_rows, pack_live, sampling_inputs, score, step_row, visit_rate_weights
+from cero_jax.rollout import Scored, live_rows, pack_live, sampling_inputs, score, step_row, visit_rate_weights
 from cero_jax.rows import Rows
 from cero_jax.run import Run, State, start
 
@@ -25,59 +25,97 @@ from cero_jax.run import Run, State, start
 def main(config: Config) -> int:
     """Train until the budget is spent (returns 0) or a signal comes (128 + its number). Raises ValueError on bad input."""
     run, state, at = start(config)
-    if at.finished:
-        print(f"{run.directory} has spent its budget; to go on, give a larger allocator.total_budget and --extend=True")
     stop = StopSignal()
-    waiting: list[Batch] = []  # rollouts with which dynamic sampling has not filled a step yet; a save waits for it
+    waiting: list[Batch] = []  # rollouts that dynamic sampling holds until they fill a step; no checkpoint until then
     if at.step == 0:
-        log_evaluation(run, state, at)
+        at = log_evaluation(run, state, at)
     while not at.finished and not stop.number:
         if at.epoch_step == 0:  # a new round gets its share of what is left of the budget
             num_rollouts, allocation = run.allocate(state.allocation)
             state = state._replace(allocation=allocation, num_rollouts=num_rollouts)
         steps = run.plan(state.num_rollouts, at.epoch)
         while at.epoch_step < len(steps) and not (stop.number and not waiting):
-            before, batch = at, steps[at.epoch_step :][: config.learner.steps_per_batch]
-            state, at = train_on(run, state, at, batch, waiting)
-            if at.spent // config.evaluation.every_rollouts > before.spent // config.evaluation.every_rollouts:
-                log_evaluation(run, state, at)
-            if at.step // config.checkpoint_every_steps > at.saved_step // config.checkpoint_every_steps and not waiting:
+            now = steps[at.epoch_step :][: config.learner.steps_per_batch]
+            for rows, rollouts in zip(now, draw(run, state, at, now), strict=True):
+                state, at = learn(run, state, at, rows, rollouts, waiting)
+            if at.spent >= at.evaluated + config.evaluation.every_rollouts:
+                at = log_evaluation(run, state, at)
+            if at.step >= at.saved_step + config.checkpoint_every_steps and not waiting:
                 at = run.save(state, at)
-        if at.epoch_step >= len(steps):
+        if at.epoch_step == len(steps):
             at = at._replace(epoch=at.epoch + 1, epoch_step=0, finished=not steps)
-    if at.step > at.saved_step:
-        if at.finished:
-            log_evaluation(run, state, at)
-        at = run.save(state, at)
-    run.close()
-    if at.finished:
-        print(f"accuracy against rollouts, and who got them: {draw_report([run.directory], run.directory / 'report.png')}")
-    else:
-        print(f"stopped and saved at {at.spent:,} rollouts; the same command goes on from there")
-    return 128 + stop.number if stop.number and not at.finished else 0
+    return finish(run, state, at, stop)
 
 
-def train_on(run: Run, state: State, at: Cursor, batch: list[Rows], waiting: list[Batch]) -> tuple[State, Cursor]:
-    """Draw the rollouts of a few steps from the policy as it is now, settle them, and take the steps."""
+def draw(run: Run, state: State, at: Cursor, now: list[Rows]) -> list[Scored]:
+    """Rollouts of the next optimiser steps, all from the policy as it is now, and their rewards."""
     config, seed, began = run.config, np.uint32(run.config.seed), time.perf_counter()
-    inputs = [sampling_inputs(run.task.train, rows) for rows in batch]
+    inputs = [sampling_inputs(run.task.train, rows) for rows in now]
     drawn = [run.sample(state.policy.params, seed, np.uint32(at.step + i), rows) for i, rows in enumerate(inputs)]
-    jax.block_until_ready(drawn)  # the host must wait here: a verifier reads text
+    drawn = jax.device_get(drawn)  # the host waits for the tokens: a verifier reads text
     sampled = time.perf_counter()
-    scored = [score(run.task, rows, each, config) for rows, each in zip(batch, drawn, strict=True)]
+    scored = [
+        score(run.task, rows, rollouts, config.truncated, config.success_threshold)
+        for rows, rollouts in zip(now, drawn, strict=True)
+    ]
     seconds = {"sample_seconds": sampled - began, "verify_seconds": time.perf_counter() - sampled}
+    return [each._replace(seconds={name: s / len(now) for name, s in seconds.items()}) for each in scored]
 
-    for rows, each in zip(batch, scored, strict=True):
-        # The posterior learns what came of the rollouts, the ledger what they cost.
-        allocation = run.update(state.allocation, rows.visit_ids, rows.visit_sizes, each.num_correct)
-        state = state._replace(allocation=allocation)
-        at = at._replace(step=at.step + 1, epoch_step=at.epoch_step + 1, spent=at.spent + int(rows.visit_sizes.sum()))
-        train_batch = each.batch
-        if config.dynamic_sampling:
-            waiting.append(train_batch)
-            if sum(live_rows(b).sum() for b in waiting) < config.learner.rows_per_step and at.spent < budget:
-                continue
-            train_batch = pack_live(waiting)
-            waiting.clear()
-        ...
-    return state, at
+
+def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waiting: list[Batch]) -> tuple[State, Cursor]:
+    """Settle a step's rollouts with the allocator, and move the policy by those whose group has variance."""
+    config, began = run.config, time.perf_counter()
+    allocation = run.update(state.allocation, rows.visit_ids, rows.visit_sizes, scored.num_correct)
+    at = at._replace(step=at.step + 1, epoch_step=at.epoch_step + 1, spent=at.spent + int(rows.visit_sizes.sum()))
+    policy, batch, figures, full = state.policy, scored.batch, {}, True
+    if config.learner.undo_visit_rate:
+        weight = visit_rate_weights(rows, allocation, config.learner.visit_rate_clip)
+        batch = batch._replace(row_weight=weight)
+    if config.dynamic_sampling:
+        waiting.append(batch)
+        batch, full = pack_live(waiting, config.allocator.smallest_group)
+    num_live = int(live_rows(batch).sum())
+    if full and (num_live or config.learner.kl_coef):  # without variance and without KL there is no gradient
+        waiting.clear()
+        rate = learning_rate(config.learner, at.spent, config.allocator.total_budget)
+        size = next(size for size in run.learner.sizes if size >= num_live)
+        policy, figures = run.learner.step(policy, run.ref_params, batch, np.float32(rate), num_rows=size)
+        # Read at once: the next rollouts need this step, so the host has nothing else to do meanwhile.
+        figures = {name: float(value) for name, value in figures.items()} | {"learning_rate": rate}
+        if not np.isfinite(figures["loss"] + figures["grad_norm"]):
+            raise FloatingPointError(f"step {at.step}: {figures}: not finite; lower learner.learning_rate")
+        at = at._replace(optimizer_steps=at.optimizer_steps + 1)
+    row = step_row(rows, scored) | figures
+    run.log("step", at, row, scored.seconds | {"learn_seconds": time.perf_counter() - began})
+    run.progress.update(at.spent, epoch=at.epoch, reward=row["reward"], accuracy=at.accuracy, live=row["live_share"])
+    return State(policy, allocation, state.num_rollouts), at
+
+
+def log_evaluation(run: Run, state: State, at: Cursor) -> Cursor:
+    """Measure held-out accuracy, and show one completion."""
+    began = time.perf_counter()
+    result = evaluate(run.sample, state.policy.params, run.task, run.config.evaluation, run.config.seed)
+    at = at._replace(accuracy=result.accuracy, evaluated=at.spent)
+    run.log("eval", at, result._asdict(), {"eval_seconds": time.perf_counter() - began})
+    tqdm.write(f"{at.spent:>9,} rollouts: held-out accuracy {result.accuracy:.3f}; {result.example}", file=sys.stderr)
+    return at
+
+
+def finish(run: Run, state: State, at: Cursor, stop: StopSignal) -> int:
+    """Save what is not saved yet, draw the report, say what comes next."""
+    if at.finished and at.evaluated < at.spent:
+        at = log_evaluation(run, state, at)
+    if at.step > at.saved_step or at.finished:
+        run.save(state, at)
+    run.close()
+    stop.close()
+    if not at.finished:
+        print(f"stopped and saved after {at.spent:,} rollouts; the same command goes on from there")
+        return 128 + stop.number
+    picture = draw_report([run.directory], run.directory / "report.png")
+    print(f"{at.spent:,} rollouts spent, held-out accuracy {at.accuracy:.3f}; who got them, and what for: {picture}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(from_command_line(sys.argv[1:])))

@@ -25,8 +25,11 @@ class Cursor(NamedTuple):
     epoch: int = 0  # the round under way
     epoch_step: int = 0  # steps of this round that are done; 0: the round is still to be allocated
     finished: bool = False
+    accuracy: float | None = None  # held out, when last measured
+    evaluated: int = 0  # rollouts spent by then
     metrics: dict | None = None  # how far the metrics files reach
     save: int = 0  # number of this checkpoint
+    saved_step: int = 0
 
 
 def _is_key(leaf: Any) -> bool:
@@ -34,8 +37,18 @@ def _is_key(leaf: Any) -> bool:
 
 
 def _pack(state: Any) -> Any:
-    """Typed PRNG keys as the plain integers that a file can hold."""
-    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, state)
+    """What a file can hold: typed PRNG keys as plain integers, and no array of size 0 (Orbax refuses both)."""
+    leaves = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(state)]
+    return {str(i): leaf for i, leaf in enumerate(leaves) if leaf.size}
+
+
+def _unpack(packed: Any, like: Any) -> Any:
+    """The inverse: keys and empty arrays where `like` has them."""
+    leaves, structure = jax.tree.flatten(like)
+    restored = [packed.get(str(i), leaf) for i, leaf in enumerate(leaves)]
+    return structure.unflatten(
+        jax.random.wrap_key_data(new) if _is_key(leaf) else new for leaf, new in zip(leaves, restored, strict=True)
+    )
 
 
 class Checkpoints:
@@ -59,15 +72,13 @@ class Checkpoints:
         )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(packed))
         restored = self._manager.restore(cursor.save, args=args).state
-        return jax.tree.map(lambda leaf, new: jax.random.wrap_key_data(new) if _is_key(leaf) else new, like, restored)
+        return _unpack(restored, like)
 
     def save(self, cursor: Cursor, state: Any) -> Cursor:
         """Start saving; returns once the state is copied off the devices. A failure of the save before raises here."""
         self._manager.check_for_errors()
-        cursor = cursor._replace(save=cursor.save + 1)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(_pack(state)), cursor=ocp.args.JsonSave(cursor._asdict())
-        )
+        cursor = cursor._replace(save=cursor.save + 1, saved_step=cursor.step)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_pack(state)), cursor=ocp.args.JsonSave(cursor._asdict()))
         self._manager.save(cursor.save, args=args)
         return cursor
 

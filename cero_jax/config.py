@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import runpy
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -139,15 +141,21 @@ class Config:
             raise ValueError("the task has no training prompts")
 
 
-def parse(default: Config, args: list[str]) -> Config:
-    """`default` with command-line overrides; an unknown key is refused with the nearest names, --help lists all."""
-    return tyro.cli(
-        Config,
-        default=default,
-        args=args,
-        prog="train.py CONFIG",
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-    )
+def from_command_line(args: list[str]) -> Config:
+    """The config of a file, `configs/NAME.py`, with overrides: ["configs/chain_sum.py", "--seed=3"].
+
+    An unknown key is refused with the nearest names; --help lists all with units and defaults. Exits on bad usage.
+    """
+    if not args or args[0].startswith("-"):
+        sys.exit("usage: python train.py configs/NAME.py [--key=value ...]   (configs/NAME.py --help lists the keys)")
+    if not Path(args[0]).is_file():
+        there = ", ".join(sorted(str(path) for path in Path("configs").glob("*.py")))
+        sys.exit(f"no config file {args[0]}; there are: {there}")
+    default = runpy.run_path(args[0]).get("config")
+    if not isinstance(default, Config):
+        sys.exit(f"{args[0]} must set `config` to a cero_jax.config.Config")
+    markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
+    return tyro.cli(Config, default=default, args=args[1:], prog=f"train.py {args[0]}", config=markers)
 
 
 def to_json(config: Config) -> dict:

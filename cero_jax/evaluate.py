@@ -33,7 +33,7 @@ class Evaluation(NamedTuple):
     """Accuracy, and where it comes from."""
 
     accuracy: float  # mean over prompts and samples
-    by_label: dict[str, float]
+    accuracy_by_label: dict[str, float]
     example: dict  # one completion, for a person to read: question, completion, answer, reward
 
 

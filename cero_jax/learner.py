@@ -88,9 +88,7 @@ def make_optimizer(config: LearnerConfig) -> optax.GradientTransformation:
     )
 
 
-def completion_log_probs(
-    params: Params, config: ModelConfig, batch: Batch, *, temperature: float, chunk: int
-) -> Array:
+def completion_log_probs(params: Params, config: ModelConfig, batch: Batch, *, temperature: float, chunk: int) -> Array:
     """[R, T] float32 log-probabilities of the completion's tokens, of the full vocabulary at `temperature`.
 
     Logits are computed for completion tokens only, `chunk` of a row at a time and again in the backward pass: [R, P + T, V]
@@ -101,12 +99,12 @@ def completion_log_probs(
     in_prompt, _ = model.left_padded(batch.prompt_lengths, width)
     drawn = jnp.arange(limit, dtype=jnp.int32)[None, :] < batch.lengths[:, None]
     valid = jnp.concatenate([in_prompt, drawn], axis=1)
-    positions = jnp.maximum(jnp.arange(width + limit, dtype=jnp.int32)[None, :] - (width - batch.prompt_lengths)[:, None], 0)
+    positions = jnp.maximum(
+        jnp.arange(width + limit, dtype=jnp.int32)[None, :] - (width - batch.prompt_lengths)[:, None], 0
+    )
     tokens = jnp.concatenate([batch.prompt_tokens, batch.tokens], axis=1)
     # The last token is never read: nothing follows it.
-    hidden, _ = model.forward(
-        params, config, tokens[:, :-1], positions[:, :-1], model.causal_mask(valid[:, :-1])
-    )
+    hidden, _ = model.forward(params, config, tokens[:, :-1], positions[:, :-1], model.causal_mask(valid[:, :-1]))
     hidden = hidden[:, width - 1 :]  # [R, T, D], each predicts the completion token at its place
 
     @jax.checkpoint
@@ -128,8 +126,15 @@ def _token_mask(batch: Batch) -> Array:
 
 
 def grpo_loss(
-    params: Params, ref_params: Params | None, batch: Batch, *, model_config: ModelConfig, config: LearnerConfig,
-    temperature: float, num_rows: int, row_sharding: NamedSharding,
+    params: Params,
+    ref_params: Params | None,
+    batch: Batch,
+    *,
+    model_config: ModelConfig,
+    config: LearnerConfig,
+    temperature: float,
+    num_rows: int,
+    row_sharding: NamedSharding,
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of one optimiser step, computed on its `num_rows` rows that come first when rows with a gradient do.
 
@@ -149,8 +154,14 @@ def grpo_loss(
     )
     ref = None if ref_params is None else jax.lax.stop_gradient(log_probs_of(ref_params))
     return grpo.policy_loss(
-        log_probs_of(params), batch.log_probs, advantage, weights, clip_low=config.clip_low, clip_high=config.clip_high,
-        kl_coef=config.kl_coef, ref_log_probs=ref,
+        log_probs_of(params),
+        batch.log_probs,
+        advantage,
+        weights,
+        clip_low=config.clip_low,
+        clip_high=config.clip_high,
+        kl_coef=config.kl_coef,
+        ref_log_probs=ref,
     )
 
 
@@ -187,7 +198,10 @@ def make_learner(
     abstract = jax.eval_shape(lambda: model.init_params(model_config, vocab_size, 0))
     param_shardings = sharding.shard_params(abstract, mesh)
     opt_shardings = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, spec: spec, jax.eval_shape(optimizer.init, abstract), param_shardings,
+        optimizer,
+        lambda _, spec: spec,
+        jax.eval_shape(optimizer.init, abstract),
+        param_shardings,
         transform_non_params=lambda _: sharding.replicated(mesh),
     )
     row_sharding = sharding.rows(mesh)
@@ -206,7 +220,11 @@ def make_learner(
     def step(state: TrainState, ref_params: Params | None, batch: Batch, learning_rate: Array, num_rows: int):
         batch = jax.lax.with_sharding_constraint(batch, row_sharding)
         loss = partial(
-            grpo_loss, model_config=model_config, config=config, temperature=temperature, num_rows=num_rows,
+            grpo_loss,
+            model_config=model_config,
+            config=config,
+            temperature=temperature,
+            num_rows=num_rows,
             row_sharding=row_sharding,
         )
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, ref_params, batch)

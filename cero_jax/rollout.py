@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from cero_jax.allocator.base import AllocatorState
 from cero_jax.data import Prompts, Task
 from cero_jax.evaluate import decode
 from cero_jax.learner import Batch
@@ -21,6 +22,7 @@ class Scored(NamedTuple):
     num_correct: np.ndarray  # [U] int32, successes of each visit
     truncated: np.ndarray  # [R] bool
     completions: list[str]  # [R] text, "" for padding
+    seconds: dict[str, float]  # what drawing and verifying took
 
 
 def sampling_inputs(prompts: Prompts, rows: Rows) -> dict[str, np.ndarray]:
@@ -37,7 +39,7 @@ def sampling_inputs(prompts: Prompts, rows: Rows) -> dict[str, np.ndarray]:
 
 
 def score(
-    task: Task, rows: Rows, rollouts: Rollouts, *, success_threshold: float, truncated: Literal["wrong", "mask"]
+    task: Task, rows: Rows, rollouts: Rollouts, truncated: Literal["wrong", "mask"], success_threshold: float
 ) -> Scored:
     """Verify each rollout. A truncated one has reward 0; under `mask` it is left out of the loss and its group as well.
 
@@ -66,7 +68,7 @@ def score(
         row_mask=rows.row_mask & ~cut if truncated == "mask" else rows.row_mask,
         row_weight=np.ones(len(reward), np.float32),
     )
-    return Scored(batch, num_correct, cut, completions)
+    return Scored(batch, num_correct, cut, completions, {})
 
 
 def live_rows(batch: Batch) -> np.ndarray:
@@ -77,13 +79,14 @@ def live_rows(batch: Batch) -> np.ndarray:
     return (highest > lowest)[batch.group_ids] & batch.row_mask
 
 
-def pack_live(batches: list[Batch]) -> Batch:
+def pack_live(batches: list[Batch], min_group: int) -> tuple[Batch, bool]:
     """One step's rows from several batches of R: their live groups, whole and in order, as many as R holds; then padding.
 
-    DAPO's dynamic sampling (Yu et al. 2025): what has no variance was drawn and charged, and is left out.
+    DAPO's dynamic sampling (Yu et al. 2025): what has no variance was drawn and charged, and is left out. Also returns
+    whether the step is full: no group of `min_group` would fit any more, or a live group did not.
     """
     num_rows = len(batches[0].reward)
-    groups = []  # (batch, rows) of each live group
+    groups, full = [], False  # (batch, rows) of each live group
     room = num_rows
     for batch in batches:
         live = live_rows(batch)
@@ -92,22 +95,25 @@ def pack_live(batches: list[Batch]) -> Batch:
             if len(members) <= room:
                 groups.append((batch, members))
                 room -= len(members)
+            else:
+                full = True
     packed = Batch(*(np.concatenate([column[:0], *(getattr(b, name)[m] for b, m in groups)])
                      for name, column in zip(Batch._fields, batches[0], strict=True)))  # fmt: skip
     sizes = [len(members) for _, members in groups]
     packed = packed._replace(group_ids=np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))
-    return Batch(*(np.pad(column, [(0, room)] + [(0, 0)] * (column.ndim - 1)) for column in packed))
+    padded = Batch(*(np.pad(column, [(0, room)] + [(0, 0)] * (column.ndim - 1)) for column in packed))
+    return padded, full or room < min_group
 
 
-def visit_rate_weights(prompt_ids: np.ndarray, rollouts: np.ndarray, row_mask: np.ndarray, clip: float) -> np.ndarray:
+def visit_rate_weights(rows: Rows, allocation: AllocatorState, clip: float) -> np.ndarray:
     """[R] float32 weights that undo the rate at which an allocation visits a prompt; their mean over real rows is 1.
 
-    prompt_ids: [R]. rollouts: [N] int, each prompt's so far, this round's included. clip: rates are held within this
-    factor of their mean.
+    A prompt's rate is its rollouts so far, this round's included, over their mean; held within a factor of `clip`.
     """
-    rate = np.clip(rollouts / max(rollouts.mean(), 1e-9), 1 / clip, clip)[np.maximum(prompt_ids, 0)]
-    weight = np.where(row_mask, 1 / rate, 0.0)
-    return (weight / max(weight.sum() / max(row_mask.sum(), 1), 1e-9)).astype(np.float32)
+    rollouts = np.asarray(allocation.cumulative_rollouts + allocation.reserved)
+    rate = np.clip(rollouts / max(rollouts.mean(), 1e-9), 1 / clip, clip)[np.maximum(rows.prompt_ids, 0)]
+    weight = np.where(rows.row_mask, 1 / rate, 0.0)
+    return (weight * rows.row_mask.sum() / weight.sum()).astype(np.float32)
 
 
 def step_row(rows: Rows, scored: Scored) -> dict:

@@ -56,6 +56,21 @@ class Run(NamedTuple):
             min_group=self.config.allocator.smallest_group,
         )
 
+    def log(self, kind: str, at: Cursor, figures: dict, seconds: dict) -> None:
+        """A row of the metrics, with where in the run it was taken."""
+        where = {"step": at.step, "epoch": at.epoch, "spent": at.spent, "optimizer_steps": at.optimizer_steps}
+        self.metrics.write({"kind": kind} | where | figures, seconds)
+
+    def save(self, state: State, at: Cursor) -> Cursor:
+        """Checkpoint the state, with how far the metrics files reach."""
+        return self.checkpoints.save(at._replace(metrics=self.metrics.position()), state)
+
+    def close(self) -> None:
+        """Wait for what is still being written; raises what went wrong in it."""
+        self.checkpoints.close()
+        self.metrics.close()
+        self.progress.close()
+
 
 def start(config: Config) -> tuple[Run, State, Cursor]:
     """Build, check and restore. Raises ValueError on bad input, before any work is done or lost."""
@@ -74,7 +89,16 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     at = checkpoints.cursor() or fresh
     check_resumable(at, config, fresh.prompts_hash)
 
-    params = warm_start(config.warm_start, config.model, task, config, mesh, cache_dir)
+    params = warm_start(
+        config.warm_start,
+        config.model,
+        task,
+        task_settings=fresh.config["task"],
+        seed=config.seed,
+        max_tokens=config.sampler.max_completion_tokens,
+        mesh=mesh,
+        cache_dir=cache_dir,
+    )
     # A copy: the step donates the parameters it is given.
     ref_params = jax.tree.map(jnp.copy, params) if config.learner.kl_coef else None
     allocation, counts = jax.device_put(

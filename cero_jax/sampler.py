@@ -79,7 +79,9 @@ def keep_likely(logits: Array, top_k: int, top_p: float) -> Array:
     if top_p < 1:
         descending = -jnp.sort(-logits, axis=-1)
         probability = jax.nn.softmax(descending, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability  # mass of the likelier ones; 0 for the first, so it stays
+        before = (
+            jnp.cumsum(probability, axis=-1) - probability
+        )  # mass of the likelier ones; 0 for the first, so it stays
         last_kept = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < last_kept, -jnp.inf, logits)
     return logits

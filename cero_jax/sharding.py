@@ -52,7 +52,9 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
             "devices exactly: their product must, or data=-1 to take what is left"
         )
     # Auto: an Explicit axis (make_mesh's default) makes gathers over sharded rows raise.
-    return jax.make_mesh((data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices)
+    return jax.make_mesh(
+        (data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices
+    )
 
 
 def _path(key_path: tuple) -> str:

@@ -60,8 +60,15 @@ def demonstration_batch(task: Task, rng: np.random.Generator, num_rows: int, max
 
 
 def warm_start(
-    config: WarmStartConfig, model_config: ModelConfig, task: Task, *, task_settings: dict, seed: int, max_tokens: int,
-    mesh: jax.sharding.Mesh, cache_dir: Path,
+    config: WarmStartConfig,
+    model_config: ModelConfig,
+    task: Task,
+    *,
+    task_settings: dict,
+    seed: int,
+    max_tokens: int,
+    mesh: jax.sharding.Mesh,
+    cache_dir: Path,
 ) -> Params:
     """Parameters after the supervised phase, from the cache where they are there; sharded over the mesh.
 
@@ -70,14 +77,19 @@ def warm_start(
     vocab_size = task.tokenizer.vocab_size
     learner_config = LearnerConfig(rows_per_step=config.rows_per_step, weight_decay=0.0)
     learner = make_learner(model_config, vocab_size, learner_config, 1.0, mesh)
-    init = jax.jit(
-        lambda: model.init_params(model_config, vocab_size, seed), out_shardings=learner.shardings.params
-    )
+    init = jax.jit(lambda: model.init_params(model_config, vocab_size, seed), out_shardings=learner.shardings.params)
     if config.num_steps == 0:
         return init()
     if task.demonstrations is None:
         raise ValueError(f"warm_start.num_steps={config.num_steps}: this task has no demonstrations, set it to 0")
-    identity = [dataclasses.asdict(config), dataclasses.asdict(model_config), task_settings, seed, max_tokens, jax.__version__]
+    identity = [
+        dataclasses.asdict(config),
+        dataclasses.asdict(model_config),
+        task_settings,
+        seed,
+        max_tokens,
+        jax.__version__,
+    ]
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     cached = cache_dir / f"warm_start-{digest}"
     with ocp.StandardCheckpointer() as checkpointer:

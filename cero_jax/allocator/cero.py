@@ -12,10 +12,10 @@ from jax import Array
 
 from cero_jax.allocator.base import Allocator, AllocatorState, Prompts, build, known
 from cero_jax.allocator.dual import shares_at_budget
-from cero_jax.allocator.posterior import expected_variance
+from cero_jax.allocator.posterior import expected_variance, fitted_prior
 from cero_jax.allocator.utility import utility_family
 
-STALE_EVIDENCE = 1.0  # rollouts of decayed evidence under which `explore` may visit a prompt
+STALE_EVIDENCE = 10.0  # rollouts of decayed evidence under which `explore` may visit a prompt
 _LEAST_VARIANCE = 1e-30  # keeps the logarithm finite; where every v is 0 the shares are equal
 
 
@@ -28,8 +28,9 @@ def cero(
     tau=None,
     prior=(0.5, 0.5),
     discount=0.9,
-    explore=0.05,
+    explore=0.1,
     utility: str = "exponential",
+    fit_prior: bool = True,
 ) -> Allocator:
     """The default allocator: rollouts go where v_i h'(X_i / tau), the utility of one more, is highest.
 
@@ -60,11 +61,16 @@ def cero(
         del key
         scale = state.ledger.total.astype(jnp.float32) / state.alpha.shape[0] if tau is None else tau
         scale = jnp.maximum(jnp.asarray(scale, jnp.float32), 1e-6)
-        evidence = prompts.alpha + prompts.beta - jnp.asarray(prior[0] + prior[1], jnp.float32)
+        prior_alpha, prior_beta = (jnp.asarray(x, jnp.float32) for x in prior)
+        successes, failures = prompts.alpha - prior_alpha, prompts.beta - prior_beta
+        alpha, beta = prompts.alpha, prompts.beta
+        if fit_prior:
+            a, b = fitted_prior(state.alpha - prior_alpha, state.beta - prior_beta, prior)
+            alpha, beta = jnp.maximum(successes, 0) + a, jnp.maximum(failures, 0) + b
         floor = _stale_groups(
-            evidence, prompts.valid, jnp.asarray(explore, jnp.float32) * budget.astype(jnp.float32), min_group
+            successes + failures, prompts.valid, jnp.asarray(explore, jnp.float32) * budget.astype(jnp.float32), min_group
         )
-        log_v = jnp.log(jnp.maximum(expected_variance(prompts.alpha, prompts.beta), _LEAST_VARIANCE))
+        log_v = jnp.log(jnp.maximum(expected_variance(alpha, beta), _LEAST_VARIANCE))
         rollouts = prompts.rollouts.astype(jnp.float32)
 
         def shares_at(log_price):

@@ -48,8 +48,9 @@ def round_budget(ledger: Ledger, *, num_epochs: int, min_group: int) -> Array:
 
 
 def _nearest(x: Array, size: Array) -> Array:
-    """x / size to the nearest integer."""
-    return (x // jnp.maximum(size, 1)) + (2 * (x % jnp.maximum(size, 1)) >= size).astype(jnp.int32)
+    """The integer nearest to x / size."""
+    whole, rest = x // jnp.maximum(size, 1), x % jnp.maximum(size, 1)
+    return whole + (rest >= size - rest).astype(jnp.int32)
 
 
 def batch_budget(ledger: Ledger, num_offered: Array, *, num_epochs: int, num_prompts: int) -> tuple[Array, Ledger]:

@@ -1,9 +1,13 @@
 """The Beta posterior over each prompt's success probability, and how it forgets as the policy moves."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.scipy.special import digamma
 
 ROLLOUTS_PER_PASS = 8  # a pass is 8 N rollouts, however they are cut into rounds: the unit of `discount`
+FIT_SAMPLE = 2048  # prompts that the fitted prior looks at
+FIT_STEPS = 20
 
 
 def expected_variance(alpha: Array, beta: Array) -> Array:
@@ -31,3 +35,29 @@ def forget(evidence: Array, prior, keep: Array) -> Array:
     """The mix prior + keep (evidence - prior). evidence: [N] float32, alpha or beta; prior: scalar or [N]; keep: []."""
     prior = jnp.asarray(prior, jnp.float32)
     return prior + keep * (evidence - prior)
+
+
+def fitted_prior(successes: Array, failures: Array, prior) -> tuple[Array, Array]:
+    """The population's Beta prior by maximum marginal likelihood, given what has been seen so far.
+
+    successes, failures: [N] float32 >= 0, decayed evidence. prior: two scalars, what to believe with no evidence; they
+    weigh like one more prompt, through the density a exp(-a / a0) on each parameter. Returns two [] float32.
+
+    Minka's fixed point for the Beta-binomial ("Estimating a Dirichlet distribution", 2000), on at most FIT_SAMPLE
+    prompts evenly spaced over the file, so that its cost does not grow with N. FIT_STEPS come within 5 % for the
+    bimodal populations of real data and stay nearer the given prior for concentrated ones, which need it less.
+    """
+    stride = -(-successes.shape[0] // FIT_SAMPLE)
+    s, f = jnp.maximum(successes[::stride], 0), jnp.maximum(failures[::stride], 0)
+    start = tuple(jnp.asarray(x, jnp.float32) for x in prior)
+
+    def step(_, fitted):
+        a, b = fitted
+        both = jnp.sum(digamma(s + f + a + b) - digamma(a + b))
+        return tuple(
+            (x * jnp.sum(digamma(seen + x) - digamma(x)) + 1) / (both + 1 / x0)
+            for x, seen, x0 in zip((a, b), (s, f), start, strict=True)
+        )
+
+    a, b = jax.lax.fori_loop(0, FIT_STEPS, step, start)
+    return a, b
