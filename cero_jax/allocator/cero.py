@@ -28,7 +28,7 @@ def cero(
     tau=None,
     prior=(0.5, 0.5),
     discount=0.9,
-    explore=0.1,
+    explore=0.08,
     utility: str = "exponential",
     fit_prior: bool = True,
 ) -> Allocator:
@@ -68,7 +68,10 @@ def cero(
             a, b = fitted_prior(state.alpha - prior_alpha, state.beta - prior_beta, prior)
             alpha, beta = jnp.maximum(successes, 0) + a, jnp.maximum(failures, 0) + b
         floor = _stale_groups(
-            successes + failures, prompts.valid, jnp.asarray(explore, jnp.float32) * budget.astype(jnp.float32), min_group
+            successes + failures,
+            prompts.valid,
+            jnp.asarray(explore, jnp.float32) * budget.astype(jnp.float32),
+            min_group,
         )
         log_v = jnp.log(jnp.maximum(expected_variance(alpha, beta), _LEAST_VARIANCE))
         rollouts = prompts.rollouts.astype(jnp.float32)
