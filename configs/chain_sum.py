@@ -14,5 +14,5 @@ config = Config(
     task=ChainSum(),
     allocator=AllocatorConfig(total_budget=25_600, num_epochs=50),
     sampler=SamplerConfig(max_completion_tokens=25),
-    warm_start=WarmStartConfig(num_steps=1500),
+    warm_start=WarmStartConfig(num_steps=500, learning_rate=3e-3),
 )

@@ -1,6 +1,8 @@
 """Chain sums: the embedded task, which needs no download and spans solved to hopeless, as real data does.
 
-A question is a row of digits and "=", its answer the running sums modulo 10, a digit each: "3141=" -> "3489".
+A question is a row of digits in a field of fixed width and "=", its answer the running sums modulo 10, a digit each:
+"3141....................=" -> "3489". (The width is what makes it quick to learn: a digit then stands equally far from
+its sum in every row. With the "=" right behind the row, a 2-layer policy was still near chance after 2,000 steps.)
 Demonstrations are noisy, so that a policy warm-started on them succeeds less the longer the row.
 """
 
@@ -40,7 +42,7 @@ class ChainSum:
         """Draw the task: a function of these settings and `seed`. Raises ValueError on a setting out of range."""
         self._check()
         rng = np.random.default_rng((seed, _STREAM))
-        tokenizer = AlphabetTokenizer("0123456789=")
+        tokenizer = AlphabetTokenizer("0123456789.=")
         easy, heldout_easy = round(self.easy_share * self.num_prompts), self.num_heldout // 2
         short = _distinct_rows(rng, EASY, easy + heldout_easy)
         long = _distinct_rows(rng, HARD, self.num_prompts - easy + self.num_heldout - heldout_easy)
@@ -54,7 +56,7 @@ class ChainSum:
         order = rng.permutation(self.num_prompts)  # an id says nothing of the prompt
 
         def encode(rows, answers, labels) -> Prompts:
-            return encode_prompts([row + "=" for row in rows], answers, labels, tokenizer, MAX_PROMPT_TOKENS)
+            return encode_prompts([question(row) for row in rows], answers, labels, tokenizer, MAX_PROMPT_TOKENS)
 
         heldout = short[easy:] + long[self.num_prompts - easy :]
         return Task(
@@ -79,6 +81,11 @@ class ChainSum:
                 f"{easy} distinct rows of 2 to 4 digits are asked for and {there_are:,} exist: "
                 f"lower num_prompts={self.num_prompts}, easy_share={self.easy_share} or num_heldout={self.num_heldout}"
             )
+
+
+def question(row: str) -> str:
+    """The prompt of a row of digits."""
+    return row.ljust(HARD[1], ".") + "="
 
 
 def running_sums(row: str) -> str:
@@ -123,7 +130,7 @@ def _demonstrations(heldout: frozenset[str], error_rate: float):
             written = np.cumsum(digits + slips, axis=1) % 10  # a slip stays in the sum: it goes on from what is written
             for length, row, sums in zip(lengths, digits, written, strict=True):
                 if (text := _text(row[:length])) not in heldout:
-                    questions.append(text + "=")
+                    questions.append(question(text))
                     completions.append(_text(sums[:length]))
         return questions[:batch_size], completions[:batch_size]
 
