@@ -7,9 +7,33 @@ a verifier alone does not pay for them.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from cero_jax.allocator import Allocator, AllocatorState, Ledger, cero, diagnostics, uniform
+    from cero_jax.allocator import (
+        Allocator,
+        AllocatorState,
+        Ledger,
+        TokenLedger,
+        cero,
+        cero_dual,
+        diagnostics,
+        knapsack,
+        offline_optimum,
+        uniform,
+        variance,
+    )
 
-__all__ = ["Allocator", "AllocatorState", "Ledger", "cero", "diagnostics", "uniform"]
+__all__ = [
+    "Allocator",
+    "AllocatorState",
+    "Ledger",
+    "TokenLedger",
+    "cero",
+    "cero_dual",
+    "diagnostics",
+    "knapsack",
+    "offline_optimum",
+    "uniform",
+    "variance",
+]
 
 
 def __getattr__(name: str):

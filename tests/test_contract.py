@@ -9,7 +9,8 @@ import cero_jax
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
-ALLOCATORS = [cero_jax.cero, cero_jax.uniform]
+SPEND_ALL = [cero_jax.cero, cero_jax.uniform, cero_jax.variance, cero_jax.knapsack]
+ALLOCATORS = [*SPEND_ALL, cero_jax.cero_dual]  # which spends what its duals say
 PROMPTS, BUDGET, EPOCHS = 60, 3000, 50
 
 
@@ -36,12 +37,10 @@ def test_a_run_spends_the_budget_to_the_rollout_in_rounds_shorter_than_a_pass(ma
     allocate, update = jax.jit(allocator.allocate), jax.jit(allocator.update)
     state, rng = allocator.init(PROMPTS, seed=1), np.random.default_rng(0)
     rounds = []
-    while True:
+    for _ in range(EPOCHS + 1):
         n, state = allocate(state)
         check_groups(n)
         check_ledger(state)
-        if not n.any():
-            break
         rounds.append(int(n.sum()))
         drawn = np.flatnonzero(n)
         for part in np.array_split(drawn, 2):  # a step settles some prompts, padded to a fixed length
@@ -49,8 +48,10 @@ def test_a_run_spends_the_budget_to_the_rollout_in_rounds_shorter_than_a_pass(ma
             counts = np.where(ids == np.clip(ids, 0, PROMPTS - 1), np.asarray(n)[np.clip(ids, 0, PROMPTS - 1)], 7)
             state = update(state, ids, counts.astype(np.int32), rng.binomial(counts, 0.4).astype(np.int32))
             check_ledger(state)
-    assert rounds == [BUDGET // EPOCHS] * EPOCHS
-    assert int(state.ledger.spent) == BUDGET
+    if make in SPEND_ALL:
+        assert rounds == [BUDGET // EPOCHS] * EPOCHS + [0]
+        assert int(state.ledger.spent) == BUDGET
+    assert 0.9 * BUDGET <= sum(rounds) <= BUDGET
     assert allocate._cache_size() == update._cache_size() == 1
 
 
@@ -116,7 +117,7 @@ def test_shares_of_a_stream_of_batches_sum_to_an_epochs_budget(make):
             ids = np.arange(start, start + 8, dtype=np.int32)
             n, state = allocate(state, ids)
             check_groups(n, 2)
-        assert before - int(state.ledger.left) == total // epochs
+        assert make not in SPEND_ALL or before - int(state.ledger.left) == total // epochs
     assert allocate._cache_size() == 1
 
 
@@ -136,7 +137,7 @@ def test_structure_is_stable_under_cond_scan_vmap_and_eval_shape(make):
     shape = jax.eval_shape(run, budgets[0], 0)
     states, n = jax.jit(jax.vmap(run))(budgets, jnp.arange(3))
     assert jax.tree.map(lambda x: x.shape, states.ledger) == jax.tree.map(lambda x: (3, *x.shape), shape[0].ledger)
-    assert np.all(np.asarray(n).sum((1, 2)) <= np.asarray(budgets))
+    assert np.all(np.asarray(states.ledger.spent + states.ledger.reserved) <= np.asarray(budgets))
     alone = jax.jit(run)(budgets[1], 1)[1]
     np.testing.assert_array_equal(n[1], alone)
 

@@ -2,7 +2,21 @@
 
 from cero_jax.allocator.base import Allocator, AllocatorState, diagnostics
 from cero_jax.allocator.cero import cero
-from cero_jax.allocator.ledger import Ledger
-from cero_jax.allocator.rivals import uniform
+from cero_jax.allocator.cero_dual import cero_dual
+from cero_jax.allocator.dual import offline_optimum
+from cero_jax.allocator.ledger import Ledger, TokenLedger
+from cero_jax.allocator.rivals import knapsack, uniform, variance
 
-__all__ = ["Allocator", "AllocatorState", "Ledger", "cero", "diagnostics", "uniform"]
+__all__ = [
+    "Allocator",
+    "AllocatorState",
+    "Ledger",
+    "TokenLedger",
+    "cero",
+    "cero_dual",
+    "diagnostics",
+    "knapsack",
+    "offline_optimum",
+    "uniform",
+    "variance",
+]

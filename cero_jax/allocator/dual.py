@@ -6,29 +6,83 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from cero_jax.allocator.utility import Utility, utility_family
+
 BISECTIONS = 36  # from a bracket of about 100 down to the resolution of a float32
+LEAST_VARIANCE = 1e-30  # keeps a logarithm finite; where every v is 0 the shares are equal
 
 
 def shares_at_budget(
-    shares_at: Callable[[Array], Array], low: Array, high: Array, budget: Array
+    shares_at: Callable[[Array], Array], low: Array, high: Array, budget: Array, cost: Array | None = None
 ) -> tuple[Array, Array]:
-    """Shares that sum to the budget, and their level (the logarithm of a price, or another falling order).
+    """Shares that cost the budget, and their level (the logarithm of a price, or another falling order).
 
-    shares_at: level [] -> shares [P], none rising in the level. low, high: [] float32, levels at which the shares sum
-    to at least and at most the budget. Where the sum jumps across the budget (ties, integer shares, a huge tau), the
-    two sides of the jump are mixed in the proportion that meets it, so ties share alike.
-    Returns ([P] float32, [] float32). Where even `low` sums to less, its shares are returned.
+    shares_at: level [] -> shares [P], none rising in the level. low, high: [] float32, levels at which the shares cost
+    at least and at most the budget. cost: [P] float32, tokens a rollout; None: the budget is in rollouts. Where the
+    cost jumps across the budget (ties, integer shares, a huge tau), the two sides of the jump are mixed in the
+    proportion that meets it, so ties share alike.
+    Returns ([P] float32, [] float32). Where even `low` costs less, its shares are returned.
     """
     budget = jnp.asarray(budget).astype(jnp.float32)
+
+    def total(shares):
+        return jnp.sum(shares if cost is None else shares * cost)
 
     def halve(_, bracket):
         low, high = bracket
         middle = low + (high - low) / 2
-        enough = jnp.sum(shares_at(middle)) >= budget
+        enough = total(shares_at(middle)) >= budget
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     low, high = jax.lax.fori_loop(0, BISECTIONS, halve, (low, high))
     more, fewer = shares_at(low), shares_at(high)
-    sum_more, sum_fewer = jnp.sum(more), jnp.sum(fewer)
-    part = jnp.clip((budget - sum_fewer) / jnp.maximum(sum_more - sum_fewer, 1e-6), 0, 1)
+    part = jnp.clip((budget - total(fewer)) / jnp.maximum(total(more) - total(fewer), 1e-6), 0, 1)
     return fewer + part * (more - fewer), low
+
+
+def water_fill(
+    log_value: Array,
+    rollouts: Array,
+    budget: Array,
+    *,
+    tau: Array,
+    cap,
+    family: Utility,
+    least: Array | None = None,
+    valid: Array | None = None,
+    cost: Array | None = None,
+) -> tuple[Array, Array]:
+    """Shares n that maximise sum_i v_i h((X_i + n_i) / tau) under the budget and least_i <= n_i <= cap.
+
+    The optimum has one price lambda: n_i = clip(X_i*(lambda) - X_i, least_i, cap), with X_i* the inverse marginal.
+    log_value: [P] float32, log v_i, less log cost_i where rollouts cost tokens. rollouts: [P] float32, X_i.
+    tau: [] float32, rollouts. Returns ([P] float32 shares, [] float32 log lambda).
+    """
+
+    def shares_at(log_price):
+        target = tau * family.inverse_log_slope(log_price - log_value)
+        shares = jnp.clip(target - rollouts, 0, cap)
+        shares = shares if least is None else jnp.maximum(shares, least)
+        return shares if valid is None else jnp.where(valid, shares, 0)
+
+    low = jnp.min(log_value + family.log_slope((rollouts + cap) / tau))
+    high = jnp.max(log_value + family.log_slope(rollouts / tau))
+    shares, log_price = shares_at_budget(shares_at, low, high, budget, cost)
+    return shares, log_price - jnp.log(tau)
+
+
+def offline_optimum(
+    expected_variance, *, total_budget, num_epochs: int, max_group: int = 32, tau, utility: str = "exponential"
+) -> tuple[Array, Array]:
+    """The best that any allocation could do with utilities known from the start: the benchmark for regret.
+
+    expected_variance: [N], v_i. Maximises sum_i v_i h(X_i / tau) under sum_i X_i <= total_budget, 0 <= X_i <= K M, in
+    real numbers. Returns ([N] float32 rollouts X, [] float32 utility). Source: CERO, public points 3, 4 and 6.
+    """
+    family = utility_family(utility)
+    v = jnp.asarray(expected_variance, jnp.float32)
+    tau, cap = jnp.asarray(tau, jnp.float32), float(num_epochs * max_group)
+    budget = jnp.minimum(jnp.asarray(total_budget, jnp.float32), cap * v.shape[0])
+    log_v = jnp.log(jnp.maximum(v, LEAST_VARIANCE))
+    rollouts, _ = water_fill(log_v, jnp.zeros_like(v), budget, tau=tau, cap=cap, family=family)
+    return rollouts, jnp.sum(v * family.value(rollouts / tau))

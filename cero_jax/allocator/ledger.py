@@ -8,13 +8,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
 class Ledger(NamedTuple):
-    """Where the run's budget is. At all times spent + reserved + left = total."""
+    """Where the run's budget of rollouts is. At all times spent + reserved + left = total."""
 
-    total: Array  # [] int32, rollouts of the whole run
+    total: Array  # [] int32, rollouts of the whole run; 2^31 - 1 where the budget is in tokens
     spent: Array  # [] int32, rollouts drawn and settled by `update`
     reserved: Array  # [] int32, rollouts handed out by `allocate` and not settled yet
     offered: Array  # [] int32 in [0, N), prompts offered in batches since the stream's pass began
@@ -25,9 +26,64 @@ class Ledger(NamedTuple):
         return self.total - self.spent - self.reserved
 
 
+class TokenLedger(NamedTuple):
+    """A budget in tokens: rollouts are what people count, tokens are what they pay.
+
+    A count is two 32-bit words, high and low: half a million rollouts of 4,096 tokens pass 2^31.
+    """
+
+    total: Array  # [2] uint32, tokens of the whole run
+    spent: Array  # [2] uint32, tokens really drawn
+    mean_tokens: Array  # [N] float32, tokens of a rollout: running mean, from `expected_tokens` on
+
+    def left(self, reserved: Array) -> Array:
+        """[] float32, tokens left after the expected cost of `reserved` [N] int32 rollouts; negative: the overshoot."""
+        return _difference(self.total, self.spent) - jnp.sum(reserved.astype(jnp.float32) * self.mean_tokens)
+
+
 def open_ledger(total_budget) -> Ledger:
     """A ledger with everything left. total_budget: [] rollouts below 2^31."""
     return Ledger(jnp.asarray(total_budget, jnp.int32), *(jnp.zeros((), jnp.int32) for _ in range(3)))
+
+
+def open_token_ledger(total_budget: int, num_prompts: int, expected_tokens) -> TokenLedger:
+    """A token ledger with everything left. total_budget: tokens below 2^63, a Python integer."""
+    total = jnp.asarray(np.array([total_budget >> 32, total_budget & 0xFFFFFFFF], np.uint32))
+    mean = jnp.full(num_prompts, jnp.asarray(expected_tokens, jnp.float32))
+    return TokenLedger(total, jnp.zeros(2, jnp.uint32), mean)
+
+
+def charge_tokens(ledger: TokenLedger, num_rollouts: Array, rollouts_before: Array, num_tokens: Array) -> TokenLedger:
+    """Charges tokens really drawn and moves the running means. All [N] int32; one call's tokens sum below 2^31.
+
+    The expected cost that the mean starts from counts as one rollout.
+    """
+    low = ledger.spent[1] + jnp.sum(num_tokens, dtype=jnp.int32).astype(jnp.uint32)
+    high = ledger.spent[0] + (low < ledger.spent[1]).astype(jnp.uint32)
+    surprise = num_tokens.astype(jnp.float32) - num_rollouts.astype(jnp.float32) * ledger.mean_tokens
+    mean = ledger.mean_tokens + surprise / (1 + rollouts_before + num_rollouts).astype(jnp.float32)
+    return ledger._replace(spent=jnp.stack([high, low]), mean_tokens=mean)
+
+
+def token_budget(ledger: TokenLedger, reserved: Array, *, num_epochs: int) -> Array:
+    """[] float32, tokens of the next round: what is left / rounds left."""
+    left = jnp.maximum(ledger.left(reserved), 0)
+    size = jnp.maximum(as_float(ledger.total) / num_epochs, 1)
+    epoch = jnp.clip(jnp.round((as_float(ledger.total) - left) / size), 0, num_epochs - 1)
+    return left / (num_epochs - epoch)
+
+
+def as_float(words: Array) -> Array:
+    """[] float32, the count that two 32-bit words hold, rounded."""
+    return words[0].astype(jnp.float32) * 2.0**32 + words[1].astype(jnp.float32)
+
+
+def _difference(a: Array, b: Array) -> Array:
+    """[] float32, a - b: subtracted in integers and rounded once, so that a small rest of a large budget is right."""
+    low, high = a[1] - b[1], a[0] - b[0] - (a[1] < b[1]).astype(jnp.uint32)
+    negative = high >> 31 == 1
+    flipped = jnp.stack([~high + (low == 0).astype(jnp.uint32), ~low + 1])
+    return jnp.where(negative, -as_float(flipped), as_float(jnp.stack([high, low])))
 
 
 def round_budget(ledger: Ledger, *, num_epochs: int, min_group: int) -> Array:
