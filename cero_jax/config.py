@@ -47,7 +47,7 @@ class AllocatorConfig:
     """Beta prior of a prompt's success (cero)."""
     discount: float = 0.9
     """Share of the evidence that survives a pass, of 8 rollouts a prompt (cero)."""
-    explore: float = 0.1
+    explore: float = 0.08
     """Share of a round that goes to prompts whose evidence has faded, stalest first (cero)."""
     utility: Literal["exponential", "rational"] = "exponential"
     """How utility saturates in a prompt's cumulative rollouts (cero)."""

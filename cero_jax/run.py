@@ -93,7 +93,6 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         config.warm_start,
         config.model,
         task,
-        task_settings=fresh.config["task"],
         seed=config.seed,
         max_tokens=config.sampler.max_completion_tokens,
         mesh=mesh,

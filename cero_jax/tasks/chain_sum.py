@@ -35,7 +35,7 @@ class ChainSum:
     """Share of the training prompts, easy and hard alike, whose gold answer is wrong: no rollout can solve them."""
     num_heldout: int = 256
     """Held-out prompts, half of them easy, all with right answers, none of them a training prompt."""
-    demonstration_error_rate: float = 0.3
+    demonstration_error_rate: float = 0.15
     """Probability that a step of a demonstration is wrong; the sum goes on from the digit written."""
 
     def build(self, seed: int) -> Task:
