@@ -31,9 +31,9 @@ class AllocatorConfig:
     """Who gets the rollouts."""
 
     name: Literal["cero", "uniform"] = "cero"
-    total_budget: int = 25_600
+    total_budget: int = 12_800
     """Rollouts of the whole run: it ends when they are spent."""
-    num_epochs: int = 50
+    num_epochs: int = 25
     """Rounds of allocation that the budget is cut into."""
     min_group: int = 4
     """Fewest rollouts of a visit; for uniform, of a group cut over two steps."""

@@ -12,7 +12,7 @@ from cero_jax.warm_start import WarmStartConfig
 config = Config(
     name="chain_sum",
     task=ChainSum(),
-    allocator=AllocatorConfig(total_budget=25_600, num_epochs=50),
+    allocator=AllocatorConfig(total_budget=12_800, num_epochs=25),
     sampler=SamplerConfig(max_completion_tokens=25),
     warm_start=WarmStartConfig(num_steps=500, learning_rate=3e-3),
 )
