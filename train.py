@@ -23,7 +23,7 @@ from cero_jax.run import Run, State, start
 
 
 def main(config: Config) -> int:
-    """Train until the budget is spent (returns 0) or a signal comes (128 + its number). Raises ValueError on bad input."""
+    """Train until the budget is spent (returns 0) or a signal comes (128 + its number). ValueError on bad input."""
     run, state, at = start(config)
     stop = StopSignal()
     waiting: list[Batch] = []  # rollouts that dynamic sampling holds until they fill a step; no checkpoint until then
@@ -43,7 +43,9 @@ def main(config: Config) -> int:
             if at.step >= at.saved_step + config.checkpoint_every_steps and not waiting:
                 at = run.save(state, at)
         if at.epoch_step == len(steps):
-            at = at._replace(epoch=at.epoch + 1, epoch_step=0, finished=not steps)
+            # A round of `cero_dual` may be empty, so that an empty one is not the end before the last.
+            finished = not steps and at.epoch + 1 >= config.allocator.num_epochs
+            at = at._replace(epoch=at.epoch + 1, epoch_step=0, finished=finished)
     return finish(run, state, at, stop)
 
 
@@ -73,7 +75,7 @@ def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waitin
         batch = batch._replace(row_weight=weight)
     if config.dynamic_sampling:
         waiting.append(batch)
-        batch, full = pack_live(waiting, config.allocator.smallest_group)
+        batch, full = pack_live(waiting, config.allocator.min_group)
     num_live = int(live_rows(batch).sum())
     if full and (num_live or config.learner.kl_coef):  # without variance and without KL there is no gradient
         waiting.clear()

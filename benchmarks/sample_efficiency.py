@@ -5,9 +5,9 @@
     python benchmarks/sample_efficiency.py --effects    # less noise, or more weight?
     python benchmarks/sample_efficiency.py --allocators # all allocators, the same budget
 
-Every side is tuned over the same grid of learning rate, rows a step and group size, by its mean held-out accuracy over the
-run, on seeds that are not judged. Each finished run is a line of sample_efficiency.jsonl and is not run again: a stopped
-benchmark goes on. Runs share the machine, one core each; rollouts and steps do not depend on that, seconds do.
+Every side is tuned over the same grid of learning rate, rows a step and group size, by its mean held-out accuracy over
+the run, on seeds that are not judged. Each finished run is a line of sample_efficiency.jsonl and is not run again: a
+stopped benchmark goes on. Runs share the machine, one core each; rollouts and steps do not depend on that, seconds do.
 """
 
 import argparse
@@ -35,11 +35,11 @@ MIXES = (0.0, 0.2, 0.4, 0.6)
 def command(cell: dict) -> list[str]:
     """The train.py call of one run."""
     allocator = "uniform" if cell["arm"] == "dynamic" else cell["arm"]
-    sizes = ["min-group"] if allocator in ("cero", "cero_dual") else ["group-size", "min-group"]
     flags = {
         "seed": cell["seed"],
         "allocator.name": allocator,
-        **{f"allocator.{size}": cell["group"] for size in sizes},
+        "allocator.min-group": cell["group"],  # cero's and cero_dual's groups start here
+        "allocator.group-size": cell["group"],  # the others' are of this size
         "allocator.max-group": min(32, cell["rows"]),
         "learner.rows-per-step": cell["rows"],
         "learner.learning-rate": cell["learning_rate"],
@@ -58,7 +58,7 @@ def command(cell: dict) -> list[str]:
 
 
 def run(cell: dict, core: int, scratch: Path) -> dict:
-    """Train once on one core; the cell with its curve: rollouts, optimiser steps, accuracy, seconds at each evaluation."""
+    """Train once on one core; the cell and its curve: rollouts, steps, accuracy and seconds at each evaluation."""
     name = f"{cell['arm']}-{abs(hash(json.dumps(cell)))}"
     done = subprocess.run(
         [*command(cell), f"--work-dir={scratch / name}"],
@@ -146,7 +146,7 @@ def accuracy(result: dict) -> np.ndarray:
 
 
 def crossing(result: dict, target: float, column: int = 0) -> float:
-    """Rollouts (column 0), optimiser steps (1) or seconds (3) until the fitted curve reaches `target`; inf: it never does."""
+    """Rollouts (column 0), optimiser steps (1) or seconds (3) until the fitted curve reaches `target`; inf: never."""
     fitted, x = accuracy(result), [point[column] for point in result["curve"]]
     above = np.flatnonzero(fitted >= target)
     if not above.size:
@@ -158,10 +158,10 @@ def crossing(result: dict, target: float, column: int = 0) -> float:
 
 
 def savings(uniform: list[dict], other: list[dict]) -> dict:
-    """How many times fewer rollouts `other` needs to reach what uniform ends at, seed by seed; geometric mean and interval.
+    """How many times fewer rollouts `other` needs to reach what uniform ends at: geometric mean over seeds, interval.
 
-    The target of a seed is where uniform's fitted curve ends with it. A seed that never gets there is censored: it counts
-    as its whole budget, so the saving is an upper bound where `censored` is not 0.
+    The target of a seed is where uniform's fitted curve ends with it. A seed that never gets there is censored: it
+    counts as its whole budget, so the saving is an upper bound where `censored` is not 0.
     """
     needs, censored = [], 0
     for u, o in zip(uniform, other, strict=True):
@@ -192,7 +192,7 @@ def tuned(arm: str) -> tuple:
     score = np.array([np.mean([p[2] for p in r["curve"]]) for r in results]).reshape(len(grid), -1).mean(axis=1)
     for setting, s in sorted(zip(grid, score, strict=True), key=lambda pair: -pair[1])[:4]:
         print(
-            f"  {arm:8s} learning rate {setting[0]:g}, {setting[1]} rows a step, groups of {setting[2]}: mean accuracy {s:.4f}"
+            f"  {arm:8s} rate {setting[0]:g}, {setting[1]} rows a step, groups of {setting[2]}: mean accuracy {s:.4f}"
         )
     return grid[int(score.argmax())]
 

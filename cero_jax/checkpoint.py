@@ -1,7 +1,7 @@
-"""Everything that a run needs to go on, saved and restored as one step, so that no two files can disagree on which is latest.
+"""Everything that a run needs to go on, saved and restored as one, so that no two files can disagree on the latest.
 
-A step holds `state` (policy, optimiser, allocator with its ledger and key, the `num_rollouts` of the round under way) and
-`cursor` (where in the run that is, how far the metrics files reach, the hash of the prompts, the settings).
+A checkpoint holds `state` (policy, optimiser, allocator with its ledger and key, the `num_rollouts` of the round under
+way) and `cursor` (where in the run that is, how far the metrics files reach, the hash of the prompts, the settings).
 """
 
 import signal
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 KEPT = 2  # the newest, and one more in case it is damaged
@@ -33,7 +34,7 @@ class Cursor(NamedTuple):
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _pack(state: Any) -> Any:
@@ -63,7 +64,7 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        return Cursor(**self._manager.restore(step, args=ocp.args.Composite(cursor=ocp.args.JsonRestore())).cursor)
+        return Cursor(**self._manager.restore(step, args=ocp.args.Composite(cursor=ocp.args.JsonRestore()))["cursor"])
 
     def restore(self, cursor: Cursor, like: Any) -> Any:
         """The state saved with `cursor`, laid out (dtype, shape, sharding) as `like` is."""
@@ -71,7 +72,7 @@ class Checkpoints:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), _pack(like)
         )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(packed))
-        restored = self._manager.restore(cursor.save, args=args).state
+        restored = self._manager.restore(cursor.save, args=args)["state"]
         return _unpack(restored, like)
 
     def save(self, cursor: Cursor, state: Any) -> Cursor:
@@ -90,7 +91,7 @@ class Checkpoints:
 
 
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a wish that the loop reads between steps; a second one acts as if this were not here."""
+    """Turns SIGTERM and SIGINT into a wish that the loop reads between steps; a second one acts as it always did."""
 
     def __init__(self):
         self.number = 0  # of the signal that came; 0: none

@@ -6,7 +6,7 @@ import runpy
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import tyro
@@ -28,57 +28,52 @@ FREE = ("work_dir", "mesh", "evaluation", "checkpoint_every_steps", "extend", "t
 
 @dataclass(frozen=True)
 class AllocatorConfig:
-    """Who gets the rollouts."""
+    """Who gets the rollouts. A rule's own settings are read under that rule only."""
 
-    name: Literal["cero", "uniform"] = "cero"
+    name: Literal["cero", "uniform", "cero_dual", "variance", "knapsack"] = "cero"
+    """cero: this project's; cero_dual: as published; uniform: GRPO's; variance: VIP's; knapsack: Knapsack RL's."""
     total_budget: int = 12_800
     """Rollouts of the whole run: it ends when they are spent."""
     num_epochs: int = 25
     """Rounds of allocation that the budget is cut into."""
     min_group: int = 4
-    """Fewest rollouts of a visit; for uniform, of a group cut over two steps."""
+    """Fewest rollouts of a visit."""
     max_group: int = 32
-    """Most rollouts of a prompt in a round (cero)."""
+    """Most rollouts of a prompt in a round."""
     group_size: int = 8
-    """Rollouts of every visit (uniform)."""
+    """Rollouts of a visit (uniform), or of one on average (variance, knapsack)."""
     tau: float | None = None
-    """Rollouts at which returns diminish; None is total_budget / prompts (cero)."""
+    """Rollouts at which returns diminish; None is total_budget / prompts (cero, cero_dual)."""
     prior: tuple[float, float] = (0.5, 0.5)
-    """Beta prior of a prompt's success (cero)."""
+    """Beta prior of a prompt's success."""
     discount: float = 0.9
-    """Share of the evidence that survives a pass, of 8 rollouts a prompt (cero)."""
+    """Share of the evidence that survives a pass, of 8 rollouts a prompt."""
     explore: float = 0.08
-    """Share of a round that goes to prompts whose evidence has faded, stalest first (cero)."""
+    """Share of a round for prompts whose evidence has faded, stalest first (cero)."""
     utility: Literal["exponential", "rational"] = "exponential"
-    """How utility saturates in a prompt's cumulative rollouts (cero)."""
+    """How utility saturates in a prompt's cumulative rollouts (cero, cero_dual)."""
 
     def build(self) -> cero_jax.Allocator:
         """The allocator. Raises ValueError naming what does not fit."""
-        if self.name == "uniform":
-            return cero_jax.uniform(
-                total_budget=self.total_budget, num_epochs=self.num_epochs, group_size=self.group_size
-            )
-        return cero_jax.cero(
+        common: dict[str, Any] = dict(  # noqa: C408
             total_budget=self.total_budget,
             num_epochs=self.num_epochs,
             min_group=self.min_group,
             max_group=self.max_group,
-            tau=self.tau,
             prior=self.prior,
             discount=self.discount,
-            explore=self.explore,
-            utility=self.utility,
         )
-
-    @property
-    def smallest_group(self) -> int:
-        """Fewest rollouts that a visit can have."""
-        return min(self.min_group, self.group_size) if self.name == "uniform" else self.min_group
-
-    @property
-    def largest_group(self) -> int:
-        """Most rollouts that a prompt can get in a round."""
-        return self.group_size if self.name == "uniform" else self.max_group
+        match self.name:
+            case "cero":
+                return cero_jax.cero(**common, tau=self.tau, utility=self.utility, explore=self.explore)
+            case "cero_dual":
+                return cero_jax.cero_dual(**common, tau=self.tau, utility=self.utility)
+            case "uniform":
+                return cero_jax.uniform(**common, group_size=self.group_size)
+            case "variance":
+                return cero_jax.variance(**common, group_size=self.group_size)
+            case "knapsack":
+                return cero_jax.knapsack(**common, group_size=self.group_size)
 
 
 @dataclass(frozen=True)
@@ -119,21 +114,20 @@ class Config:
         """Raise ValueError for settings that do not fit each other, before any work is done."""
         allocator, learner = self.allocator, self.learner
         self.sampler.check_for_training()
-        if allocator.largest_group > learner.rows_per_step:
-            name = "group_size" if allocator.name == "uniform" else "max_group"
+        if allocator.max_group > learner.rows_per_step:
             raise ValueError(
-                f"allocator.{name}={allocator.largest_group} must be at most learner.rows_per_step="
+                f"allocator.max_group={allocator.max_group} must be at most learner.rows_per_step="
                 f"{learner.rows_per_step}: a group is drawn within a step"
             )
-        if allocator.total_budget < allocator.smallest_group:
+        if allocator.total_budget < allocator.min_group:
             raise ValueError(
                 f"allocator.total_budget={allocator.total_budget} is smaller than one group of "
-                f"{allocator.smallest_group}: raise the budget"
+                f"{allocator.min_group}: raise the budget"
             )
-        if allocator.total_budget // allocator.num_epochs < allocator.smallest_group:
+        if allocator.total_budget // allocator.num_epochs < allocator.min_group:
             raise ValueError(
-                f"allocator.total_budget={allocator.total_budget} over num_epochs={allocator.num_epochs} leaves less than "
-                f"one group of {allocator.smallest_group} a round: raise the budget or lower num_epochs"
+                f"allocator.total_budget={allocator.total_budget} over num_epochs={allocator.num_epochs} leaves less "
+                f"than one group of {allocator.min_group} a round: raise the budget or lower num_epochs"
             )
         if self.dynamic_sampling and learner.steps_per_batch > 1:
             raise ValueError("dynamic_sampling fills one step from several batches: it needs learner.steps_per_batch=1")
@@ -183,8 +177,8 @@ def check_resumable(cursor: Cursor, config: Config, prompts_hash: str) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{config.run_dir} holds a run with other settings: {'; '.join(changed)}. Give them back, or choose another "
-            "--work-dir" + ("" if config.extend else "; to go on with a larger budget say --extend=True")
+            f"{config.run_dir} holds a run with other settings: {'; '.join(changed)}. Give them back, or choose "
+            "another --work-dir" + ("" if config.extend else "; to go on with a larger budget say --extend=True")
         )
     if prompts_hash != cursor.prompts_hash:
         raise ValueError(f"{config.run_dir} holds a run on other prompts, or in another order: give the same data back")
@@ -193,7 +187,7 @@ def check_resumable(cursor: Cursor, config: Config, prompts_hash: str) -> None:
 
 
 def open_run_dir(config: Config, task: Task) -> tuple[Path, Path]:
-    """The run directory, with the resolved config and the prompts' labels in it, and the cache that runs share beside it.
+    """The run directory, with the resolved config and the prompts' labels in it, and the cache beside it for all runs.
 
     Turns on JAX's persistent compilation cache there: a restart is quick. Raises ValueError where it cannot be written.
     """

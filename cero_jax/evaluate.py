@@ -24,8 +24,8 @@ class EvaluationConfig:
     def __post_init__(self):
         if min(self.every_rollouts, self.samples, self.rows) < 1:
             raise ValueError(
-                f"evaluation: every_rollouts={self.every_rollouts}, samples={self.samples} and rows={self.rows} must be "
-                "at least 1"
+                f"evaluation: every_rollouts={self.every_rollouts}, samples={self.samples} and rows={self.rows} must "
+                "be at least 1"
             )
 
 

@@ -1,13 +1,14 @@
 """GRPO on ragged groups: advantages and loss of R rows that belong to groups of any size.
 
-Rows, not groups, are the unit. `group_ids` [R] int32 names each row's group, 0..G-1; a row outside `row_mask` is padding
-and counts nowhere. Nothing here knows how many rows a group should have.
+Rows, not groups, are the unit. `group_ids` [R] int32 names each row's group, 0..G-1; a row outside `row_mask` is
+padding and counts nowhere. Nothing here knows how many rows a group should have.
 
-What an allocation does to the objective. Where a prompt with success p is visited with n rows, the expected coefficient on
-grad p is 1 for `rloo`, (n-1)/n for `dr_grpo` and E[sqrt(S (n-S))] / (n p (1-p)) for `grpo`, S ~ Binomial(n, p): that still
-depends on n (at p = 0.02: 1.0, 2.6, 4.8 for n = 2, 8, 32). It is multiplied by the group's share of the weight (its tokens
-under `token`, its rows under `sequence`, alike for all groups under `prompt`) and by the rate at which the prompt is visited.
-So an allocation acts as a *weight* too. `rloo` by `sequence`, each row over its prompt's rate of rollouts, undoes that.
+What an allocation does to the objective. Where a prompt with success p is visited with n rows, the expected coefficient
+on grad p is 1 for `rloo`, (n-1)/n for `dr_grpo` and E[sqrt(S (n-S))] / (n p (1-p)) for `grpo`, S ~ Binomial(n, p): that
+still depends on n (at p = 0.02: 1.0, 2.6, 4.8 for n = 2, 8, 32). It is multiplied by the group's share of the weight
+(its tokens under `token`, its rows under `sequence`, alike for all groups under `prompt`) and by the rate at which the
+prompt is visited. So an allocation acts as a *weight* too. `rloo` by `sequence`, each row over its prompt's rate of
+rollouts, undoes that.
 
 Letters: R rows, T completion tokens, G groups (static).
 """
@@ -28,7 +29,7 @@ def _group_sum(values: Array, group_ids: Array, row_mask: Array, num_groups: int
 
 
 def has_variance(reward: Array, group_ids: Array, row_mask: Array, num_groups: int) -> Array:
-    """[R] bool: whether the row's group holds two different rewards (max > min; a rounded mean would leave a residue)."""
+    """[R] bool: whether the row's group holds two different rewards (max > min: a rounded mean leaves a residue)."""
     highest = jax.ops.segment_max(jnp.where(row_mask, reward, -jnp.inf), group_ids, num_segments=num_groups)
     lowest = jax.ops.segment_min(jnp.where(row_mask, reward, jnp.inf), group_ids, num_segments=num_groups)
     return (highest > lowest)[group_ids] & row_mask
@@ -102,7 +103,7 @@ def token_weights(
 
 
 def k3(log_probs: Array, ref_log_probs: Array) -> Array:
-    """Schulman's k3 estimate of KL(policy || reference) a token: r - 1 - log r with r = reference / policy; never negative."""
+    """Schulman's k3 estimate of KL(policy || reference) a token: r - 1 - log r, r = reference / policy; >= 0."""
     log_ratio = ref_log_probs - log_probs
     return jnp.exp(log_ratio) - 1.0 - log_ratio
 

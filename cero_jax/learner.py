@@ -6,7 +6,7 @@ Letters: R rows of an optimiser step, P prompt tokens, T completion tokens, D wi
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,8 @@ class LearnerConfig:
     kl_coef: float = 0.0
     """Weight of the KL to the policy that RL started from; 0 keeps no reference in memory."""
     undo_visit_rate: bool = False
-    """Divide each row's weight by its prompt's rate of rollouts: with `rloo` and `sequence`, the objective that a uniform
-    allocation optimises, whatever the allocation."""
+    """Divide each row's weight by its prompt's rate of rollouts: with `rloo` and `sequence`, the objective that a
+    uniform allocation optimises, whatever the allocation."""
     visit_rate_clip: float = 4.0
     """Rates are clipped to within this factor of the mean before they are divided by."""
     logit_chunk_tokens: int = 128
@@ -53,7 +53,8 @@ class LearnerConfig:
     def __post_init__(self):
         if self.rows_per_step < 2 or self.steps_per_batch < 1:
             raise ValueError(
-                f"rows_per_step={self.rows_per_step} must be at least 2, steps_per_batch={self.steps_per_batch} at least 1"
+                f"rows_per_step={self.rows_per_step} must be at least 2, "
+                f"steps_per_batch={self.steps_per_batch} at least 1"
             )
 
 
@@ -65,18 +66,21 @@ class TrainState(NamedTuple):
     step: Array  # [] int32, optimiser steps taken
 
 
+Rows = Any  # a NumPy array on its way to the devices, or a JAX array there
+
+
 class Batch(NamedTuple):
     """R rows with everything that the step needs."""
 
-    prompt_tokens: Array  # [R, P] int32, padded on the left
-    prompt_lengths: Array  # [R] int32
-    tokens: Array  # [R, T] int32, padded on the right
-    lengths: Array  # [R] int32, EOS counted
-    log_probs: Array  # [R, T] float32, of the policy that drew them
-    reward: Array  # [R] float32
-    group_ids: Array  # [R] int32, in 0..R-1
-    row_mask: Array  # [R] bool, False: padding, or masked out
-    row_weight: Array  # [R] float32, multiplies the row's tokens' weights; 1 unless visit rates are undone
+    prompt_tokens: Rows  # [R, P] int32, padded on the left
+    prompt_lengths: Rows  # [R] int32
+    tokens: Rows  # [R, T] int32, padded on the right
+    lengths: Rows  # [R] int32, EOS counted
+    log_probs: Rows  # [R, T] float32, of the policy that drew them
+    reward: Rows  # [R] float32
+    group_ids: Rows  # [R] int32, in 0..R-1
+    row_mask: Rows  # [R] bool, False: padding, or masked out
+    row_weight: Rows  # [R] float32, multiplies the row's tokens' weights; 1 unless visit rates are undone
 
 
 def make_optimizer(config: LearnerConfig) -> optax.GradientTransformation:
@@ -91,8 +95,8 @@ def make_optimizer(config: LearnerConfig) -> optax.GradientTransformation:
 def completion_log_probs(params: Params, config: ModelConfig, batch: Batch, *, temperature: float, chunk: int) -> Array:
     """[R, T] float32 log-probabilities of the completion's tokens, of the full vocabulary at `temperature`.
 
-    Logits are computed for completion tokens only, `chunk` of a row at a time and again in the backward pass: [R, P + T, V]
-    is never held.
+    Logits are computed for completion tokens only, `chunk` of a row at a time and again in the backward pass:
+    [R, P + T, V] is never held.
     """
     num_rows, width = batch.prompt_tokens.shape
     limit = batch.tokens.shape[1]
@@ -138,8 +142,8 @@ def grpo_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """The loss of one optimiser step, computed on its `num_rows` rows that come first when rows with a gradient do.
 
-    Advantages and weights are those of the whole step; a row of advantage 0 has no gradient, so that leaving it out of the
-    forward pass changes the gradient by rounding only.
+    Advantages and weights are those of the whole step; a row of advantage 0 has no gradient, so that leaving it out of
+    the forward pass changes the gradient by rounding only.
     """
     groups = {"group_ids": batch.group_ids, "row_mask": batch.row_mask, "num_groups": batch.reward.shape[0]}
     advantage = grpo.advantages(batch.reward, kind=config.advantage, **groups)
@@ -179,7 +183,7 @@ class Learner(NamedTuple):
     step: Callable[..., tuple[TrainState, dict[str, Array]]]  # (state, ref_params, batch, learning_rate, num_rows)
     supervised_step: Callable[..., tuple[TrainState, Array]]  # (state, batch, learning_rate) -> loss
     sizes: tuple[int, ...]  # the numbers of rows that `step` is compiled for, ascending; the last is R
-    shardings: TrainState  # of each part of the state
+    shardings: Any  # a NamedSharding for each part of a TrainState
 
 
 def row_sizes(rows_per_step: int, shards: int) -> tuple[int, ...]:
@@ -205,7 +209,7 @@ def make_learner(
         transform_non_params=lambda _: sharding.replicated(mesh),
     )
     row_sharding = sharding.rows(mesh)
-    shardings = TrainState(param_shardings, opt_shardings, sharding.replicated(mesh))
+    shardings: Any = TrainState(param_shardings, opt_shardings, sharding.replicated(mesh))  # type: ignore[arg-type]
 
     @partial(jax.jit, out_shardings=shardings)
     def init(params: Params) -> TrainState:
@@ -213,8 +217,8 @@ def make_learner(
 
     def apply(state: TrainState, grads: Params, learning_rate: Array) -> TrainState:
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        updates = jax.tree.map(lambda u: -learning_rate.astype(u.dtype) * u, updates)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state, state.step + 1)
+        params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
+        return TrainState(params, opt_state, state.step + 1)
 
     @partial(jax.jit, static_argnames="num_rows", donate_argnames="state", out_shardings=(shardings, None))
     def step(state: TrainState, ref_params: Params | None, batch: Batch, learning_rate: Array, num_rows: int):

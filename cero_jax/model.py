@@ -56,7 +56,7 @@ class Cache(NamedTuple):
 
 
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """x [..., D] over its root mean square, in float32, times scale [D]; returns x's dtype."""
+    """Divide x [..., D] by its root mean square, in float32, times scale [D]; returns x's dtype."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return jnp.einsum("...d,d->...d", normed, scale.astype(jnp.float32)).astype(x.dtype)
@@ -92,7 +92,7 @@ class Attention(nnx.Module):
         self.o = _normal(rngs.params(), (h, k, d), h * k * 2 * config.num_layers, dtype)
 
     def __call__(self, x: Array, positions: Array, mask: Array, cache: Cache | None, layer: Array, start: Array):
-        """x [B, T, D], mask [B, T, S] -> [B, T, D] and the cache with this call's T tokens written at `start`."""
+        """Inputs x [B, T, D], mask [B, T, S] -> [B, T, D] and the cache with this call's tokens written at `start`."""
         base, dtype = self.config.rope_base, x.dtype
         q = rope(jnp.einsum("btd,dhk->bthk", x, self.q[...].astype(dtype)), positions, base)
         k = rope(jnp.einsum("btd,dgk->btgk", x, self.k[...].astype(dtype)), positions, base)

@@ -80,7 +80,7 @@ def live_rows(batch: Batch) -> np.ndarray:
 
 
 def pack_live(batches: list[Batch], min_group: int) -> tuple[Batch, bool]:
-    """One step's rows from several batches of R: their live groups, whole and in order, as many as R holds; then padding.
+    """One step's rows from several batches of R: their live groups, whole and in order, as many as R holds; padding.
 
     DAPO's dynamic sampling (Yu et al. 2025): what has no variance was drawn and charged, and is left out. Also returns
     whether the step is full: no group of `min_group` would fit any more, or a live group did not.

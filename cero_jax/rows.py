@@ -1,7 +1,8 @@
 """An epoch's ragged groups laid into steps of R rows each, so that no shape depends on the allocation.
 
-R is fixed. A group that does not fit what is left of a step is cut in two visits, each of at least `min_group` rows with a
-baseline of its own, or else the next group that fits goes first. Places left empty are padding: masked, never charged.
+R is fixed. A group that does not fit what is left of a step is cut in two visits, each of at least `min_group` rows
+with a baseline of its own, or else the next group that fits goes first. Places left empty are padding: masked, never
+charged.
 """
 
 from collections import deque

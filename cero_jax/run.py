@@ -1,4 +1,4 @@
-"""What a run is made of: every piece built and checked from the config, the state from the start or the latest checkpoint."""
+"""What a run is made of: every piece built and checked from the config; the state, fresh or the latest checkpoint's."""
 
 from collections.abc import Callable
 from functools import partial
@@ -53,7 +53,7 @@ class Run(NamedTuple):
             counts,
             pass_order(len(counts), self.config.seed, epoch),
             rows_per_step=self.config.learner.rows_per_step,
-            min_group=self.config.allocator.smallest_group,
+            min_group=self.config.allocator.min_group,
         )
 
     def log(self, kind: str, at: Cursor, figures: dict, seconds: dict) -> None:
@@ -118,7 +118,7 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         sample=sample,
         learner=learner,
         allocate=jax.jit(allocator.allocate, out_shardings=everywhere),
-        # Every rollout of a round is drawn, so nothing is released: the rest of a group cut over two steps stays reserved.
+        # Every rollout of a round is drawn: release=False keeps the rest of a group cut over two steps reserved.
         update=jax.jit(partial(allocator.update, release=False), out_shardings=everywhere),
         ref_params=ref_params,
         checkpoints=checkpoints,

@@ -64,7 +64,7 @@ class Rollouts(NamedTuple):
 
 
 def row_keys(seed: Array, step: Array, prompt_ids: Array, rollout_index: Array) -> Array:
-    """[R] keys, a function of (seed, step, prompt id, rollout index) alone: not of the slot. The loop folds in the position."""
+    """[R] keys, a function of (seed, step, prompt id, rollout index), not of the slot; `generate` adds the position."""
     root = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(lambda prompt, rollout: jax.random.fold_in(jax.random.fold_in(root, prompt), rollout))(
         prompt_ids, rollout_index

@@ -1,7 +1,7 @@
 """The supervised phase before RL: a policy that imitates the task's demonstrations, computed once and cached.
 
-It is not charged to the budget. The cache lies beside the runs, under a hash of all that determines it, so that runs of one
-seed start from the very same policy whatever allocates their rollouts.
+It is not charged to the budget. The cache lies beside the runs, under a hash of all that determines it, so that runs of
+one seed start from the very same policy whatever allocates their rollouts.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ def warm_start(
         return init()
     if task.demonstrations is None:
         raise ValueError(f"warm_start.num_steps={config.num_steps}: this task has no demonstrations, set it to 0")
-    # What the demonstrations are, and not how they were asked for: mixes that differ in gold answers share a warm start.
+    # What the demonstrations are, not how they were asked for: mixes that differ in gold answers share a warm start.
     probe = task.demonstrations(np.random.default_rng(seed), 1024)
     settings = [dataclasses.asdict(config), dataclasses.asdict(model_config), seed, max_tokens, jax.__version__]
     identity = json.dumps([settings, probe, task.heldout.questions], sort_keys=True)
