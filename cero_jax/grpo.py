@@ -140,8 +140,9 @@ def policy_loss(
     gain = jnp.minimum(ratio * advantage[:, None], clipped * advantage[:, None])
     loss = -(weights * gain).sum()
     total = jnp.maximum(weights.sum(), 1e-20)
+    clips = clipped * advantage[:, None] < ratio * advantage[:, None]
     metrics = {
-        "clip_share": (weights * (clipped * advantage[:, None] < ratio * advantage[:, None])).sum() / total,
+        "clip_share": jnp.where(clips, weights, 0.0).sum() / total,
         "log_prob_mismatch": (weights * jnp.abs(log_ratio)).sum() / total,
     }
     if kl_coef:
