@@ -148,7 +148,9 @@ def policy_loss(
     if kl_coef:
         if ref_log_probs is None:
             raise ValueError(f"kl_coef={kl_coef} needs ref_log_probs, the frozen reference's log-probabilities")
-        kl = (weights * jnp.where(weights > 0, k3(log_probs, ref_log_probs), 0.0)).sum()
+        # Both masked before k3: behind it the gradient of padding would still be 0 x inf.
+        on_tokens = (jnp.where(weights > 0, each, 0.0) for each in (log_probs, ref_log_probs))
+        kl = (weights * k3(*on_tokens)).sum()
         loss = loss + kl_coef * kl
         metrics["kl"] = kl / total
     return loss, metrics
