@@ -105,7 +105,7 @@ def token_weights(
 def k3(log_probs: Array, ref_log_probs: Array) -> Array:
     """Schulman's k3 estimate of KL(policy || reference) a token: r - 1 - log r, r = reference / policy; >= 0."""
     log_ratio = ref_log_probs - log_probs
-    return jnp.exp(log_ratio) - 1.0 - log_ratio
+    return jnp.expm1(log_ratio) - log_ratio  # exp(x) - 1 would round to below x near zero
 
 
 def policy_loss(
