@@ -30,7 +30,7 @@ class AllocatorState(NamedTuple):
 class InitFn(Protocol):
     """Makes the state of a run."""
 
-    def __call__(self, num_prompts: int, seed=0) -> AllocatorState:
+    def __call__(self, num_prompts: int, seed: int | Array = 0) -> AllocatorState:
         """The state before any rollout. num_prompts: N, static. seed: int, may be traced."""
         ...
 
@@ -123,7 +123,7 @@ def build(
     _check_settings(total_budget, num_epochs, min_group, max_group, prior, discount, expected_tokens)
     bounds = {"min_group": min_group, "max_group": max_group}
 
-    def init(num_prompts: int, seed=0) -> AllocatorState:
+    def init(num_prompts: int, seed: int | Array = 0) -> AllocatorState:
         if num_prompts < 1:
             raise ValueError(f"num_prompts={num_prompts}: an allocator needs at least one prompt")
         alpha, beta = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), (num_prompts,)) for x in prior)

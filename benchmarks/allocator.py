@@ -1,0 +1,201 @@
+"""The allocator's figures: every bar of the design, by K and by allocator, with the seeds that were run.
+
+    python benchmarks/allocator.py --log grpo_counts.jsonl --out benchmarks/allocator.md
+
+Sections (--only): fixed, dual, drift, log, short, choices. About ten minutes on two cores. Speed: allocator_speed.py.
+"""
+
+import argparse
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import cero_jax
+from cero_jax import simulate
+
+PROMPTS = 1000
+SECTIONS = ("fixed", "dual", "drift", "log", "short", "choices")
+
+
+def fixed_utilities(make, num_epochs, tau, **own):
+    """Utility [] of one run with v known and constant, its optimum, and the share of the budget spent."""
+    p = np.clip(np.random.default_rng(0).beta(0.5, 0.5, PROMPTS), 1e-6, 1 - 1e-6)
+    alpha, beta = jnp.asarray(1e6 * p, jnp.float32), jnp.asarray(1e6 * (1 - p), jnp.float32)
+    total = 8 * PROMPTS * num_epochs
+    allocator = make(total_budget=total, num_epochs=num_epochs, min_group=2, discount=1.0, **own)
+
+    def one_round(state, _):
+        n, state = allocator.allocate(state._replace(alpha=alpha, beta=beta))
+        return allocator.update(state, None, n, n // 2), None
+
+    state = jax.jit(lambda: jax.lax.scan(one_round, allocator.init(PROMPTS), length=num_epochs)[0])()
+    v = p * (1 - p)
+    best, _ = cero_jax.offline_optimum(v, total_budget=total, num_epochs=num_epochs, tau=tau)
+    utility = [np.sum(v * -np.expm1(-np.asarray(x, np.float64) / tau)) for x in (state.cumulative_rollouts, best)]
+    return utility[0], utility[1], int(state.ledger.spent) / total
+
+
+def fixed():
+    """Bar 1: known, constant utilities, tau = 8K: at least 0.999 of the offline optimum."""
+    makers = {
+        "cero": lambda tau: partial(cero_jax.cero, explore=0.0, tau=tau),
+        "cero_dual": lambda tau: partial(cero_jax.cero_dual, tau=tau),
+        "uniform": lambda tau: cero_jax.uniform,
+        "variance": lambda tau: cero_jax.variance,
+        "knapsack": lambda tau: cero_jax.knapsack,
+    }
+    yield "| K | " + " | ".join(makers) + " |"
+    yield "|---" * (len(makers) + 1) + "|"
+    for num_epochs in (4, 8, 16, 32, 64, 128, 256, 512, 1024):
+        tau = 8.0 * num_epochs
+        found = [fixed_utilities(make(tau), num_epochs, tau) for make in makers.values()]
+        yield f"| {num_epochs} | " + " | ".join(f"{value / best:.5f}" for value, best, _ in found) + " |"
+
+
+def dual():
+    """Bar 2: regret of `cero_dual` in epochs' worth of the optimum, its log-log slope in K at most 0.55."""
+    yield "| tau | K | regret | budget spent |"
+    yield "|---|---|---|---|"
+    for factor in (2, 8):
+        sizes, regrets = (64, 128, 256, 512, 1024, 2048, 4096), []
+        for num_epochs in sizes:
+            tau = float(factor * num_epochs)
+            value, best, spent = fixed_utilities(partial(cero_jax.cero_dual, tau=tau), num_epochs, tau)
+            regrets.append(num_epochs * (best - value) / best)
+            yield f"| {factor}K | {num_epochs} | {regrets[-1]:.3f} | {spent:.4f} |"
+        yield f"| {factor}K | slope | **{np.polyfit(np.log(sizes), np.log(regrets), 1)[0]:.3f}** | |"
+
+
+def settings(num_prompts, num_epochs, total_budget, min_group, first_seed):
+    sizes = {"num_prompts": num_prompts, "num_epochs": num_epochs, "total_budget": total_budget}
+    return {**sizes, "min_group": min_group, "tau": total_budget / num_prompts, "first_seed": first_seed}
+
+
+def row(name, world, seeds, setup):
+    """Values relative to uniform, `cero` relative to the same rule told the truth, and where the rollouts went."""
+    outcomes = simulate.compare(world, seeds=seeds, settings=setup)
+    uniform, cero, told = (outcomes[x] for x in ("uniform", "cero", "cero, told p"))
+    ratio = {key: np.asarray(outcome.value / uniform.value) for key, outcome in outcomes.items()}
+    error = ratio["cero"].std(ddof=1) / seeds**0.5
+    cells = [f"{ratio[key].mean():.3f}" for key in ("variance", "knapsack", "cero_dual")]
+    cells += [f"**{ratio['cero'].mean():.3f}** ± {error:.3f}", f"{ratio['cero, told p'].mean():.3f}"]
+    cells += [f"{float((cero.value / told.value).mean()):.3f}"]
+    cells += [f"{100 * float(x.live_share.mean()):.0f}" for x in (uniform, cero)]
+    cells += [f"{100 * float(x.hopeless_share.mean()):.0f}" for x in (uniform, cero)]
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+HEADER = (
+    "| | variance | knapsack | cero_dual | cero | told p | cero / told | live %, uniform | live %, cero "
+    "| hopeless %, uniform | hopeless %, cero |"
+)
+
+
+def drift(seeds, first_seed):
+    """Bar 3: a policy that learns from what it is given; values relative to uniform."""
+    yield HEADER
+    yield "|---" * 11 + "|"
+    for num_epochs in (4, 8, 16, 32):
+        setup = settings(PROMPTS, num_epochs, 8 * PROMPTS * num_epochs, 2, first_seed)
+        yield row(f"K = {num_epochs}", simulate.drifting(PROMPTS), seeds, setup)
+
+
+def log(path, seeds, first_seed):
+    """Bar 4: success curves of a real run."""
+    successes, rollouts = simulate.read_log(path)
+    yield HEADER
+    yield "|---" * 11 + "|"
+    for num_epochs in (4, 8, 16, 44):
+        setup = settings(len(rollouts), num_epochs, 8 * len(rollouts) * num_epochs, 2, first_seed)
+        world = simulate.replayed(simulate.success_curves(successes, rollouts, num_epochs))
+        yield row(f"K = {num_epochs}", world, seeds, setup)
+
+
+def short(seeds, first_seed):
+    """Bar 5: rounds of N rollouts, groups from 4, 50 rollouts a prompt in all."""
+    yield HEADER
+    yield "|---" * 11 + "|"
+    yield row("drift of bar 3", simulate.drifting(PROMPTS), seeds, settings(PROMPTS, 50, 50 * PROMPTS, 4, first_seed))
+    for hopeless in (0.4, 0.6):
+        world = simulate.drifting(512, hopeless=hopeless, own=2.0, transfer=3.0)
+        yield row(f"{100 * hopeless:.0f} % hopeless", world, seeds, settings(512, 50, 25_600, 4, first_seed))
+
+
+def choices(path, seeds, first_seed):
+    """What each constant of `cero` buys: value relative to uniform, and the share that goes to hopeless prompts."""
+    worlds = {}
+    for num_epochs in (8, 32):
+        setup = settings(PROMPTS, num_epochs, 8 * PROMPTS * num_epochs, 2, first_seed)
+        worlds[f"drift, K = {num_epochs}"] = simulate.drifting(PROMPTS), setup
+    if path:
+        successes, rollouts = simulate.read_log(path)
+        for num_epochs in (4, 8, 44):
+            setup = settings(len(rollouts), num_epochs, 8 * len(rollouts) * num_epochs, 2, first_seed)
+            curves = simulate.success_curves(successes, rollouts, num_epochs)
+            worlds[f"log, K = {num_epochs}"] = simulate.replayed(curves), setup
+    for hopeless in (0.4, 0.6):
+        world = simulate.drifting(512, hopeless=hopeless, own=2.0, transfer=3.0)
+        worlds[f"short, {100 * hopeless:.0f} % hopeless"] = world, settings(512, 50, 25_600, 4, first_seed)
+    variants = {
+        "default": {},
+        "explore 0": {"explore": 0.0},
+        "explore 0.2": {"explore": 0.2},
+        "prior not fitted": {"fit_prior": False},
+        "prior not fitted, explore 0": {"fit_prior": False, "explore": 0.0},
+        "prior not fitted, (0.3, 0.5), explore 0": {"fit_prior": False, "prior": (0.3, 0.5), "explore": 0.0},
+        "discount 1": {"discount": 1.0},
+        "discount 0.95": {"discount": 0.95},
+        "discount 0.8": {"discount": 0.8},
+        "tau halved": {"tau": 0.5},
+        "tau doubled": {"tau": 2.0},
+        "rational utility": {"utility": "rational"},
+    }
+    yield "| | " + " | ".join(worlds) + " |"
+    yield "|---" * (len(worlds) + 1) + "|"
+    base = {key: simulate.run_seeds(cero_jax.uniform, w, seeds=seeds, settings=s) for key, (w, s) in worlds.items()}
+    for name, own in variants.items():
+        cells = []
+        for key, (world, setup) in worlds.items():
+            scaled = {"tau": own["tau"] * setup["tau"]} if "tau" in own else {}
+            outcome = simulate.run_seeds(cero_jax.cero, world, seeds=seeds, settings=setup, **{**own, **scaled})
+            hopeless = f", {100 * float(outcome.hopeless_share.mean()):.0f} %" if "hopeless" in key else ""
+            cells.append(f"{float((outcome.value / base[key].value).mean()):.3f}{hopeless}")
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--log", help="a log of a real run; without it the section log is left out")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--out", help="file that the tables are appended to")
+    args = parser.parse_args()
+    seeds = {"seeds": args.seeds, "first_seed": args.first_seed}
+    sections = {
+        "fixed": fixed,
+        "dual": dual,
+        "drift": partial(drift, **seeds),
+        "log": partial(log, args.log, **seeds),
+        "short": partial(short, **seeds),
+        "choices": partial(choices, args.log, **seeds),
+    }
+    for name in args.only:
+        if name == "log" and not args.log:
+            continue
+        section = sections[name]
+        what = (getattr(section, "func", section).__doc__ or "").strip()
+        lines = [f"\n## {name}\n", f"{what} {args.seeds} seeds from {args.first_seed}.\n"]
+        print(*lines, sep="\n")
+        for line in section():
+            print(line, flush=True)
+            lines.append(line)
+        if args.out:
+            with open(args.out, "a") as file:
+                print(*lines, sep="\n", file=file)
+
+
+if __name__ == "__main__":
+    main()

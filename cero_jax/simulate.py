@@ -1,0 +1,302 @@
+"""What an allocation is worth, without training anything: a drifting policy, or the log of a run of yours.
+
+    python -m cero_jax.simulate                       all allocators on a policy that learns from what it is given
+    python -m cero_jax.simulate --log rollouts.jsonl  what they would have done with the budget of a run that was logged
+
+A log has one row a rollout, with the fields prompt, epoch and reward (other names: --fields), as JSONL, CSV or Parquet.
+JSONL may instead hold one row a prompt: {"group_size": 8, "num_correct": [0, 3, 8]}, one count a visit.
+"""
+
+import argparse
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from cero_jax.allocator import Allocator, AllocatorState, cero, cero_dual, knapsack, uniform, variance
+
+ALLOCATORS = (uniform, variance, knapsack, cero_dual, cero)
+SUCCESS_THRESHOLD = 0.5  # a reward from here on counts as a success
+SMOOTHING = 2.0  # visits: width of the Gaussian that turns a prompt's logged counts into a success curve
+CANNOT_KNOW = """\
+What a replay cannot know: the logged policy learned from the logged rollouts. Here every allocator meets the same
+success curves, smoothed from the log, as if its own choices had taught the policy nothing more and nothing less; a
+prompt seldom visited has a curve that is mostly guess; and live rollouts are not yet accuracy. Read it as how much of
+the budget was spent on groups that could teach nothing, and how much of that could be found out in time."""
+
+
+class World(NamedTuple):
+    """A policy's success on N prompts, and how it moves."""
+
+    init: Callable[[Array], Array]  # key -> logits [N]
+    success: Callable[[Array, Array], Array]  # (logits [N], share of the budget spent []) -> probability [N]
+    learn: Callable[
+        [Array, Array, Array], Array
+    ]  # (logits, probability, rollouts / budget a prompt), all [N] -> logits
+
+
+class Outcome(NamedTuple):
+    """What a run came to."""
+
+    value: Array  # [] sum over rounds and prompts of p(1 - p), true at the time, times the increment of h(X / tau)
+    live_share: Array  # [] share of the rollouts drawn that were in groups with variance
+    hopeless_share: Array  # [] share of the rollouts that went to prompts with p = 0
+    spent_share: Array  # [] of the budget
+    accuracy: Array  # [] mean success at the end on prompts that can be solved
+    rollouts: Array  # [N] int32, cumulative
+    success: Array  # [N] success probability at the start
+
+
+def drifting(num_prompts: int, *, hopeless: float = 0.0, own: float = 1.0, transfer: float = 1.0) -> World:
+    """A policy that learns fastest where the variance and the allocation are.
+
+    Logits are N(-0.5, 2.5). A prompt's logit rises by `own` times the signal that it gets (4 p (1 - p) times its
+    rollouts, in units of the run's budget a prompt) and by `transfer` times the mean signal of all. With `hopeless` >
+    0, that share can never be solved, half of the rest begin easy, N(0.5, 1), and half hard, N(-4, 2).
+    """
+
+    def init(key):
+        normal_key, order_key = jax.random.split(key)
+        noise = jax.random.normal(normal_key, (num_prompts,))
+        if not hopeless:
+            return -0.5 + 2.5 * noise
+        rank = jax.random.permutation(order_key, num_prompts) / num_prompts
+        logits = jnp.where(rank < hopeless + (1 - hopeless) / 2, 0.5 + noise, -4 + 2 * noise)
+        return jnp.where(rank < hopeless, -jnp.inf, logits)
+
+    def learn(logits, probability, rollouts):
+        signal = 4 * probability * (1 - probability) * rollouts
+        return logits + own * signal + transfer * jnp.mean(signal) / (1 - hopeless)
+
+    return World(init, lambda logits, _: jax.nn.sigmoid(logits), learn)
+
+
+def replayed(curves) -> World:
+    """Success curves [K, N] spread over the budget, whatever is allocated."""
+    curves = jnp.asarray(curves, jnp.float32)
+    last = curves.shape[0] - 1
+
+    def success(_, progress):
+        return curves[jnp.minimum((progress * (last + 1)).astype(jnp.int32), last)]
+
+    return World(lambda key: jnp.zeros(curves.shape[1]), success, lambda logits, *_: logits)
+
+
+def run(allocator: Allocator, world: World, key, *, num_prompts, total_budget, num_epochs, tau, told=False) -> Outcome:
+    """num_epochs rounds of one run, scanned. tau: of the value that is reported. told: show the rule the true p."""
+    init_key, rounds_key, seed_key = jax.random.split(key, 3)
+    start = world.init(init_key)
+    state = allocator.init(num_prompts, jax.random.randint(seed_key, (), 0, 2**30))
+
+    def utility(rollouts):
+        return -jnp.expm1(-rollouts.astype(jnp.float32) / tau)
+
+    def one_round(carry, key):
+        logits, state, value = carry
+        probability = world.success(logits, state.ledger.spent / total_budget)
+        if told:
+            state = _tell(state, probability)
+        n, state = allocator.allocate(state)
+        before = state.cumulative_rollouts
+        correct = jax.random.binomial(key, n.astype(jnp.float32), probability).astype(jnp.int32)
+        gain = probability * (1 - probability) * (utility(before + n) - utility(before))
+        state = allocator.update(state, None, n, correct)
+        live = jnp.sum(jnp.where((correct > 0) & (correct < n), n, 0))
+        hopeless = jnp.sum(jnp.where(probability == 0, n, 0))
+        logits = world.learn(logits, probability, n * (num_prompts / total_budget))
+        return (logits, state, value + jnp.sum(gain)), (live, hopeless)
+
+    carry = (start, state, jnp.zeros(()))
+    (logits, state, value), (live, hopeless) = jax.lax.scan(one_round, carry, jax.random.split(rounds_key, num_epochs))
+    spent = jnp.maximum(state.ledger.spent, 1)
+    first, final = world.success(start, jnp.zeros(())), world.success(logits, jnp.ones(()))
+    accuracy = jnp.sum(final) / jnp.maximum(jnp.sum(first > 0), 1)
+    shares = jnp.sum(live) / spent, jnp.sum(hopeless) / spent, state.ledger.spent / total_budget
+    return Outcome(value, *shares, accuracy, state.cumulative_rollouts, first)
+
+
+def _tell(state: AllocatorState, probability: Array) -> AllocatorState:
+    """The state with a posterior that is as good as certain of the true success probability."""
+    return state._replace(alpha=probability * 1e6, beta=(1 - probability) * 1e6)
+
+
+def run_seeds(
+    make: Callable[..., Allocator], world: World, *, seeds: int, settings: dict, told=False, **own
+) -> Outcome:
+    """`run` over seeds: every field of the outcome with a leading axis. make: an allocator; own: its keywords."""
+    fixed = {name: settings[name] for name in ("total_budget", "num_epochs")}
+    allocator = make(**fixed, min_group=settings["min_group"], **own)
+    sizes = {**fixed, "num_prompts": settings["num_prompts"], "tau": settings["tau"]}
+    keys = jax.random.split(jax.random.key(settings.get("first_seed", 0)), seeds)
+    return jax.jit(jax.vmap(lambda key: run(allocator, world, key, told=told, **sizes)))(keys)
+
+
+def compare(world: World, *, seeds: int, settings: dict) -> dict[str, Outcome]:
+    """Every allocator, and `cero` told the truth, on the same seeds."""
+    outcomes = {make.__name__: run_seeds(make, world, seeds=seeds, settings=settings) for make in ALLOCATORS}
+    outcomes["cero, told p"] = run_seeds(cero, world, seeds=seeds, settings=settings, told=True)
+    return outcomes
+
+
+def read_log(path: str | Path, fields: tuple[str, str, str] = ("prompt", "epoch", "reward")) -> tuple[np.ndarray, ...]:
+    """(successes, rollouts), both [N, V] int: of each prompt at each of its visits, in order; 0 rollouts beyond them.
+
+    Raises ValueError naming the file, the line and the field that is wrong.
+    """
+    path = Path(path)
+    visits: dict = {}
+    for line, row in _rows(path):
+        if "num_correct" in row and "group_size" in row:
+            visits[line] = {k: (int(c), int(row["group_size"])) for k, c in enumerate(row["num_correct"])}
+            continue
+        missing = [name for name in fields if row.get(name) in (None, "")]
+        if missing:
+            raise ValueError(f"{path}:{line}: no field {missing[0]!r}; it has {', '.join(map(str, row))}. See --fields")
+        prompt, epoch, reward = (row[name] for name in fields)
+        try:
+            epoch, success = float(epoch), float(reward) >= SUCCESS_THRESHOLD
+        except ValueError:
+            raise ValueError(f"{path}:{line}: epoch={epoch!r}, reward={reward!r} must be numbers") from None
+        of_prompt = visits.setdefault(prompt, {})
+        correct, drawn = of_prompt.get(epoch, (0, 0))
+        of_prompt[epoch] = correct + success, drawn + 1
+    if not visits:
+        raise ValueError(f"{path} holds no rows")
+    counts = np.zeros((2, len(visits), max(map(len, visits.values()))), np.int64)
+    for i, of_prompt in enumerate(visits.values()):
+        for k, epoch in enumerate(sorted(of_prompt)):
+            counts[:, i, k] = of_prompt[epoch]
+    return counts[0], counts[1]
+
+
+def _rows(path: Path):
+    """(line, row as a dict) of a JSONL, CSV or Parquet file."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    if path.suffix == ".parquet":
+        try:
+            import pyarrow.parquet  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            raise ValueError(f"{path}: reading Parquet needs pyarrow (pip install pyarrow)") from None
+        yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
+    elif path.suffix == ".csv":
+        with path.open(newline="") as file:
+            yield from enumerate(csv.DictReader(file), start=2)
+    else:
+        with path.open() as file:
+            for line, text in enumerate(file, start=1):
+                try:
+                    row = json.loads(text)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{path}:{line}: broken JSON: {error}") from None
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}:{line}: a row must be an object with fields, not {text.strip()[:40]!r}")
+                yield line, row
+
+
+def success_curves(successes: np.ndarray, rollouts: np.ndarray, num_epochs: int) -> np.ndarray:
+    """Success probability [K, N]: each prompt's counts [N, V] smoothed over its visits, K epochs spread over them."""
+    num_visits = np.maximum((rollouts > 0).sum(1), 1)
+    at = (np.arange(num_epochs)[:, None] + 0.5) / num_epochs * num_visits - 0.5  # [K, N], in visits
+    curves = np.empty(at.shape)
+    for k, where in enumerate(at):
+        weight = np.exp(-0.5 * ((where[:, None] - np.arange(rollouts.shape[1])) / SMOOTHING) ** 2)
+        curves[k] = (weight * successes).sum(1) / np.maximum((weight * rollouts).sum(1), 1e-300)
+    return curves
+
+
+def table(outcomes: dict[str, Outcome]) -> str:
+    """A Markdown table: means over seeds, value relative to uniform of the same seed with its standard error."""
+    lines = [
+        "| allocator | value / uniform | rollouts in live groups | to hopeless prompts | budget spent | end accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, outcome in outcomes.items():
+        ratio = np.asarray(outcome.value / outcomes["uniform"].value)
+        error = ratio.std(ddof=1) / np.sqrt(len(ratio)) if len(ratio) > 1 else float("nan")
+        shares = (outcome.live_share, outcome.hopeless_share, outcome.spent_share)
+        cells = " | ".join(f"{100 * float(x.mean()):.1f} %" for x in shares)
+        lines.append(f"| {name} | {ratio.mean():.3f} ± {error:.3f} | {cells} | {float(outcome.accuracy.mean()):.3f} |")
+    return "\n".join(lines)
+
+
+def picture(outcomes: dict[str, Outcome], path: Path) -> None:
+    """Rollouts a prompt against the success probability at the start, one line an allocator."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    edges = np.linspace(0, 1, 11)
+    for name, outcome in outcomes.items():
+        place = np.clip(np.digitize(np.asarray(outcome.success).ravel(), edges) - 1, 0, 9)
+        total = np.bincount(place, np.asarray(outcome.rollouts).ravel(), minlength=10)
+        axes.plot((edges[1:] + edges[:-1]) / 2, total / np.maximum(np.bincount(place, minlength=10), 1), label=name)
+    axes.set(xlabel="success probability at the start", ylabel="rollouts a prompt", ylim=(0, None))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def replay_settings(rollouts: np.ndarray, num_epochs: int, min_group: int) -> dict:
+    """The budget of a logged run, in num_epochs rounds."""
+    num_prompts, total = rollouts.shape[0], int(rollouts.sum())
+    sizes = {"num_prompts": num_prompts, "total_budget": total, "num_epochs": num_epochs}
+    return {**sizes, "min_group": min_group, "tau": total / num_prompts}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m cero_jax.simulate", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--log", help="JSONL, CSV or Parquet file of (prompt, epoch, reward) rows; default: simulate")
+    parser.add_argument(
+        "--fields", nargs=3, default=("prompt", "epoch", "reward"), metavar=("PROMPT", "EPOCH", "REWARD")
+    )
+    parser.add_argument(
+        "--epochs", type=int, help="rounds of a run; default 16, or the longest prompt's visits in a log"
+    )
+    parser.add_argument("--prompts", type=int, default=1000, help="prompts of the simulated data set")
+    parser.add_argument("--hopeless", type=float, default=0.0, help="share of prompts that can never be solved")
+    parser.add_argument("--min-group", type=int, default=4, help="rollouts of the smallest group")
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--picture", type=Path, default=Path("simulate.png"), help="where the picture goes")
+    args = parser.parse_args(argv)
+    if args.log:
+        try:
+            successes, rollouts = read_log(args.log, tuple(args.fields))
+        except ValueError as error:
+            parser.error(str(error))
+        num_epochs = args.epochs or rollouts.shape[1]
+        settings = replay_settings(rollouts, num_epochs, args.min_group)
+        dead = rollouts[(successes == 0) | (successes == rollouts)].sum() / rollouts.sum()
+        never = rollouts[successes.sum(1) == 0].sum() / rollouts.sum()
+        print(f"{settings['total_budget']} rollouts of {len(rollouts)} prompts in {args.log}.")
+        print(f"{100 * dead:.1f} % of them went to groups without variance,", end=" ")
+        print(f"{100 * never:.1f} % to prompts never solved.\n")
+        world = replayed(success_curves(successes, rollouts, num_epochs))
+    else:
+        num_epochs, total = args.epochs or 16, 8 * args.prompts * (args.epochs or 16)
+        sizes = {"num_prompts": args.prompts, "total_budget": total, "num_epochs": num_epochs}
+        settings = {**sizes, "min_group": args.min_group, "tau": total / args.prompts}
+        world = drifting(args.prompts, hopeless=args.hopeless)
+        print(f"{total} rollouts, {args.prompts} prompts, {num_epochs} rounds, {args.seeds} seeds.\n")
+    outcomes = compare(world, seeds=args.seeds, settings=settings)
+    print(table(outcomes))
+    if args.log:
+        print(f"\n{CANNOT_KNOW}")
+    try:
+        picture(outcomes, args.picture)
+        print(f"\npicture: {args.picture}")
+    except ImportError:
+        print("\nno picture: it needs matplotlib (pip install matplotlib)")
+
+
+if __name__ == "__main__":
+    main()
