@@ -1,0 +1,258 @@
+"""Drawing: what full forward passes and softmax say, whatever the slot and the neighbours."""
+
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from cero_jax import model, sharding
+from cero_jax.model import ModelConfig
+from cero_jax.sampler import SamplerConfig, draw, keep_likely, make_sampler, row_keys
+
+pytestmark = pytest.mark.usefixtures("strict_dtypes")
+
+CONFIG = ModelConfig(num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=16)
+VOCAB, PAD, EOS = 9, 0, (1, 5)
+PROMPTS, ROWS, WIDTH, LIMIT = 3, 8, 4, 6
+SEED, STEP = np.uint32(7), np.uint32(3)
+
+
+@cache
+def params(seed=0):
+    # a wide table: draws that hang on the tokens before them, and differ from prompt to prompt
+    initial = jax.jit(model.init_params, static_argnums=(0, 1, 2))(CONFIG, VOCAB, seed)
+    return initial | {"embed": initial["embed"] * 20}
+
+
+@cache
+def sampler(temperature=1.0, eos_ids=EOS, limit=LIMIT):
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    return make_sampler(CONFIG, SamplerConfig(limit, temperature), eos_ids, PAD, mesh)
+
+
+def make_batch(seed=0):
+    """Prompts of 1, 4 and 2 tokens; rows of all three, the last a padding row."""
+    rng = np.random.default_rng(seed)
+    prompt_of_row = np.array([0, 1, 2, 1, 0, 1, 2, 0], np.int32)
+    return {
+        "prompt_tokens": rng.integers(0, VOCAB, (PROMPTS, WIDTH)).astype(np.int32),
+        "prompt_lengths": np.array([1, 4, 2], np.int32),
+        "prompt_of_row": prompt_of_row,
+        "row_mask": np.arange(ROWS) < ROWS - 1,
+        "prompt_ids": prompt_of_row + 10,
+        "rollout_index": np.array([0, 0, 0, 1, 1, 2, 1, 0], np.int32),
+    }
+
+
+@jax.jit
+def _full_logits(params, tokens, lengths):
+    valid, positions = model.left_padded(lengths, tokens.shape[1])
+    hidden, _ = model.forward(params, CONFIG, tokens, positions, model.causal_mask(valid))
+    return model.logits(params, CONFIG, hidden)
+
+
+def full_logits(params, batch, rollouts):
+    """[R, T, V] float64 of one forward pass over prompt and completion: what each token was drawn from."""
+    prompt = batch["prompt_tokens"][batch["prompt_of_row"]]
+    tokens = np.concatenate([prompt, np.asarray(rollouts.tokens)], axis=1)
+    lengths = batch["prompt_lengths"][batch["prompt_of_row"]] + rollouts.tokens.shape[1]
+    out = _full_logits(params, tokens, lengths)[:, prompt.shape[1] - 1 : -1]
+    return np.asarray(out, np.float64)
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def drawn(rollouts):
+    """[R, T] which places hold a token that was drawn."""
+    return np.arange(rollouts.tokens.shape[1])[None] < np.asarray(rollouts.lengths)[:, None]
+
+
+def test_greedy_is_the_argmax_of_full_forward_passes():
+    batch = make_batch()
+    rollouts = sampler(temperature=0.0)(params(), SEED, STEP, batch)
+    full, mask = full_logits(params(), batch, rollouts), drawn(rollouts)
+    assert mask.sum() > ROWS  # completions of several tokens
+    np.testing.assert_array_equal(np.asarray(rollouts.tokens)[mask], full.argmax(axis=-1)[mask])
+    log_probs = np.take_along_axis(log_softmax(full), np.asarray(rollouts.tokens)[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(np.asarray(rollouts.log_probs)[mask], log_probs[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_log_probs_are_those_of_a_full_forward_pass_at_the_temperature():
+    batch = make_batch()
+    rollouts = sampler(temperature=0.7)(params(), SEED, STEP, batch)
+    full, mask = full_logits(params(), batch, rollouts) / 0.7, drawn(rollouts)
+    log_probs = np.take_along_axis(log_softmax(full), np.asarray(rollouts.tokens)[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(np.asarray(rollouts.log_probs)[mask], log_probs[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_a_completion_ends_at_any_eos_with_nothing_behind_it():
+    ended_by, cut = set(), 0
+    for step in range(8):
+        rollouts = jax.device_get(sampler()(params(), SEED, np.uint32(step), make_batch(step)))
+        for row in range(ROWS - 1):
+            tokens, length = rollouts.tokens[row], rollouts.lengths[row]
+            ends = np.flatnonzero(np.isin(tokens, EOS))
+            assert length == (ends[0] + 1 if len(ends) else LIMIT)  # the eos counts
+            assert rollouts.truncated[row] == (len(ends) == 0)
+            assert (tokens[length:] == PAD).all()
+            assert (rollouts.log_probs[row, length:] == 0).all()
+            assert (rollouts.log_probs[row, :length] < 0).all()
+            ended_by |= {int(tokens[ends[0]])} if len(ends) else set()
+            cut += len(ends) == 0
+        # the padding row
+        assert (rollouts.tokens[-1] == PAD).all()
+        assert (rollouts.log_probs[-1] == 0).all()
+        assert (rollouts.lengths[-1], rollouts.truncated[-1]) == (0, False)
+    assert ended_by == set(EOS)
+    assert cut > 0
+
+
+def permuted(batch, order):
+    rows = ("prompt_of_row", "row_mask", "prompt_ids", "rollout_index")
+    return batch | {name: batch[name][order] for name in rows}
+
+
+def test_tokens_are_bit_equal_in_any_slot():
+    batch = make_batch()
+    want = sampler()(params(), SEED, STEP, batch)
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(ROWS)
+        got = sampler()(params(), SEED, STEP, permuted(batch, order))
+        np.testing.assert_array_equal(got.tokens, np.asarray(want.tokens)[order])
+        np.testing.assert_array_equal(got.lengths, np.asarray(want.lengths)[order])
+        np.testing.assert_allclose(got.log_probs, np.asarray(want.log_probs)[order], atol=1e-6)
+
+
+def test_tokens_do_not_depend_on_the_neighbours():
+    batch, other = make_batch(), make_batch(seed=1)
+    want = sampler()(params(), SEED, STEP, batch)
+    kept = batch["prompt_of_row"] == 1
+    neighbours = np.array([True, False, True])
+    changed = batch | {
+        "prompt_tokens": np.where(neighbours[:, None], other["prompt_tokens"], batch["prompt_tokens"]),
+        "prompt_lengths": np.where(neighbours, 3, batch["prompt_lengths"]).astype(np.int32),
+        "prompt_ids": np.where(kept, batch["prompt_ids"], 99).astype(np.int32),
+        "row_mask": kept | (np.arange(ROWS) == 0),
+    }
+    got = sampler()(params(), SEED, STEP, changed)
+    np.testing.assert_array_equal(np.asarray(got.tokens)[kept], np.asarray(want.tokens)[kept])
+    assert not np.array_equal(np.asarray(got.tokens)[0], np.asarray(want.tokens)[0])
+
+
+def test_a_second_call_with_other_values_compiles_nothing():
+    sample = sampler()
+    for i in range(3):
+        sample(params(i % 2), np.uint32(i), np.uint32(2**32 - 1 - i), permuted(make_batch(i), np.arange(ROWS)[::-1]))
+    assert sample._cache_size() == 1
+
+
+def test_keys_differ_in_each_of_their_parts():
+    grid = np.stack(np.meshgrid(*[np.arange(4)] * 4, indexing="ij"), axis=-1).reshape(-1, 4).astype(np.uint32)
+    one = jax.jit(lambda s, t, p, r: row_keys(s, t, p[None], r[None])[0])
+    data = np.asarray(jax.random.key_data(jax.vmap(one)(*jnp.asarray(grid).T)))
+    assert len({tuple(row) for row in data.tolist()}) == len(grid)
+
+
+def test_a_single_token_is_a_completion():
+    rollouts = sampler(limit=1)(params(), SEED, STEP, make_batch())
+    tokens, real = np.asarray(rollouts.tokens)[:-1], np.arange(ROWS) < ROWS - 1
+    np.testing.assert_array_equal(rollouts.lengths, real)
+    np.testing.assert_array_equal(np.asarray(rollouts.truncated)[:-1], ~np.isin(tokens[:, 0], EOS))
+
+
+# --- one draw ---
+
+LOGITS = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -1.0, -3.0], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, 7),
+        ({"temperature": 0.6}, 7),
+        ({"temperature": 1.7, "top_k": 3}, 3),
+        # at temperature 1 the four likeliest have 0.42, 0.25, 0.15, 0.09: three are short of 0.85
+        ({"top_p": 0.85}, 4),
+        ({"top_k": 3, "top_p": 0.6}, 2),  # of the three that are left 0.51, 0.31, 0.19
+    ],
+)
+def test_frequencies_are_those_of_softmax(settings, kept):
+    config = SamplerConfig(1, **{"temperature": 1.0, **settings})
+    num_draws = 20_000
+    keys = jax.random.split(jax.random.key(0), num_draws)
+    token, log_prob = jax.jit(partial(draw, config=config))(jnp.tile(LOGITS, (num_draws, 1)), keys)
+    scaled = LOGITS.astype(np.float64) / config.temperature
+    counts, chance = np.bincount(token, minlength=len(LOGITS)), np.exp(log_softmax(scaled))
+    assert (counts[kept:] == 0).all()
+    expected = chance[:kept] / chance[:kept].sum() * num_draws
+    assert stats.chisquare(counts[:kept], expected).pvalue > 1e-3
+    # of the full vocabulary at the temperature, whatever was drawn from
+    np.testing.assert_allclose(log_prob, np.log(chance)[np.asarray(token)], rtol=1e-5)
+
+
+def sorted_keep(logits, top_k, top_p):
+    """[V] bool by sorting: a token stays where it ties with the last that must."""
+    keep, descending = np.ones(len(logits), bool), np.sort(logits)[::-1]
+    if top_k:
+        keep = logits >= descending[min(top_k, len(logits)) - 1]
+    if top_p < 1:
+        descending = np.sort(logits[keep])[::-1]
+        mass = np.cumsum(np.exp(log_softmax(descending)))
+        keep &= logits >= descending[np.flatnonzero(mass >= top_p)[0]]
+    return keep
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 3, 9, 50])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 1e-6])
+def test_top_k_and_top_p_equal_a_sort(top_k, top_p):
+    rng = np.random.default_rng(0)
+    spread = rng.normal(0, 2, (100, VOCAB))
+    logits = np.concatenate([spread, spread.round()]).astype(np.float32)  # the second half is full of ties
+    got = np.asarray(keep_likely(jnp.asarray(logits), top_k, top_p))
+    for row, kept in zip(logits, got, strict=True):
+        keep = sorted_keep(row.astype(np.float64), top_k, top_p)
+        np.testing.assert_array_equal(kept, np.where(keep, row, -np.inf))
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_completion_tokens": 0}, "max_completion_tokens=0 must be at least 1"),
+        ({"temperature": -1.0}, r"temperature=-1\.0 must be >= 0"),
+        ({"top_p": 0.0}, r"top_p=0\.0 in \(0, 1\]"),
+        ({"top_p": 1.1}, r"top_p=1\.1 in \(0, 1\]"),
+        ({"top_k": -1}, "top_k=-1 >= 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SamplerConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0 draws the same completion for a whole group"),
+        ({"top_p": 0.9}, r"top_p=0\.9, top_k=0 bias the importance ratio.*allow_biased_ratio"),
+        ({"top_k": 5}, r"top_p=1\.0, top_k=5 bias the importance ratio.*allow_biased_ratio"),
+    ],
+)
+def test_draws_that_a_policy_gradient_cannot_use_are_refused_for_training(settings, message):
+    config = SamplerConfig(**settings)  # fine for an evaluation
+    with pytest.raises(ValueError, match=message):
+        config.check_for_training()
+    if "temperature" not in settings:
+        SamplerConfig(**settings, allow_biased_ratio=True).check_for_training()
+
+
+def test_plain_sampling_is_fine_for_training():
+    SamplerConfig(temperature=0.8).check_for_training()
