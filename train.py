@@ -29,7 +29,7 @@ def main(config: Config) -> int:
     waiting: list[Batch] = []  # rollouts that dynamic sampling holds until they fill a step; no checkpoint until then
     if at.step == 0:
         at = log_evaluation(run, state, at)
-    while not at.finished and not stop.number:
+    while not at.finished and not (stop.number and not waiting):
         if at.epoch_step == 0:  # a new round gets its share of what is left of the budget
             num_rollouts, allocation = run.allocate(state.allocation)
             state = state._replace(allocation=allocation, num_rollouts=num_rollouts)
@@ -80,8 +80,7 @@ def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waitin
     if full and (num_live or config.learner.kl_coef):  # without variance and without KL there is no gradient
         waiting.clear()
         rate = learning_rate(config.learner, at.spent, config.allocator.total_budget)
-        size = next(size for size in run.learner.sizes if size >= num_live)
-        policy, figures = run.learner.step(policy, run.ref_params, batch, np.float32(rate), num_rows=size)
+        policy, figures = run.learner.step(policy, run.ref_params, batch, np.float32(rate), num_live)
         # Read at once: the next rollouts need this step, so the host has nothing else to do meanwhile.
         figures = {name: float(value) for name, value in figures.items()} | {"learning_rate": rate}
         if not np.isfinite(figures["loss"] + figures["grad_norm"]):
@@ -114,8 +113,8 @@ def finish(run: Run, state: State, at: Cursor, stop: StopSignal) -> int:
     if not at.finished:
         print(f"stopped and saved after {at.spent:,} rollouts; the same command goes on from there")
         return 128 + stop.number
-    picture = draw_report([run.directory], run.directory / "report.png")
-    print(f"{at.spent:,} rollouts spent, held-out accuracy {at.accuracy:.3f}; who got them, and what for: {picture}")
+    draw_report([run.directory], run.directory / "report.png")
+    print(f"{at.spent:,} rollouts spent, held-out accuracy {at.accuracy:.3f}; picture: {run.directory / 'report.png'}")
     return 0
 
 

@@ -27,7 +27,7 @@ from scipy.optimize import isotonic_regression
 HERE = Path(__file__).parent
 RESULTS = HERE / "sample_efficiency.jsonl"
 ARMS = ("cero", "uniform", "dynamic")  # dynamic: uniform with DAPO's dynamic sampling
-LEARNING_RATES, ROWS, GROUPS = (5e-4, 1e-3, 2e-3), (16, 32), (4, 8)
+LEARNING_RATES, ROWS, GROUPS = (2.5e-4, 5e-4, 1e-3), (16, 32), (4, 8)
 TUNING_SEEDS, SEEDS, MIX_SEEDS = (100, 101), (0, 1, 2, 3, 4), (0, 1, 2)
 MIXES = (0.0, 0.2, 0.4, 0.6)
 

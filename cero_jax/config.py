@@ -48,7 +48,7 @@ class AllocatorConfig:
     """Beta prior of a prompt's success."""
     discount: float = 0.9
     """Share of the evidence that survives a pass, of 8 rollouts a prompt."""
-    explore: float = 0.08
+    explore: float = 0.1
     """Share of a round for prompts whose evidence has faded, stalest first (cero)."""
     utility: Literal["exponential", "rational"] = "exponential"
     """How utility saturates in a prompt's cumulative rollouts (cero, cero_dual)."""

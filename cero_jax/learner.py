@@ -180,9 +180,8 @@ class Learner(NamedTuple):
     """The functions that make and move a TrainState, jitted for one set of shapes and one mesh."""
 
     init: Callable[[Params], TrainState]  # fresh optimiser around parameters
-    step: Callable[..., tuple[TrainState, dict[str, Array]]]  # (state, ref_params, batch, learning_rate, num_rows)
+    step: Callable[..., tuple[TrainState, dict[str, Array]]]  # (state, ref_params, batch, learning_rate, num_live)
     supervised_step: Callable[..., tuple[TrainState, Array]]  # (state, batch, learning_rate) -> loss
-    sizes: tuple[int, ...]  # the numbers of rows that `step` is compiled for, ascending; the last is R
     shardings: Any  # a NamedSharding for each part of a TrainState
 
 
@@ -221,7 +220,7 @@ def make_learner(
         return TrainState(params, opt_state, state.step + 1)
 
     @partial(jax.jit, static_argnames="num_rows", donate_argnames="state", out_shardings=(shardings, None))
-    def step(state: TrainState, ref_params: Params | None, batch: Batch, learning_rate: Array, num_rows: int):
+    def sized_step(state: TrainState, ref_params: Params | None, batch: Batch, learning_rate: Array, num_rows: int):
         batch = jax.lax.with_sharding_constraint(batch, row_sharding)
         loss = partial(
             grpo_loss,
@@ -241,8 +240,19 @@ def make_learner(
         value, grads = jax.value_and_grad(loss)(state.params, batch)
         return apply(state, grads, learning_rate), value
 
+    # A KL term has a gradient on every row.
     sizes = (config.rows_per_step,) if config.kl_coef else row_sizes(config.rows_per_step, shards)
-    return Learner(init, step, supervised_step, sizes, shardings)
+    compiled = {}
+
+    def step(state: TrainState, ref_params: Params | None, batch: Batch, learning_rate, num_live: int):
+        if not compiled:  # all sizes at the first call, so that none compiles in the middle of a run
+            for size in sizes:
+                lowered = sized_step.lower(state, ref_params, batch, learning_rate, num_rows=size)
+                compiled[size] = lowered.compile()
+        size = next(size for size in sizes if size >= num_live)
+        return compiled[size](state, ref_params, batch, learning_rate)
+
+    return Learner(init, step, supervised_step, shardings)
 
 
 def learning_rate(config: LearnerConfig, spent: int, total_budget: int) -> float:

@@ -1,0 +1,132 @@
+"""Killed at any time and resumed, a run ends as if it had never been: parameters, allocator, ledger and metrics to the bit."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import tiny_config
+
+import train
+from cero_jax import run as runs
+from cero_jax.checkpoint import Checkpoints, StopSignal
+
+SCRIPT = Path(__file__).parent / "tiny_run.py"
+
+
+def run_in_process(*args):
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=300)
+
+
+def final_state(work_dir):
+    run, state, at = runs.start(tiny_config(work_dir))
+    run.close()
+    assert at.finished
+    return at, [np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+                for x in jax.tree.leaves(state)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run; its folder's cache serves the others."""
+    work_dir = tmp_path_factory.mktemp("runs") / "whole"
+    done = run_in_process(work_dir)
+    assert done.returncode == 0, done.stderr
+    return work_dir
+
+
+def test_the_run_is_worth_interrupting(whole):
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
+    steps = [row for row in rows if row["kind"] == "step"]
+    assert steps[-1]["spent"] == 240
+    assert steps[-1]["optimizer_steps"] > 8
+    assert 0.1 < np.mean([row["reward"] for row in steps]) < 0.9
+    assert len({tuple(row["num_rollouts"]) for row in steps}) > 5  # the allocation changes
+
+
+def test_kill_and_resume_is_bit_identical(whole):
+    cut = whole.parent / "cut"
+    # Before anything is saved, in the middle of a line, of a checkpoint, of an evaluation, between allocation and rollouts...
+    ends = [("step", 3), ("half_line", 6), ("checkpoint_write", 1), ("before_checkpoint", 1), ("evaluation", 1),
+            ("sigterm", 2), ("plan", 2), ("checkpoint_write", 2)]  # fmt: skip
+    for point, count in ends:
+        done = run_in_process(cut, point, count)
+        assert done.returncode == (143 if point == "sigterm" else -9), (point, count, done.returncode, done.stderr)
+        if point == "sigterm":
+            assert "the same command goes on" in done.stdout
+    done = run_in_process(cut)
+    assert done.returncode == 0, done.stderr
+    assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    (at, state), (at_whole, state_whole) = final_state(cut), final_state(whole)
+    assert at.spent == at_whole.spent == 240
+    for mine, theirs in zip(state, state_whole, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_finished_run_says_so_and_an_extended_one_goes_on(whole, capsys):
+    before = (whole / "metrics.jsonl").read_bytes()
+    (whole / "report.png").unlink()
+    assert train.main(tiny_config(whole)) == 0
+    assert "has spent its budget" in capsys.readouterr().out
+    assert (whole / "report.png").exists()
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+    longer = whole.parent / "longer"
+    config = tiny_config(longer)
+    assert train.main(config) == 0
+    import dataclasses
+
+    grown = dataclasses.replace(config.allocator, total_budget=320, num_epochs=8)
+    with pytest.raises(ValueError, match=r"total_budget was 240 and is 320.*--extend=True"):
+        train.main(dataclasses.replace(config, allocator=grown))
+    assert train.main(dataclasses.replace(config, allocator=grown, extend=True)) == 0
+    run, state, at = runs.start(dataclasses.replace(config, allocator=grown))
+    run.close()
+    assert at.finished
+    assert at.spent == int(state.allocation.ledger.spent) == 320
+    assert int(state.allocation.ledger.reserved) == 0
+
+
+def test_other_settings_or_prompts_are_refused(whole):
+    import dataclasses
+
+    config = tiny_config(whole)
+    changed = dataclasses.replace(
+        config, learner=dataclasses.replace(config.learner, clip_low=0.3), success_threshold=0.7
+    )
+    with pytest.raises(ValueError, match=r"learner.clip_low was 0.2 and is 0.3; success_threshold was 0.5 and is 0.7"):
+        runs.start(changed)
+    free = dataclasses.replace(
+        config, checkpoint_every_steps=9, evaluation=dataclasses.replace(config.evaluation, samples=3)
+    )
+    run, _, _ = runs.start(free)
+    run.close()
+    checkpoints = Checkpoints(whole / "checkpoints")
+    cursor = checkpoints.cursor()
+    checkpoints.close()
+    from cero_jax.config import check_resumable
+
+    with pytest.raises(ValueError, match="other prompts"):
+        check_resumable(cursor, config, "another hash")
+
+
+def test_a_second_signal_acts_as_it_always_did():
+    import signal
+
+    stop = StopSignal()
+    signal.raise_signal(signal.SIGINT)
+    assert stop.number == signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_failed_save_is_not_passed_over(tmp_path):
+    """An error in the background surfaces at the next save or at the close, not never."""
+    run, state, at = runs.start(tiny_config(tmp_path / "run"))
+    at = run.save(state, at)
+    run.checkpoints.close()
+    assert re.match(r"\d+", next(p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()))

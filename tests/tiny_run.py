@@ -1,0 +1,80 @@
+"""A run small enough to be killed and resumed many times: `python tests/tiny_run.py WORK_DIR [POINT COUNT]`.
+
+With a POINT, the process ends itself there, at the COUNT-th time it passes: by SIGKILL, or for `sigterm` by SIGTERM.
+"""
+
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train
+from cero_jax import checkpoint, config, evaluate, learner, metrics, model, run
+from cero_jax.tasks.chain_sum import ChainSum
+from cero_jax.warm_start import WarmStartConfig
+
+
+@dataclass(frozen=True)
+class FirstDigit(ChainSum):
+    """Right where the first digit is small: what an untaught policy gives now and then, for some prompts more."""
+
+    def build(self, seed):
+        return (
+            super()
+            .build(seed)
+            ._replace(verify=lambda question, completion, answer: float(completion[:1] in set("0123")))
+        )
+
+
+def tiny_config(work_dir, **changes) -> config.Config:
+    """Six rounds of 40 rollouts on 24 prompts."""
+    settings = dict(
+        name="tiny",
+        task=FirstDigit(num_prompts=24, num_heldout=8),
+        allocator=config.AllocatorConfig(total_budget=240, num_epochs=6, min_group=2, max_group=8),
+        model=model.ModelConfig(width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32),
+        learner=learner.LearnerConfig(rows_per_step=16, learning_rate=3e-3),
+        warm_start=WarmStartConfig(num_steps=10, rows_per_step=8),
+        evaluation=evaluate.EvaluationConfig(every_rollouts=60, samples=2, rows=16),
+        checkpoint_every_steps=4,
+        work_dir=str(work_dir),
+    )
+    return config.Config(**(settings | changes))
+
+
+def end_at(point: str, count: int) -> None:
+    """Let the process end itself at the `count`-th passing of `point`."""
+    owner, name, kill_before = {
+        "step": (metrics.MetricsWriter, "write", False),
+        "sigterm": (metrics.MetricsWriter, "write", False),
+        "half_line": (metrics.MetricsWriter, "write", True),
+        "checkpoint_write": (checkpoint.Checkpoints, "save", False),  # saving goes on in the background
+        "before_checkpoint": (checkpoint.Checkpoints, "save", True),
+        "evaluation": (train, "evaluate", True),
+        "plan": (run.Run, "plan", False),  # a round is allocated and nothing of it drawn
+    }[point]
+    original, passed = getattr(owner, name), 0
+
+    def passing(*args, **kwargs):
+        nonlocal passed
+        passed += 1
+        if passed == count and kill_before:
+            if point == "half_line":
+                args[0]._files[0].write(b'{"kind": "st')
+                args[0]._files[0].flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if passed == count:
+            os.kill(os.getpid(), signal.SIGTERM if point == "sigterm" else signal.SIGKILL)
+        return result
+
+    setattr(owner, name, passing)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        end_at(sys.argv[2], int(sys.argv[3]))
+    sys.exit(train.main(tiny_config(sys.argv[1])))
