@@ -1,0 +1,277 @@
+"""The learner: log-probabilities, loss and optimiser against direct computations, and rows that may be left out."""
+
+import dataclasses
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cero_jax import model, sharding
+from cero_jax.learner import (
+    Batch,
+    LearnerConfig,
+    completion_log_probs,
+    grpo_loss,
+    learning_rate,
+    make_learner,
+    row_sizes,
+)
+from cero_jax.model import ModelConfig
+
+CONFIG = ModelConfig(num_layers=2, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=16)
+VOCAB, ROWS, WIDTH, LIMIT, TEMPERATURE = 9, 8, 4, 6, 0.8
+PLAIN = LearnerConfig(rows_per_step=ROWS, clip_high=0.28)
+WITH_KL = LearnerConfig(rows_per_step=ROWS, clip_high=0.28, kl_coef=0.3)
+
+log_probs_of = jax.jit(completion_log_probs, static_argnames=("config", "temperature", "chunk"))
+
+
+def one_device():
+    return sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+
+
+@cache
+def params(seed=0):
+    initial = jax.jit(model.init_params, static_argnums=(0, 1, 2))(CONFIG, VOCAB, seed)
+    return initial | {"embed": initial["embed"] * 20}
+
+
+@cache
+def make_batch(seed=0):
+    """Groups 1 0 1 | 1 1 | 0 1, then padding: five of the eight rows have a gradient, and stand apart."""
+    rng = np.random.default_rng(seed)
+    batch = Batch(
+        prompt_tokens=rng.integers(0, VOCAB, (ROWS, WIDTH)).astype(np.int32),
+        prompt_lengths=np.array([1, 1, 1, 4, 4, 3, 3, 0], np.int32),
+        tokens=rng.integers(0, VOCAB, (ROWS, LIMIT)).astype(np.int32),
+        lengths=np.array([6, 1, 3, 2, 6, 5, 4, 0], np.int32),
+        log_probs=np.zeros((ROWS, LIMIT), np.float32),
+        reward=np.array([1, 0, 1, 1, 1, 0, 1, 0], np.float32),
+        group_ids=np.array([0, 0, 0, 1, 1, 2, 2, 0], np.int32),
+        row_mask=np.arange(ROWS) < ROWS - 1,
+        row_weight=np.array([1, 1, 1, 2, 2, 0.5, 0.5, 1], np.float32),
+    )
+    now = np.asarray(log_probs_of(params(), CONFIG, batch, temperature=TEMPERATURE, chunk=LIMIT))
+    drift = rng.normal(0, 0.3, now.shape).astype(np.float32)  # some ratios fall outside the clips
+    return batch._replace(log_probs=now + drift)
+
+
+def drawn(batch):
+    return (np.arange(LIMIT)[None] < batch.lengths[:, None]) & batch.row_mask[:, None]
+
+
+@partial(jax.jit, static_argnames=("config", "num_rows"))
+def _value_and_gradient(params, ref_params, batch, config, num_rows):
+    loss = partial(
+        grpo_loss, model_config=CONFIG, config=config, temperature=TEMPERATURE, num_rows=num_rows,
+        row_sharding=sharding.rows(one_device()),
+    )  # fmt: skip
+    return jax.value_and_grad(loss, has_aux=True)(params, ref_params, batch)
+
+
+def gradient_of(config, batch, num_rows=ROWS, ref=None, at=None):
+    return _value_and_gradient(params() if at is None else at, ref, batch, config, num_rows)[1]
+
+
+def assert_same(got, want, relative=1e-5):
+    """Each tensor to ||difference|| <= relative x ||it||, and none of them zero."""
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.linalg.norm(b) > 0
+        assert np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b)) <= relative * np.linalg.norm(b)
+
+
+# --- log-probabilities ---
+
+
+def test_completion_log_probs_equal_full_logits():
+    """Of rows pushed to the right as one text each; whatever the chunk, one that does not divide them included."""
+    batch = make_batch()
+    whole = np.asarray(log_probs_of(params(), CONFIG, batch, temperature=TEMPERATURE, chunk=LIMIT))
+    for chunk in (3, 4):
+        pieces = log_probs_of(params(), CONFIG, batch, temperature=TEMPERATURE, chunk=chunk)
+        np.testing.assert_allclose(np.asarray(pieces)[drawn(batch)], whole[drawn(batch)], atol=1e-5)
+
+    tokens = np.zeros((ROWS, WIDTH + LIMIT), np.int32)
+    for row in range(ROWS):
+        text = [
+            *batch.prompt_tokens[row, WIDTH - batch.prompt_lengths[row] :],
+            *batch.tokens[row, : batch.lengths[row]],
+        ]
+        tokens[row, WIDTH + LIMIT - len(text) :] = text
+
+    @jax.jit
+    def logits(tokens, lengths):
+        valid, positions = model.left_padded(lengths, WIDTH + LIMIT)
+        hidden, _ = model.forward(params(), CONFIG, tokens, positions, model.causal_mask(valid))
+        return model.logits(params(), CONFIG, hidden)
+
+    scaled = np.asarray(logits(tokens, batch.prompt_lengths + batch.lengths), np.float64) / TEMPERATURE
+    log_softmax = scaled - np.log(np.exp(scaled).sum(axis=-1, keepdims=True))
+    for row in range(ROWS - 1):
+        length = batch.lengths[row]
+        before = log_softmax[row, -length - 1 : -1]  # what each token of the completion was foretold by
+        want = before[np.arange(length), batch.tokens[row, :length]]
+        np.testing.assert_allclose(whole[row, :length], want, rtol=1e-4, atol=1e-4)
+
+
+# --- the loss ---
+
+
+def loop_loss(batch, now, ref, config):
+    """The loss in float64, a token at a time; `grpo` by `token`."""
+    real = np.flatnonzero(batch.row_mask)
+    all_tokens = sum(int(batch.lengths[i]) for i in real)
+    loss = 0.0
+    for i in real:
+        group = np.array([batch.reward[j] for j in real if batch.group_ids[j] == batch.group_ids[i]], np.float64)
+        advantage = (batch.reward[i] - group.mean()) / group.std() if group.std() else 0.0
+        for t in range(batch.lengths[i]):
+            weight = float(batch.row_weight[i]) / all_tokens
+            ratio = np.exp(float(now[i, t]) - float(batch.log_probs[i, t]))
+            clipped = np.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+            loss -= weight * min(ratio * advantage, clipped * advantage)
+            if config.kl_coef:
+                log_ratio = float(ref[i, t]) - float(now[i, t])
+                loss += config.kl_coef * weight * (np.exp(log_ratio) - 1 - log_ratio)
+    return loss
+
+
+@pytest.mark.parametrize("config", [PLAIN, WITH_KL], ids=["plain", "kl"])
+def test_loss_equals_float64_loops(config):
+    batch, ref_params = make_batch(), params(1) if config.kl_coef else None
+    now, ref = (log_probs_of(params(s), CONFIG, batch, temperature=TEMPERATURE, chunk=LIMIT) for s in (0, 1))
+    (got, metrics), _ = _value_and_gradient(params(), ref_params, batch, config, ROWS)
+    want = loop_loss(batch, np.asarray(now), np.asarray(ref), config)
+    assert float(got) == pytest.approx(want, rel=1e-4)
+    assert 0 < float(metrics["clip_share"]) < 1
+    assert ("kl" in metrics) == bool(config.kl_coef)
+
+
+def test_rows_without_a_gradient_may_be_left_out():
+    """Five rows are live: the other three never enter the forward pass, wherever they stood."""
+    batch = make_batch()
+    whole = gradient_of(PLAIN, batch)
+    assert_same(gradient_of(PLAIN, batch, num_rows=5), whole)
+    order = np.random.default_rng(0).permutation(ROWS)
+    assert_same(gradient_of(PLAIN, Batch(*(x[order] for x in batch)), num_rows=5), whole)
+    # and leaving out a live one would be seen
+    short = gradient_of(PLAIN, batch, num_rows=4)
+    assert np.linalg.norm(short["embed"] - whole["embed"]) > 0.01 * np.linalg.norm(whole["embed"])
+
+
+def test_padding_rows_and_padded_tokens_have_no_gradient():
+    batch = make_batch()
+    rng = np.random.default_rng(9)
+    behind = np.arange(LIMIT)[None] >= batch.lengths[:, None]
+    noisy = batch._replace(
+        tokens=np.where(behind, rng.integers(0, VOCAB, behind.shape), batch.tokens).astype(np.int32),
+        log_probs=np.where(behind, 1e4, batch.log_probs).astype(np.float32),
+        reward=np.where(batch.row_mask, batch.reward, 99.0).astype(np.float32),
+        row_weight=np.where(batch.row_mask, batch.row_weight, 99.0).astype(np.float32),
+    )
+    assert_same(gradient_of(PLAIN, noisy), gradient_of(PLAIN, batch), relative=1e-6)
+
+
+def norm_of(tree):
+    return np.sqrt(sum((np.asarray(leaf, np.float64) ** 2).sum() for leaf in jax.tree.leaves(tree)))
+
+
+def test_a_reference_equal_to_the_policy_pulls_nowhere_and_another_pulls_all_rows():
+    batch = make_batch()
+    assert_same(gradient_of(WITH_KL, batch, ref=params()), gradient_of(PLAIN, batch))
+    dead = batch._replace(reward=np.ones(ROWS, np.float32))
+    assert norm_of(gradient_of(WITH_KL, dead, ref=params(1))) > 1e-3
+    assert norm_of(gradient_of(PLAIN, dead)) == 0
+
+
+# --- the step ---
+
+
+def num_compiled(caplog):
+    return sum("Finished XLA compilation" in record.message for record in caplog.records)
+
+
+def test_steps_equal_adam_by_hand_whatever_was_left_out_and_compile_at_the_first_only(caplog):
+    config = dataclasses.replace(PLAIN, adam_b1=0.8, adam_b2=0.95, weight_decay=0.1, max_grad_norm=0.05)
+    learner = make_learner(CONFIG, VOCAB, config, TEMPERATURE, one_device())
+    state = learner.init(jax.tree.map(jnp.copy, params()))
+    first, second = jax.tree.map(np.zeros_like, (params(), params()))
+    for step, (seed, rate, num_live) in enumerate([(0, 1e-2, 4), (1, 3e-3, 5), (2, 2e-3, 4)], start=1):
+        batch, before = make_batch(seed), jax.tree.map(np.asarray, state.params)
+        if num_live == 4:  # one row less, and the step runs in half the rows
+            batch = batch._replace(row_mask=batch.row_mask & (np.arange(ROWS) != 2))
+        gradient = jax.tree.map(np.asarray, gradient_of(PLAIN, batch, at=before))
+        norm = norm_of(gradient)
+        assert norm > 0.05  # so that it is scaled down
+        caplog.clear()
+        with jax.log_compiles():
+            state, metrics = learner.step(state, None, batch, np.float32(rate), num_live)
+            jax.block_until_ready(state)
+        assert (num_compiled(caplog) > 0) == (step == 1)
+        assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+        gradient = jax.tree.map(lambda g: g * (0.05 / norm), gradient)
+        first = jax.tree.map(lambda m, g: 0.8 * m + 0.2 * g, first, gradient)
+        second = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * g**2, second, gradient)
+        assert_same(optax.tree.get(state.opt_state, "mu"), first)
+        assert_same(optax.tree.get(state.opt_state, "nu"), second)
+        # from its own moments: where a gradient is all rounding, Adam makes a whole step of it
+        first, second = (jax.tree.map(np.asarray, optax.tree.get(state.opt_state, name)) for name in ("mu", "nu"))
+        want = jax.tree.map(
+            lambda p, m, v: p - rate * (m / (1 - 0.8**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-8) + 0.1 * p),
+            before, first, second,
+        )  # fmt: skip
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), state.params, want)
+        assert int(state.step) == step
+
+
+def test_with_a_kl_term_no_row_is_left_out():
+    """One live row is claimed, and the step is that of all eight."""
+    config = dataclasses.replace(WITH_KL, max_grad_norm=1e9)
+    learner = make_learner(CONFIG, VOCAB, config, TEMPERATURE, one_device())
+    state, _ = learner.step(learner.init(jax.tree.map(jnp.copy, params())), params(1), make_batch(), np.float32(0), 1)
+    moments = jax.tree.map(lambda m: m / (1 - config.adam_b1), optax.tree.get(state.opt_state, "mu"))
+    assert_same(moments, gradient_of(WITH_KL, make_batch(), ref=params(1)))
+
+
+def test_supervised_steps_lower_the_mean_negative_log_likelihood():
+    batch = make_batch()
+    learner = make_learner(CONFIG, VOCAB, PLAIN, TEMPERATURE, one_device())
+    state = learner.init(jax.tree.map(jnp.copy, params()))
+    log_probs = log_probs_of(params(), CONFIG, batch, temperature=1.0, chunk=LIMIT)
+    losses = []
+    for _ in range(20):
+        state, loss = learner.supervised_step(state, batch, np.float32(1e-2))
+        losses.append(float(loss))
+    assert losses[0] == pytest.approx(-np.asarray(log_probs, np.float64)[drawn(batch)].mean(), rel=1e-4)
+    assert losses[-1] < 0.5 * losses[0]
+    assert learner.supervised_step._cache_size() == 1
+
+
+# --- settings ---
+
+
+@pytest.mark.parametrize(("spent", "rate"), [(0, 1e-3), (50, 6e-4), (100, 2e-4), (150, 2e-4)])
+def test_the_rate_falls_linearly_with_the_budget(spent, rate):
+    config = LearnerConfig(learning_rate=1e-3, final_learning_rate_share=0.2)
+    assert learning_rate(config, spent, 100) == pytest.approx(rate)
+    assert learning_rate(LearnerConfig(learning_rate=1e-3, final_learning_rate_share=1.0), spent, 100) == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("rows", "shards", "sizes"), [(32, 1, (8, 16, 32)), (32, 8, (8, 16, 32)), (24, 8, (8, 16, 24)), (8, 8, (8,))]
+)
+def test_row_sizes_are_multiples_of_the_shards(rows, shards, sizes):
+    assert row_sizes(rows, shards) == sizes
+
+
+def test_settings_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="rows_per_step=1 must be at least 2"):
+        LearnerConfig(rows_per_step=1)
+    with pytest.raises(ValueError, match="steps_per_batch=0 at least 1"):
+        LearnerConfig(steps_per_batch=0)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    with pytest.raises(ValueError, match="rows_per_step=12 must be a multiple of data x fsdp = 8"):
+        make_learner(CONFIG, VOCAB, LearnerConfig(rows_per_step=12), TEMPERATURE, mesh)
