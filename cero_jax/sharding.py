@@ -45,8 +45,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     """The mesh. Raises ValueError where the sizes do not multiply to the number of devices."""
     devices = jax.devices() if devices is None else devices
     inner = config.fsdp * config.tensor
-    data = len(devices) // inner if config.data == -1 else config.data
-    if data < 1 or data * inner != len(devices):
+    data = len(devices) // max(inner, 1) if config.data == -1 else config.data
+    if min(data, config.fsdp, config.tensor) < 1 or data * inner != len(devices):
         raise ValueError(
             f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not cover {len(devices)} "
             "devices exactly: their product must, or data=-1 to take what is left"
