@@ -1,0 +1,97 @@
+"""Held-out accuracy: a mean over prompts and samples, whatever number of rows is drawn at once."""
+
+import jax
+import numpy as np
+import pytest
+
+from cero_jax import model, sharding
+from cero_jax.data import Task, encode_prompts
+from cero_jax.evaluate import EvaluationConfig, decode, evaluate
+from cero_jax.model import ModelConfig
+from cero_jax.sampler import EVAL_STEP, Rollouts, SamplerConfig, make_sampler
+from cero_jax.tokenizer import AlphabetTokenizer
+
+TOKENIZER = AlphabetTokenizer("0123456789")
+QUESTIONS = ("3", "14", "159", "26", "5")
+LABELS = ("short", "long", "long", "long", "short")
+LIMIT = 3
+
+
+def make_task(verify):
+    prompts = encode_prompts(QUESTIONS, [f"gold {q}" for q in QUESTIONS], LABELS, TOKENIZER, 3)
+    return Task(prompts, prompts, TOKENIZER, verify, None)
+
+
+def stub_sampler(calls):
+    """Completes with the prompt's id and the sample's number, in digits: what evaluate makes of them is known."""
+
+    def sample(params, seed, step, batch):
+        calls.append((params, int(seed), int(step), {name: x.shape for name, x in batch.items()}))
+        tokens = np.full((len(batch["row_mask"]), LIMIT), TOKENIZER.pad_id, np.int32)
+        for row in np.flatnonzero(batch["row_mask"]):
+            prompt = batch["prompt_ids"][row]
+            visit = batch["prompt_of_row"][row]
+            assert TOKENIZER.decode(batch["prompt_tokens"][visit]) == QUESTIONS[prompt]
+            assert batch["prompt_lengths"][visit] == len(QUESTIONS[prompt])
+            text = f"{prompt}{batch['rollout_index'][row]}"
+            tokens[row] = [*TOKENIZER.encode(text), TOKENIZER.eos_ids[0]]
+        lengths = np.where(batch["row_mask"], LIMIT, 0)
+        return Rollouts(tokens, np.zeros(tokens.shape, np.float32), lengths, np.zeros(len(tokens), bool))
+
+    return sample
+
+
+def verify_table(question, completion, answer):
+    """Prompt i is right in its first i samples."""
+    assert answer == f"gold {question}"
+    prompt, sample = int(completion[0]), int(completion[1])
+    assert QUESTIONS[prompt] == question
+    return float(sample < prompt)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 15, 64])
+def test_accuracy_is_the_mean_over_prompts_and_samples(rows):
+    """Three samples of five prompts: right in 0, 1, 2, 3 and 3 of them; rows that divide neither."""
+    calls = []
+    config = EvaluationConfig(samples=3, rows=rows)
+    result = evaluate(stub_sampler(calls), "params", make_task(verify_table), config, seed=11)
+    assert result.accuracy == pytest.approx((0 + 1 + 2 + 3 + 3) / 15)
+    assert result.accuracy_by_label == pytest.approx({"short": (0 + 3) / 6, "long": (1 + 2 + 3) / 9})
+    assert result.example == {"question": "3", "completion": "00", "answer": "gold 3", "reward": 0.0}
+    assert len(calls) == -(-15 // rows)
+    assert all(call == calls[0] for call in calls)  # one shape, so one program
+    assert calls[0][:3] == ("params", 11, EVAL_STEP)
+
+
+def test_the_number_of_rows_does_not_change_what_a_policy_draws():
+    config = ModelConfig(num_layers=1, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=16)
+    params = jax.jit(lambda: model.init_params(config, TOKENIZER.vocab_size, 0))()
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    sample = make_sampler(config, SamplerConfig(LIMIT), TOKENIZER.eos_ids, TOKENIZER.pad_id, mesh)
+    texts = {}
+
+    def verify(question, completion, answer):
+        texts.setdefault(rows, []).append((question, completion))
+        return float(len(completion))  # an arbitrary figure that hangs on the draw
+
+    results = []
+    for rows in (4, 20):
+        task, settings = make_task(verify), EvaluationConfig(samples=4, rows=rows)
+        results.append(evaluate(sample, params, task, settings, seed=0))
+        assert evaluate(sample, params, task, settings, seed=0) == results[-1]
+        assert evaluate(sample, params, task, settings, seed=1).accuracy != results[-1].accuracy
+    assert texts[4] == texts[20]
+    assert len(set(texts[4])) > 10
+    assert results[0] == results[1]
+
+
+def test_decode_reads_each_rows_own_length():
+    tokens = np.array([[2, 3, 1], [4, 5, 6], [0, 0, 0]], np.int32)
+    rollouts = Rollouts(tokens, np.zeros((3, 3), np.float32), np.array([3, 2, 0]), np.zeros(3, bool))
+    assert decode(make_task(verify_table), rollouts) == ["01", "23", ""]
+
+
+@pytest.mark.parametrize("field", ["every_rollouts", "samples", "rows"])
+def test_settings_below_one_are_refused(field):
+    with pytest.raises(ValueError, match=f"{field}=0"):
+        EvaluationConfig(**{field: 0})

@@ -1,0 +1,236 @@
+"""Between sampler and learner: rewards, live rows, packed steps and visit rates, by hand and against grpo."""
+
+import jax
+import numpy as np
+import pytest
+
+import cero_jax
+from cero_jax import grpo
+from cero_jax.data import Prompts, Task, encode_prompts
+from cero_jax.learner import Batch
+from cero_jax.rollout import live_rows, pack_live, sampling_inputs, score, step_row, visit_rate_weights
+from cero_jax.rows import plan
+from cero_jax.sampler import Rollouts
+from cero_jax.tokenizer import AlphabetTokenizer
+
+TOKENIZER = AlphabetTokenizer("abcx")
+QUESTIONS, ANSWERS = ("a", "bc", "cab"), ("1", "2", "3")
+ROWS, LIMIT, WIDTH = 8, 3, 4
+
+
+def make_task(verify):
+    prompts = encode_prompts(QUESTIONS, ANSWERS, ["all"] * 3, TOKENIZER, WIDTH)
+    nothing = Prompts((), (), np.zeros((0, WIDTH), np.int32), np.zeros(0, np.int32), ())
+    return Task(prompts, nothing, TOKENIZER, verify, None)
+
+
+def make_rows():
+    """Prompt 2 in four rows, prompt 0 in three, one row of padding."""
+    (rows,) = plan(np.array([3, 0, 4]), np.array([2, 0, 1]), rows_per_step=ROWS, min_group=3)
+    return rows
+
+
+def make_rollouts(texts, cut=()):
+    """Completions in letters; "" is a padding row; those cut have no eos."""
+    tokens = np.full((len(texts), LIMIT), TOKENIZER.pad_id, np.int32)
+    lengths = np.zeros(len(texts), np.int32)
+    for row, text in enumerate(texts):
+        ids = TOKENIZER.encode(text) + [TOKENIZER.eos_ids[0]] * (row not in cut and text != "")
+        tokens[row, : len(ids)], lengths[row] = ids, len(ids)
+    log_probs = -np.arange(tokens.size, dtype=np.float32).reshape(tokens.shape)
+    return Rollouts(tokens, log_probs, lengths, np.isin(np.arange(len(texts)), cut))
+
+
+# rows 0 to 3 are of prompt 2, 4 to 6 of prompt 0
+TEXTS = ["a", "b", "c", "aab", "a", "x", "a", ""]
+REWARD = {"a": 1.0, "b": 0.5, "c": 0.49, "x": 0.0, "aab": 1.0}
+ROLLOUTS = make_rollouts(TEXTS, cut=(3,))
+
+
+def scored(truncated="wrong", threshold=0.5):
+    return score(make_task(lambda q, c, a: REWARD[c]), make_rows(), ROLLOUTS, truncated, threshold)
+
+
+def test_sampling_inputs_hold_each_prompt_once_and_point_to_it():
+    task, rows = make_task(lambda q, c, a: 0.0), make_rows()
+    inputs = sampling_inputs(task.train, rows)
+    assert inputs["prompt_tokens"].shape == (ROWS // 3, WIDTH)
+    for row in np.flatnonzero(rows.row_mask):
+        visit, prompt = inputs["prompt_of_row"][row], inputs["prompt_ids"][row]
+        assert prompt == (2 if row < 4 else 0)
+        np.testing.assert_array_equal(inputs["prompt_tokens"][visit], task.train.tokens[prompt])
+        assert inputs["prompt_lengths"][visit] == len(QUESTIONS[prompt])
+    np.testing.assert_array_equal(inputs["rollout_index"], [0, 1, 2, 3, 0, 1, 2, 0])
+    np.testing.assert_array_equal(inputs["row_mask"], np.arange(ROWS) < 7)
+    assert (inputs["prompt_ids"] >= 0).all()
+    # a step with a single visit: what is not used must still index something
+    (rows,) = plan(np.array([0, 3, 0]), np.arange(3), rows_per_step=ROWS, min_group=3)
+    np.testing.assert_array_equal(sampling_inputs(task.train, rows)["prompt_lengths"], [2, 1])
+
+
+def test_each_rollout_is_verified_against_its_own_prompt_and_padding_never():
+    asked = []
+
+    def verify(question, completion, answer):
+        asked.append((question, completion, answer))
+        return 0.0
+
+    score(make_task(verify), make_rows(), ROLLOUTS, "wrong", 0.5)
+    assert asked == [("cab", text, "3") for text in "abc"] + [("a", text, "1") for text in "axa"]  # row 3 is cut
+
+
+@pytest.mark.parametrize(
+    ("threshold", "num_correct"),
+    [(0.5, [2, 2]), (0.51, [1, 2]), (0.1, [3, 2]), (1.5, [0, 0])],  # rewards 1 .5 .49 cut | 1 0 1
+)
+def test_success_is_a_reward_of_at_least_the_threshold(threshold, num_correct):
+    result = scored(threshold=threshold)
+    np.testing.assert_array_equal(result.num_correct, num_correct)
+    assert result.num_correct.dtype == np.int32
+    np.testing.assert_array_equal(result.batch.reward, np.float32([1, 0.5, 0.49, 0, 1, 0, 1, 0]))
+    assert result.completions == TEXTS
+
+
+@pytest.mark.parametrize("truncated", ["wrong", "mask"])
+def test_a_cut_completion_is_wrong_and_under_mask_no_part_of_its_group(truncated):
+    result = scored(truncated)
+    np.testing.assert_array_equal(result.truncated, np.arange(ROWS) == 3)
+    want = np.arange(ROWS) < 7
+    if truncated == "mask":
+        want[3] = False
+    np.testing.assert_array_equal(result.batch.row_mask, want)
+    assert result.batch.reward[3] == 0
+    np.testing.assert_array_equal(result.num_correct, [2, 2])  # to the posterior it is a failure either way
+
+
+def test_the_batch_pairs_each_completion_with_its_prompt():
+    batch = scored().batch
+    train = make_task(None).train
+    np.testing.assert_array_equal(batch.prompt_tokens[:7], train.tokens[[2, 2, 2, 2, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.prompt_lengths[:7], [3, 3, 3, 3, 1, 1, 1])
+    np.testing.assert_array_equal(batch.tokens, ROLLOUTS.tokens)
+    np.testing.assert_array_equal(batch.log_probs, ROLLOUTS.log_probs)
+    np.testing.assert_array_equal(batch.lengths, [2, 2, 2, 3, 2, 2, 2, 0])
+    np.testing.assert_array_equal(batch.group_ids[:7], [0, 0, 0, 0, 1, 1, 1])
+    np.testing.assert_array_equal(batch.row_weight, 1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_is_refused_with_its_prompt(bad):
+    with pytest.raises(ValueError, match=f"the verifier gave {bad} to prompt 0: a reward must be finite"):
+        score(make_task(lambda q, c, a: bad if q == "a" else 1.0), make_rows(), ROLLOUTS, "wrong", 0.5)
+
+
+def random_batch(seed, num_rows=16, num_groups=5):
+    """Rows of groups in any order, some of them padding, rewards often alike; each row carries its number."""
+    rng = np.random.default_rng(seed)
+    number = np.arange(num_rows, dtype=np.int32) + 100 * seed
+    return Batch(
+        prompt_tokens=np.repeat(number[:, None], WIDTH, axis=1),
+        prompt_lengths=number,
+        tokens=np.repeat(number[:, None], LIMIT, axis=1),
+        lengths=number,
+        log_probs=np.repeat(number[:, None], LIMIT, axis=1).astype(np.float32),
+        reward=rng.choice([0.0, 0.0, 0.3, 1.0], num_rows).astype(np.float32),
+        group_ids=np.sort(rng.integers(0, num_groups, num_rows)).astype(np.int32),
+        row_mask=rng.random(num_rows) < 0.9,
+        row_weight=rng.random(num_rows).astype(np.float32),
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_live_rows_are_those_of_grpo(seed):
+    batch = random_batch(seed)
+    want = grpo.has_variance(batch.reward, batch.group_ids, batch.row_mask, 16)
+    np.testing.assert_array_equal(live_rows(batch), want)
+
+
+@pytest.mark.parametrize("seed", range(0, 20, 2))
+def test_packed_steps_hold_whole_live_groups_with_the_advantages_they_had(seed):
+    batches = [random_batch(seed), random_batch(seed + 1)]
+    packed, full = pack_live(batches, min_group=2)
+    live = [batch.lengths[live_rows(batch) & (batch.group_ids == g)] for batch in batches for g in range(5)]
+    kept, room, fits_not = [], 16, False
+    for group in filter(len, live):
+        if len(group) <= room:
+            kept.append(group)
+            room -= len(group)
+        else:
+            fits_not = True
+    used = 16 - room
+    np.testing.assert_array_equal(packed.lengths[:used], np.concatenate(kept))
+    np.testing.assert_array_equal(packed.group_ids[:used], np.repeat(np.arange(len(kept)), [len(g) for g in kept]))
+    np.testing.assert_array_equal(packed.row_mask, np.arange(16) < used)
+    assert full == (fits_not or room < 2)
+    before = {}
+    for batch in batches:
+        advantage = grpo.advantages(batch.reward, batch.group_ids, batch.row_mask, num_groups=16)
+        before |= dict(zip(batch.lengths.tolist(), np.asarray(advantage).tolist(), strict=True))
+    after = grpo.advantages(packed.reward, packed.group_ids, packed.row_mask, num_groups=16)
+    np.testing.assert_allclose(after[:used], [before[number] for number in packed.lengths[:used]], rtol=1e-5)
+    sources = {number: (batch, row) for batch in batches for row, number in enumerate(batch.lengths.tolist())}
+    for place in range(used):  # whole rows move: every column with the others
+        batch, row = sources[int(packed.lengths[place])]
+        for name in ("prompt_tokens", "prompt_lengths", "tokens", "log_probs", "reward", "row_weight"):
+            np.testing.assert_array_equal(getattr(packed, name)[place], getattr(batch, name)[row])
+    for got, given in zip(packed, batches[0], strict=True):
+        assert (got.shape, got.dtype) == (given.shape, given.dtype)
+
+
+def test_a_step_is_full_only_where_no_group_fits_any_more():
+    def batch(*rewards):  # groups of four in rows of eight
+        reward = np.zeros(8, np.float32)
+        reward[: len(rewards)] = rewards
+        return random_batch(0, num_rows=8)._replace(
+            reward=reward, group_ids=np.repeat(np.int32([0, 1]), 4), row_mask=np.ones(8, bool)
+        )
+
+    live, dead = [1, 0, 0, 0], [1, 1, 1, 1]
+    assert pack_live([batch(*dead, *dead)], 4)[0].row_mask.sum() == 0
+    assert not pack_live([batch(*dead, *dead)], 4)[1]
+    packed, full = pack_live([batch(*live, *dead)], 4)
+    assert (packed.row_mask.sum(), full) == (4, False)
+    assert pack_live([batch(*live, *dead)], 5)[1]  # four places are too few for a group of five
+    packed, full = pack_live([batch(*live, *dead), batch(*dead, *live)], 4)
+    assert (packed.row_mask.sum(), full) == (8, True)
+
+
+def allocation(cumulative, reserved=0):
+    state = cero_jax.uniform(total_budget=100, num_epochs=1).init(len(cumulative))
+    cumulative = np.array(cumulative, np.int32)
+    return state._replace(
+        cumulative_rollouts=jax.numpy.asarray(cumulative), reserved=jax.numpy.full(len(cumulative), reserved, "int32")
+    )
+
+
+def test_visit_rate_weights_undo_the_rate():
+    # rollouts 4, 6, 8 of which 2 each are reserved: rates 2/3, 1, 4/3; prompt 2 in four rows, 0 in three
+    weight = visit_rate_weights(make_rows(), allocation([2, 4, 6], reserved=2), clip=10)
+    raw = np.array([3 / 4] * 4 + [3 / 2] * 3)
+    np.testing.assert_allclose(weight[:7], raw / raw.mean(), rtol=1e-6)
+    assert weight[7] == 0
+    assert weight.dtype == np.float32
+    # prompts with rows in proportion to their rollouts weigh alike, together
+    (rows,) = plan(np.array([3, 0, 5]), np.array([2, 0, 1]), rows_per_step=ROWS, min_group=3)
+    weight = visit_rate_weights(rows, allocation([30, 0, 50]), clip=10)
+    assert weight[rows.prompt_ids == 0].sum() == pytest.approx(weight[rows.prompt_ids == 2].sum())
+
+
+def test_visit_rates_are_clipped():
+    weight = visit_rate_weights(make_rows(), allocation([1, 1, 1000]), clip=2)  # rates 1/334 and 2.99: 1/2 and 2
+    assert weight[4] / weight[0] == pytest.approx(4)
+    assert weight[:7].mean() == pytest.approx(1)
+
+
+def test_step_row_says_who_was_drawn_and_what_came_of_it():
+    row = step_row(make_rows(), scored())
+    assert row["prompt_ids"] == [2, 0]
+    assert row["num_rollouts"] == [4, 3]
+    assert row["num_correct"] == [2, 2]
+    assert row["reward"] == pytest.approx((1 + 0.5 + 0.49 + 0 + 1 + 0 + 1) / 7)
+    assert row["live_share"] == 1
+    assert row["fill"] == 7 / 8
+    assert row["truncated_share"] == pytest.approx(1 / 7)
+    assert row["completion_tokens"] == pytest.approx((2 + 2 + 2 + 3 + 2 + 2 + 2) / 7)
+    same = score(make_task(lambda q, c, a: float(q == "a" and c == "x")), make_rows(), ROLLOUTS, "wrong", 0.5)
+    assert step_row(make_rows(), same)["live_share"] == pytest.approx(3 / 7)
