@@ -1,0 +1,246 @@
+"""The rule table, the mesh, and eight devices that do what one does."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import cero_jax
+from cero_jax import model, sharding
+from cero_jax.learner import Batch, LearnerConfig, make_learner
+from cero_jax.model import ModelConfig
+from cero_jax.sampler import SamplerConfig, make_sampler, row_keys
+from cero_jax.sharding import MeshConfig
+
+CONFIG = ModelConfig(num_layers=2, width=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=16)
+VOCAB, ROWS, PROMPTS, WIDTH, LIMIT = 12, 8, 4, 4, 6
+B1 = 0.9
+LEARNER = LearnerConfig(rows_per_step=ROWS, max_grad_norm=1e9, adam_b1=B1)
+MESHES = {
+    "data 8": MeshConfig(data=8),
+    "data 2 x fsdp 4": MeshConfig(data=2, fsdp=4),
+    "data 2 x fsdp 2 x tensor 2": MeshConfig(data=2, fsdp=2, tensor=2),
+}
+every_mesh = pytest.mark.parametrize("mesh_config", MESHES.values(), ids=MESHES.keys())
+
+
+def one_device():
+    return sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def shapes(config):
+    return jax.eval_shape(lambda: model.init_params(config, VOCAB, 0))
+
+
+def paths(tree, prefix=""):
+    """Paths of a nested dict's leaves, joined by slashes."""
+    for name, value in tree.items():
+        yield from paths(value, f"{prefix}{name}/") if isinstance(value, dict) else [f"{prefix}{name}"]
+
+
+# --- the table and the mesh ---
+
+
+def test_every_rule_is_some_parameters_and_every_parameter_has_one():
+    tied, untied = shapes(CONFIG), shapes(ModelConfig(tied_embeddings=False))
+    assert set(paths(tied)) | set(paths(untied)) == set(sharding.RULES)
+    for leaf, spec in zip(
+        jax.tree.leaves(tied), jax.tree.leaves(sharding.shard_params(tied, one_device())), strict=True
+    ):
+        assert len(spec.spec) <= len(leaf.shape)
+
+
+def test_a_parameter_without_a_rule_is_named():
+    params = shapes(CONFIG)
+    params["layers"]["attn"]["q_bias"] = jax.ShapeDtypeStruct((2, 4, 4), jnp.float32)
+    with pytest.raises(ValueError, match=r"layers/attn/q_bias \(2, 4, 4\) has no rule in sharding\.RULES"):
+        sharding.shard_params(params, one_device())
+
+
+def test_a_parameter_that_does_not_divide_is_named_with_the_mesh():
+    mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=8))
+    with pytest.raises(
+        ValueError, match=r"embed \(12, 16\) does not divide over the mesh.*'tensor': 8.*smaller fsdp or"
+    ):
+        sharding.shard_params(shapes(CONFIG), mesh)
+
+
+@pytest.mark.parametrize(
+    ("config", "num_devices", "shape"),
+    [
+        (MeshConfig(), 1, (1, 1, 1)),
+        (MeshConfig(), 8, (8, 1, 1)),
+        (MeshConfig(fsdp=2, tensor=2), 8, (2, 2, 2)),
+        (MeshConfig(data=2, fsdp=3), 6, (2, 3, 1)),
+    ],
+)
+def test_the_mesh_covers_the_devices(config, num_devices, shape):
+    mesh = sharding.make_mesh(config, jax.devices()[:num_devices])
+    assert tuple(mesh.shape.items()) == tuple(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    assert sharding.row_shards(mesh) == shape[0] * shape[1]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MeshConfig(data=3), MeshConfig(fsdp=3), MeshConfig(data=4), MeshConfig(data=0), MeshConfig(tensor=16),
+        MeshConfig(fsdp=0), MeshConfig(fsdp=-2, tensor=-2),
+    ],
+)  # fmt: skip
+def test_a_mesh_that_does_not_cover_the_devices_is_refused(config):
+    with pytest.raises(ValueError, match=f"data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not"):
+        sharding.make_mesh(config)
+
+
+# --- eight devices do what one does ---
+
+
+@cache
+def params():
+    initial = jax.jit(lambda: model.init_params(CONFIG, VOCAB, 0))()
+    return jax.tree.map(np.asarray, initial | {"embed": initial["embed"] * 20})
+
+
+@cache
+def sampling_batch():
+    rng = np.random.default_rng(0)
+    prompt_of_row = np.repeat(np.arange(PROMPTS, dtype=np.int32), ROWS // PROMPTS)
+    return {
+        "prompt_tokens": rng.integers(0, VOCAB, (PROMPTS, WIDTH)).astype(np.int32),
+        "prompt_lengths": np.array([4, 1, 2, 3], np.int32),
+        "prompt_of_row": prompt_of_row,
+        "row_mask": np.arange(ROWS) < ROWS - 1,
+        "prompt_ids": prompt_of_row,
+        "rollout_index": np.tile(np.arange(ROWS // PROMPTS, dtype=np.int32), PROMPTS),
+    }
+
+
+def draw_on(mesh):
+    sample = make_sampler(CONFIG, SamplerConfig(LIMIT), (1,), 0, mesh)
+    layout = sharding.shard_params(shapes(CONFIG), mesh)
+    return sample(jax.device_put(params(), layout), np.uint32(0), np.uint32(0), sampling_batch())
+
+
+@cache
+def rollouts():
+    """The samples of one device, which every mesh then learns from."""
+    return jax.device_get(draw_on(one_device()))
+
+
+@cache
+def batch():
+    """Groups of 3 and 4, and a padding row."""
+    given = sampling_batch()
+    return Batch(
+        prompt_tokens=given["prompt_tokens"][given["prompt_of_row"]],
+        prompt_lengths=given["prompt_lengths"][given["prompt_of_row"]],
+        tokens=rollouts().tokens,
+        lengths=rollouts().lengths,
+        log_probs=rollouts().log_probs,
+        reward=np.array([1, 0, 0, 0, 1, 1, 0, 0], np.float32),
+        group_ids=np.array([0, 0, 0, 1, 1, 1, 1, 0], np.int32),
+        row_mask=given["row_mask"],
+        row_weight=np.ones(ROWS, np.float32),
+    )
+
+
+def step_on(mesh, num_live):
+    """Loss, gradient (by Adam's first moment: mu = (1 - b1) g after one step) and the state of one step."""
+    learner = make_learner(CONFIG, VOCAB, LEARNER, 1.0, mesh)
+    state = learner.init(jax.device_put(params(), learner.shardings.params))
+    state, metrics = learner.step(state, None, batch(), np.float32(1e-3), num_live)
+    gradient = jax.tree.map(lambda m: np.asarray(m) / (1 - B1), optax.tree.get(state.opt_state, "mu"))
+    return float(metrics["loss"]), gradient, state
+
+
+@cache
+def step_of_one_device():
+    return step_on(one_device(), ROWS)
+
+
+@every_mesh
+def test_a_step_is_that_of_one_device_and_stays_laid_out(mesh_config):
+    mesh = sharding.make_mesh(mesh_config)
+    want_loss, want, _ = step_of_one_device()
+    loss, gradient, state = step_on(mesh, ROWS)
+    assert loss == pytest.approx(want_loss, rel=1e-5, abs=1e-7)
+    for path, got, exact in zip(paths(want), jax.tree.leaves(gradient), jax.tree.leaves(want), strict=True):
+        assert np.linalg.norm(exact) > 0, path
+        assert np.linalg.norm(got - exact) <= 1e-5 * np.linalg.norm(exact), path
+    for tree in (state.params, optax.tree.get(state.opt_state, "mu")):
+        query = tree["layers"]["attn"]["q"]
+        assert query.sharding.spec == P(None, "fsdp", "tensor", None)
+        assert query.addressable_shards[0].data.shape == (2, 16 // mesh.shape["fsdp"], 4 // mesh.shape["tensor"], 4)
+
+
+@cache
+def close_calls():
+    """[R, T] where the two best perturbed scores lie within 1e-4, from full forward passes and the keys themselves."""
+    given, tokens = sampling_batch(), rollouts().tokens
+    lengths = batch().prompt_lengths + LIMIT
+    texts = np.concatenate([batch().prompt_tokens, tokens], axis=1)
+    keys = row_keys(jnp.uint32(0), jnp.uint32(0), given["prompt_ids"], given["rollout_index"])
+
+    @jax.jit
+    def perturbed_scores(params, texts, lengths, keys):
+        valid, positions = model.left_padded(lengths, WIDTH + LIMIT)
+        hidden, _ = model.forward(params, CONFIG, texts, positions, model.causal_mask(valid))
+        logits = model.logits(params, CONFIG, hidden)[:, WIDTH - 1 : -1]
+        folded = jax.vmap(lambda key: jax.vmap(lambda t: jax.random.fold_in(key, t))(jnp.arange(LIMIT)))(keys)
+        return logits + jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (VOCAB,))))(folded)
+
+    scores = np.asarray(perturbed_scores(jax.tree.map(jnp.asarray, params()), texts, lengths, keys))
+    second, best = np.sort(scores, axis=-1)[..., -2:].transpose(2, 0, 1)
+    clear = drawn() & (best - second > 1e-4)
+    np.testing.assert_array_equal(scores.argmax(axis=-1)[clear], tokens[clear])
+    assert clear.sum() > ROWS
+    return ~clear
+
+
+def drawn():
+    return np.arange(LIMIT)[None] < rollouts().lengths[:, None]
+
+
+@every_mesh
+def test_draws_are_those_of_one_device(mesh_config):
+    """A token may differ only at a close call; what follows then differs too."""
+    tokens = rollouts().tokens
+    got = jax.device_get(draw_on(sharding.make_mesh(mesh_config)))
+    agree = np.cumprod((got.tokens == tokens) | ~drawn(), axis=1).astype(bool)
+    first_difference = ~agree & np.pad(agree, ((0, 0), (1, 0)), constant_values=True)[:, :-1]
+    assert close_calls()[first_difference].all()
+    whole = agree.all(axis=1)
+    assert whole.sum() > ROWS // 2
+    np.testing.assert_array_equal(got.lengths[whole], rollouts().lengths[whole])
+    np.testing.assert_allclose(got.log_probs[whole], rollouts().log_probs[whole], atol=1e-5)
+
+
+def allocate_on(mesh):
+    """Four rounds of cero, [4, N]."""
+    allocator, everywhere = cero_jax.cero(total_budget=2000, num_epochs=10, max_group=16), sharding.replicated(mesh)
+    allocate = jax.jit(allocator.allocate, out_shardings=everywhere)
+    update = jax.jit(allocator.update, out_shardings=everywhere)
+    state, rng, rounds = jax.device_put(allocator.init(100, 0), everywhere), np.random.default_rng(0), []
+    for _ in range(4):
+        num_rollouts, state = allocate(state)
+        assert num_rollouts.sharding.is_fully_replicated
+        counts = np.asarray(num_rollouts)
+        state = update(state, None, counts, rng.binomial(counts, np.linspace(0, 1, 100)).astype(np.int32))
+        rounds.append(counts)
+    return np.stack(rounds)
+
+
+@cache
+def allocations_of_one_device():
+    return allocate_on(one_device())
+
+
+@every_mesh
+def test_an_allocation_is_that_of_one_device(mesh_config):
+    """Integers, round after round: hosts that disagreed by one rollout would lay other rows and part for good."""
+    assert allocations_of_one_device().sum() == 800
+    np.testing.assert_array_equal(allocate_on(sharding.make_mesh(mesh_config)), allocations_of_one_device())
