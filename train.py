@@ -23,8 +23,17 @@ from cero_jax.run import Run, State, start
 
 
 def main(config: Config) -> int:
-    """Train until the budget is spent (returns 0) or a signal comes (128 + its number). ValueError on bad input."""
-    run, state, at = start(config)
+    """Start or resume a run and train; returns the exit status. Raises ValueError on bad input, before any work."""
+    return train(*start(config))
+
+
+def train(run: Run, state: State, at: Cursor) -> int:
+    """Train until the budget is spent (returns 0) or a signal comes (128 + its number)."""
+    config = run.config
+    if at.finished:
+        print(f"{run.directory} has spent its budget; to go on, give a larger allocator.total_budget and --extend=True")
+        close(run, at)
+        return 0
     stop = StopSignal()
     waiting: list[Batch] = []  # rollouts that dynamic sampling holds until they fill a step; no checkpoint until then
     if at.step == 0:
@@ -46,7 +55,11 @@ def main(config: Config) -> int:
             # A round of `cero_dual` may be empty, so that an empty one is not the end before the last.
             finished = not steps and at.epoch + 1 >= config.allocator.num_epochs
             at = at._replace(epoch=at.epoch + 1, epoch_step=0, finished=finished)
-    return finish(run, state, at, stop)
+    stop.close()
+    if at.finished and at.evaluated < at.spent:
+        at = log_evaluation(run, state, at)
+    close(run, run.save(state, at))
+    return 0 if at.finished else 128 + stop.number
 
 
 def draw(run: Run, state: State, at: Cursor, now: list[Rows]) -> list[Scored]:
@@ -102,21 +115,20 @@ def log_evaluation(run: Run, state: State, at: Cursor) -> Cursor:
     return at
 
 
-def finish(run: Run, state: State, at: Cursor, stop: StopSignal) -> int:
-    """Save what is not saved yet, draw the report, say what comes next."""
-    if at.finished and at.evaluated < at.spent:
-        at = log_evaluation(run, state, at)
-    if at.step > at.saved_step or at.finished:
-        run.save(state, at)
+def close(run: Run, at: Cursor) -> None:
+    """Wait for what is still being written; draw the report, or say how to go on."""
     run.close()
-    stop.close()
     if not at.finished:
         print(f"stopped and saved after {at.spent:,} rollouts; the same command goes on from there")
-        return 128 + stop.number
-    draw_report([run.directory], run.directory / "report.png")
-    print(f"{at.spent:,} rollouts spent, held-out accuracy {at.accuracy:.3f}; picture: {run.directory / 'report.png'}")
-    return 0
+        return
+    picture = run.directory / "report.png"
+    draw_report([run.directory], picture)
+    print(f"{at.spent:,} rollouts spent, held-out accuracy {at.accuracy:.3f}; who got them, and what for: {picture}")
 
 
 if __name__ == "__main__":
-    sys.exit(main(from_command_line(sys.argv[1:])))
+    try:
+        started = start(from_command_line(sys.argv[1:]))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    sys.exit(train(*started))

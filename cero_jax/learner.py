@@ -231,7 +231,7 @@ def make_learner(
             row_sharding=row_sharding,
         )
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, ref_params, batch)
-        return apply(state, grads, learning_rate), metrics | {"loss": value, "grad_norm": optax.global_norm(grads)}
+        return apply(state, grads, learning_rate), metrics | {"loss": value, "grad_norm": optax.tree.norm(grads)}
 
     @partial(jax.jit, donate_argnames="state", out_shardings=(shardings, None))
     def supervised_step(state: TrainState, batch: Batch, learning_rate: Array):

@@ -1,0 +1,116 @@
+"""Bad input: one clear error that names the value and the mend, before any training; the command line."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_run import tiny_config
+
+from cero_jax import run as runs
+from cero_jax.config import from_command_line, to_json
+from cero_jax.learner import LearnerConfig
+from cero_jax.model import ModelConfig
+from cero_jax.sampler import SamplerConfig
+from cero_jax.sharding import MeshConfig
+from cero_jax.tasks.jsonl import Jsonl
+
+ROOT = Path(__file__).parent.parent
+CHAIN_SUM = str(ROOT / "configs/chain_sum.py")
+
+
+def with_allocator(**changes):
+    return {"allocator": dataclasses.replace(tiny_config("").allocator, **changes)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (with_allocator(total_budget=1, num_epochs=1), r"total_budget=1 is smaller than one group of 2"),
+        (with_allocator(total_budget=10, num_epochs=8), r"total_budget=10 over num_epochs=8 leaves less than"),
+        (with_allocator(min_group=9), r"min_group=9 must lie in 2..max_group=8"),
+        (with_allocator(max_group=17), r"max_group=17 must be at most learner.rows_per_step=16"),
+        (with_allocator(total_budget=2**31, num_epochs=1), r"total_budget=2147483648"),
+        ({"sampler": SamplerConfig(temperature=0)}, r"temperature=0 draws the same completion"),
+        ({"sampler": SamplerConfig(top_p=0.9)}, r"top_p=0.9, top_k=0 bias the importance ratio"),
+        ({"mesh": MeshConfig(fsdp=3)}, r"does not cover 8 devices"),
+        ({"mesh": MeshConfig(fsdp=8), "model": ModelConfig(width=12)}, r"parameter \S+ .* does not divide"),
+        ({"task": Jsonl(path="nowhere.jsonl")}, r"nowhere.jsonl"),
+        (
+            {"dynamic_sampling": True, "learner": LearnerConfig(rows_per_step=16, steps_per_batch=2)},
+            "needs learner.steps_per_batch=1",
+        ),
+    ],
+)  # fmt: skip
+def test_refused_before_any_work(tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        runs.start(tiny_config(tmp_path / "run", **changes))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"question": "1 + 1", "answer": "#### 2"}', '{"question": '], r"rows.jsonl:2"),
+        (['{"question": "1 + 1", "answer": "#### 2"}', '{"question": "2"}'], r"rows.jsonl:2.*answer"),
+        ([], r"rows.jsonl"),
+        (['{"question": "' + "long " * 20 + '", "answer": "1"}'] * 2, r"rows.jsonl:\d.*max_prompt_tokens=32"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, lines, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message) as caught:
+        runs.start(tiny_config(tmp_path / "run", task=Jsonl(path=str(path), max_prompt_tokens=32, num_heldout=1)))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_work_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ValueError, match=r"cannot write to the work directory .*choose another --work-dir"):
+        runs.start(tiny_config(tmp_path / "file" / "run"))
+
+
+def test_overrides_from_the_command_line():
+    args = [CHAIN_SUM, "--allocator.name=uniform", "--seed=3", "--task.wrong-share=0.2", "--learner.rows_per_step=16"]
+    config = from_command_line(args)
+    assert (config.allocator.name, config.seed, config.task.wrong_share) == ("uniform", 3, 0.2)
+    assert config.learner.rows_per_step == 16
+    assert config.run_dir.name == "chain_sum-uniform-3"
+
+
+def run_train(*args):
+    return subprocess.run([sys.executable, ROOT / "train.py", *args], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_names():
+    done = run_train(CHAIN_SUM, "--learner.learnin-rate=1")
+    assert done.returncode == 2
+    assert "--learner.learning-rate" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_every_field_with_its_units():
+    done = run_train(CHAIN_SUM, "--help")
+    assert done.returncode == 0
+    text = " ".join(done.stdout.replace("│", " ").split())
+    assert "--allocator.total-budget" in text
+    assert "Rollouts of the whole run" in text
+
+
+def test_bad_input_is_one_line_and_not_a_traceback(tmp_path):
+    done = run_train(CHAIN_SUM, f"--work-dir={tmp_path}", "--allocator.total-budget=2", "--allocator.num-epochs=1")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: allocator.total_budget=2 is smaller than one group")
+    assert "no config file" in run_train("configs/nothing.py").stderr
+    assert "usage" in run_train().stderr
+
+
+def test_the_saved_config_is_the_resolved_one(tmp_path):
+    config = tiny_config(tmp_path / "run")
+    assert json.loads(json.dumps(to_json(config))) == to_json(config)
+    assert to_json(config)["learner"]["rows_per_step"] == 16

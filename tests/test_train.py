@@ -1,0 +1,125 @@
+"""The whole loop, small: every rollout charged once, nothing compiled after the start, every option of the loop run."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny_run import tiny_config
+
+import train
+from cero_jax import run as runs
+from cero_jax.allocator.base import AllocatorState
+from cero_jax.learner import LearnerConfig
+from cero_jax.tasks.jsonl import Jsonl
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")  # one cache of compiled functions and warm starts for all
+
+
+def rows_of(work_dir):
+    return [json.loads(line) for line in (work_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def settled(config) -> AllocatorState:
+    run, state, at = runs.start(config)
+    run.close()
+    assert at.finished
+    return state.allocation
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"allocator.name": "uniform"},
+        {"allocator.name": "cero_dual"},
+        {"dynamic_sampling": True, "allocator.name": "uniform"},
+        {"learner.steps_per_batch": 2, "learner.kl_coef": 0.1, "truncated": "mask"},
+        {"learner.advantage": "rloo", "learner.aggregation": "sequence", "learner.undo_visit_rate": True},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_ledger_and_metrics_agree(folder, changes):
+    config = tiny_config(folder / str(abs(hash(str(changes)))))
+    for path, value in changes.items():
+        *piece, name = path.split(".")
+        if piece:
+            inner = dataclasses.replace(getattr(config, piece[0]), **{name: value})
+            config = dataclasses.replace(config, **{piece[0]: inner})
+        else:
+            config = dataclasses.replace(config, **{name: value})
+    assert train.main(config) == 0
+    rows = rows_of(config.run_dir)
+    steps = [row for row in rows if row["kind"] == "step"]
+    drawn, correct = np.zeros((2, 24), int)
+    for row in steps:
+        assert all(config.allocator.min_group <= n for n in row["num_rollouts"])
+        np.add.at(drawn, row["prompt_ids"], row["num_rollouts"])
+        np.add.at(correct, row["prompt_ids"], row["num_correct"])
+    state = settled(config)
+    assert drawn.sum() == steps[-1]["spent"] == int(state.ledger.spent) <= 240
+    assert int(state.ledger.reserved) == 0
+    np.testing.assert_array_equal(drawn, state.cumulative_rollouts)
+    if config.allocator.name != "cero_dual":  # which may leave a rest
+        assert drawn.sum() == 240
+    assert np.all(correct <= drawn)
+    assert rows[-1]["kind"] == "eval"
+    losses = [row["loss"] for row in steps if "loss" in row]
+    assert len(losses) == steps[-1]["optimizer_steps"] > 0
+    mismatch = [row["log_prob_mismatch"] for row in steps if "loss" in row]
+    if config.learner.steps_per_batch == 1:
+        assert max(mismatch) < 1e-5  # on-policy: sampler and learner agree
+    else:
+        assert max(mismatch) > 1e-5  # the second step of a batch is off-policy
+
+
+def test_nothing_compiles_after_the_first_steps(folder):
+    """Over later rounds, whose allocations differ, no jitted function compiles again."""
+    run, state, at = runs.start(tiny_config(folder / "compile"))
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: (
+            compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
+        )
+    )
+    seen = []
+    at = train.log_evaluation(run, state, at)
+    for _ in range(4):
+        num_rollouts, allocation = run.allocate(state.allocation)
+        state = state._replace(allocation=allocation, num_rollouts=num_rollouts)
+        seen.append(np.asarray(num_rollouts).tolist())
+        for rows in run.plan(num_rollouts, at.epoch):
+            state, at = train.learn(run, state, at, rows, train.draw(run, state, at, [rows])[0], [])
+        at = train.log_evaluation(run, state, at._replace(epoch=at.epoch + 1))
+        if at.epoch == 1:
+            assert compiled  # the listener hears
+            compiled.clear()
+    run.close()
+    assert len({str(counts) for counts in seen}) == 4
+    assert compiled == []
+
+
+def test_jsonl_rows_through_the_same_loop(folder, tmp_path):
+    path = tmp_path / "sums.jsonl"
+    problems = [{"question": f"What is {a} + {a}?", "answer": f"{a} + {a} = {2 * a}\n#### {2 * a}"} for a in range(20)]
+    path.write_text("\n".join(map(json.dumps, problems)))
+    config = tiny_config(
+        folder / "jsonl",
+        task=Jsonl(path=str(path), max_prompt_tokens=32, num_heldout=4),
+        warm_start=dataclasses.replace(tiny_config("").warm_start, num_steps=0),
+        allocator=dataclasses.replace(tiny_config("").allocator, total_budget=64, num_epochs=2),
+        sampler=dataclasses.replace(tiny_config("").sampler, max_completion_tokens=8),
+    )
+    assert train.main(config) == 0
+    rows = rows_of(config.run_dir)
+    assert rows[-1]["spent"] == 64
+    assert rows[-1]["example"]["question"].startswith("What is")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, monkeypatch):
+    config = tiny_config(folder / "nan", learner=LearnerConfig(rows_per_step=16, learning_rate=1e38))
+    with pytest.raises(FloatingPointError, match=r"step \d+: .*lower learner.learning_rate"):
+        train.main(config)
