@@ -73,7 +73,7 @@ class UpdateFn(Protocol):
         num_tokens: [U] int32, tokens of those rollouts together, below 2^31 a call; None charges the expected ones.
           Read only where the budget is in tokens.
         release: bool, [] or [U]. True frees what these prompts still hold. False keeps it for a later part of a group
-          that is cut over several steps, while other batches are in flight.
+          that is cut over several steps, or for the same prompt in another batch in flight.
         """
         ...
 
@@ -210,7 +210,8 @@ def build(
             tokens=tokens,
         )
 
-    return Allocator(init, allocate, update)
+    # compiled here, so that a caller who knows nothing of jit does not pay for tracing the loops again at every call
+    return Allocator(init, jax.jit(allocate), jax.jit(update))
 
 
 def _gather(state: AllocatorState, prompt_ids) -> Prompts:

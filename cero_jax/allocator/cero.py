@@ -27,7 +27,7 @@ def cero(
     tau=None,
     prior=(0.5, 0.5),
     discount=0.9,
-    explore=0.08,
+    explore=0.1,
     utility: str = "exponential",
     fit_prior: bool = True,
     expected_tokens=None,

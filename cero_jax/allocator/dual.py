@@ -67,6 +67,7 @@ def water_fill(
 
     low = jnp.min(log_value + family.log_slope((rollouts + cap) / tau))
     high = jnp.max(log_value + family.log_slope(rollouts / tau))
+    low, high = low - 1e-5 * (1 + jnp.abs(low)), high + 1e-5 * (1 + jnp.abs(high))  # apart, however large tau is
     shares, log_price = shares_at_budget(shares_at, low, high, budget, cost)
     return shares, log_price - jnp.log(tau)
 

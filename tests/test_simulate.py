@@ -1,0 +1,100 @@
+"""The simulator's command line, and logs in every shape with every fault."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from cero_jax import simulate
+
+COUNTS = {0: [0, 2, 4], 1: [4, 4], 2: [0, 0, 0]}  # prompt -> successes of 4 at each visit
+
+
+def rows():
+    for prompt, visits in COUNTS.items():
+        for epoch, correct in enumerate(visits):
+            yield from ({"prompt": f"p{prompt}", "epoch": epoch, "reward": float(i < correct)} for i in range(4))
+
+
+@pytest.fixture(params=["jsonl", "csv", "counts", "parquet"])
+def log(request, tmp_path):
+    path = tmp_path / f"log.{request.param}"
+    if request.param == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows()))
+    elif request.param == "csv":
+        path.write_text(
+            "prompt,epoch,reward\n" + "".join(f"{r['prompt']},{r['epoch']},{r['reward']}\n" for r in rows())
+        )
+    elif request.param == "counts":
+        path.write_text("".join(json.dumps({"group_size": 4, "num_correct": c}) + "\n" for c in COUNTS.values()))
+    elif importlib.util.find_spec("pyarrow") is None:
+        pytest.skip("pyarrow is not installed")
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows())), path)
+    return path
+
+
+def test_every_format_gives_the_same_counts(log):
+    successes, rollouts = simulate.read_log(log)
+    np.testing.assert_array_equal(successes, [[0, 2, 4], [4, 4, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(rollouts, [[4, 4, 4], [4, 4, 0], [4, 4, 4]])
+
+
+def test_curves_follow_the_counts_and_ignore_visits_that_never_were():
+    successes, rollouts = np.array([[0] * 9 + [8] * 9, [8, 8] + [0] * 16]), np.full((2, 18), 8)
+    rollouts[1, 2:] = 0
+    curves = simulate.success_curves(successes, rollouts, 6)
+    assert np.all(np.diff(curves[:, 0]) > 0)
+    assert curves[0, 0] < 0.01
+    np.testing.assert_allclose(curves[:, 1], 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no rows"),
+        ('{"prompt": 1, "epoch": 0}\n', r":1: no field 'reward'; it has prompt, epoch. See --fields"),
+        ('{"prompt": 1, "epoch": 0, "reward": 1}\n{"prompt"\n', r":2: broken JSON"),
+        ("[1, 2]\n", r":1: a row must be an object"),
+        ('{"prompt": 1, "epoch": "first", "reward": 1}\n', r":1: epoch='first'"),
+    ],
+)
+def test_a_bad_log_names_the_file_and_the_line(tmp_path, text, message):
+    path = tmp_path / "log.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        simulate.read_log(path)
+
+
+def test_a_missing_log_is_one_line_of_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        simulate.main(["--log", str(tmp_path / "none.jsonl")])
+    assert "none.jsonl is not a file" in capsys.readouterr().err
+
+
+def test_the_command_line_replays_a_log_and_says_what_it_cannot_know(tmp_path, capsys):
+    path, picture = tmp_path / "log.jsonl", tmp_path / "replay.png"
+    rng = np.random.default_rng(0)
+    counts = rng.binomial(8, np.repeat(rng.beta(0.5, 0.5, (40, 1)), 6, 1))
+    path.write_text("".join(json.dumps({"group_size": 8, "num_correct": c.tolist()}) + "\n" for c in counts))
+    simulate.main(["--log", str(path), "--seeds", "2", "--picture", str(picture)])
+    printed = capsys.readouterr().out
+    dead = 100 * np.mean((counts == 0) | (counts == 8))
+    assert f"{dead:.1f} % of them went to groups without variance" in printed
+    assert "What a replay cannot know" in printed
+    for name in ("uniform", "variance", "knapsack", "cero_dual", "cero", "cero, told p"):
+        assert f"| {name} |" in printed
+    assert picture.stat().st_size > 1000
+
+
+def test_hopeless_prompts_stay_hopeless_and_the_budget_is_spent():
+    setup = {"num_prompts": 64, "num_epochs": 8, "total_budget": 2048, "min_group": 4, "tau": 32.0}
+    world = simulate.drifting(64, hopeless=0.5)
+    outcome = simulate.run_seeds(simulate.uniform, world, seeds=3, settings=setup)
+    np.testing.assert_array_equal(np.asarray(outcome.spent_share), 1)
+    np.testing.assert_allclose(outcome.hopeless_share, 0.5, atol=0.03)
+    np.testing.assert_array_equal((np.asarray(outcome.success) == 0).sum(1), 32)
