@@ -70,6 +70,7 @@ def sizes():
         plain = np.zeros(num_prompts, np.float32), np.float32(num_prompts), np.float32(50), np.random.default_rng(0)
         in_numpy = median_seconds(lambda a=alpha, b=beta, rest=plain: numpy_round(a, b, *rest), repeats=3)
         memory = jax.jit(allocator.allocate).lower(state).compile().memory_analysis()
+        assert memory is not None
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         both = allocate + update
         cells = [f"{1e3 * x:.2f}" for x in (allocate, update, streamed)]

@@ -7,6 +7,7 @@ gradient steps, evidence is forgotten as rollouts are spent, the prior is fitted
 round goes to prompts that have not been heard of for long.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -124,4 +125,7 @@ def _stale_groups(evidence: Array, prompts: Prompts, amount: Array, min_group: i
     def shares_at(level):  # the level is minus the evidence below which a prompt is visited
         return jnp.where(stale & (evidence < -level), float(min_group), 0.0)
 
-    return shares_at_budget(shares_at, jnp.float32(-STALE_EVIDENCE), jnp.float32(1.0), amount, prompts.cost)[0]
+    def solve():
+        return shares_at_budget(shares_at, jnp.float32(-STALE_EVIDENCE), jnp.float32(1.0), amount, prompts.cost)[0]
+
+    return jax.lax.cond(jnp.any(stale) & (amount > 0), solve, lambda: jnp.zeros_like(evidence))

@@ -8,7 +8,8 @@ from jax import Array
 
 from cero_jax.allocator.utility import Utility, utility_family
 
-BISECTIONS = 36  # from a bracket of about 100 down to the resolution of a float32
+MOST_STEPS = 72  # every second one halves the bracket: from about 100 down to the resolution of a float32
+TOLERANCE = 1e-6  # of the budget: closer than a float32 sum can tell
 LEAST_VARIANCE = 1e-30  # keeps a logarithm finite; where every v is 0 the shares are equal
 
 
@@ -28,16 +29,24 @@ def shares_at_budget(
     def total(shares):
         return jnp.sum(shares if cost is None else shares * cost)
 
-    def halve(_, bracket):
-        low, high = bracket
-        middle = low + (high - low) / 2
-        enough = total(shares_at(middle)) >= budget
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+    def apart(carry):
+        step, low, high, over, under = carry
+        return (step < MOST_STEPS) & (low < high) & (jnp.minimum(over, under) > TOLERANCE * budget)
 
-    low, high = jax.lax.fori_loop(0, BISECTIONS, halve, (low, high))
+    def narrow(carry):  # false position, which is fast where the sum is smooth, and bisection, which is sure, in turn
+        step, low, high, over, under = carry
+        part = jnp.where(step % 2 == 0, over / jnp.maximum(over + under, 1e-30), 0.5)
+        middle = jnp.clip(low + (high - low) * part, low, high)
+        excess = total(shares_at(middle)) - budget
+        enough = excess >= 0
+        low, high = jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+        return step + 1, low, high, jnp.where(enough, excess, over), jnp.where(enough, under, -excess)
+
+    ends = total(shares_at(low)) - budget, budget - total(shares_at(high))
+    _, low, high, over, under = jax.lax.while_loop(apart, narrow, (jnp.int32(0), low, high, *ends))
     more, fewer = shares_at(low), shares_at(high)
     part = jnp.clip((budget - total(fewer)) / jnp.maximum(total(more) - total(fewer), 1e-6), 0, 1)
-    return fewer + part * (more - fewer), low
+    return fewer + part * (more - fewer), jnp.where(under < over, high, low)
 
 
 def water_fill(
