@@ -65,7 +65,8 @@ def test_accuracy_is_the_mean_over_prompts_and_samples(rows):
 
 def test_the_number_of_rows_does_not_change_what_a_policy_draws():
     config = ModelConfig(num_layers=1, width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=16)
-    params = jax.jit(lambda: model.init_params(config, TOKENIZER.vocab_size, 0))()
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(lambda: model.init_params(config, TOKENIZER.vocab_size, 0))
+    params = jax.tree.map(lambda x: rng.normal(0, 0.4, x.shape).astype(x.dtype), shapes)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     sample = make_sampler(config, SamplerConfig(LIMIT), TOKENIZER.eos_ids, TOKENIZER.pad_id, mesh)
     texts = {}
