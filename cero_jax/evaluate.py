@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cero_jax.data import Task
+from cero_jax.data import Prompts, Task
 from cero_jax.model import Params
 from cero_jax.sampler import EVAL_STEP, Rollouts, Sampler
 
@@ -43,6 +43,23 @@ def decode(task: Task, rollouts: Rollouts) -> list[str]:
     return [task.tokenizer.decode(row[:length].tolist()) for row, length in zip(tokens, lengths, strict=True)]
 
 
+def verify(
+    task: Task, prompts: Prompts, prompt_ids: np.ndarray, rollouts: Rollouts, row_mask: np.ndarray
+) -> tuple[list[str], np.ndarray]:
+    """Text and reward of each row: [R] float32, 0 for padding and for a completion that was cut before its end.
+
+    Raises ValueError where the verifier gives a reward that is not finite.
+    """
+    completions = decode(task, rollouts)
+    reward = np.zeros(len(completions), np.float32)
+    for row in np.flatnonzero(row_mask & ~np.asarray(rollouts.truncated)):
+        prompt = prompt_ids[row]
+        reward[row] = task.verify(prompts.questions[prompt], completions[row], prompts.answers[prompt])
+        if not np.isfinite(reward[row]):
+            raise ValueError(f"the verifier gave {reward[row]} to prompt {prompt}: a reward must be finite")
+    return completions, reward
+
+
 def evaluate(sample: Sampler, params: Params, task: Task, config: EvaluationConfig, seed: int) -> Evaluation:
     """Draw `samples` completions of each held-out prompt, `rows` at a time, and verify them.
 
@@ -65,10 +82,9 @@ def evaluate(sample: Sampler, params: Params, task: Task, config: EvaluationConf
             "prompt_ids": row_ids,
             "rollout_index": np.pad(index[start : start + used], (0, num_rows - used)),
         }
-        texts = decode(task, sample(params, np.uint32(seed), np.uint32(EVAL_STEP), batch))
-        for row in range(used):
-            prompt = row_ids[row]
-            reward[start + row] = task.verify(prompts.questions[prompt], texts[row], prompts.answers[prompt])
+        rollouts = sample(params, np.uint32(seed), np.uint32(EVAL_STEP), batch)
+        texts, verified = verify(task, prompts, row_ids, rollouts, batch["row_mask"])
+        reward[start : start + used] = verified[:used]
         if start == 0:
             asked = {"question": prompts.questions[0], "completion": texts[0], "answer": prompts.answers[0]}
             example = asked | {"reward": float(reward[0])}

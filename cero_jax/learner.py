@@ -56,6 +56,11 @@ class LearnerConfig:
                 f"rows_per_step={self.rows_per_step} must be at least 2, "
                 f"steps_per_batch={self.steps_per_batch} at least 1"
             )
+        if self.logit_chunk_tokens < 1 or self.visit_rate_clip < 1:
+            raise ValueError(
+                f"logit_chunk_tokens={self.logit_chunk_tokens} and visit_rate_clip={self.visit_rate_clip} "
+                "must be at least 1"
+            )
 
 
 class TrainState(NamedTuple):

@@ -156,7 +156,8 @@ class Transformer(nnx.Module):
             self.unembed = _normal(rngs.params(), (config.width, vocab_size), config.width, config.param_dtype)
 
     def __call__(self, tokens: Array, positions: Array, mask: Array, cache: Cache | None, start: Array):
-        x = self.embed[...].astype(self.config.compute_dtype)[tokens]
+        # Cast behind the gather: the table's gradient is then summed in its own dtype.
+        x = self.embed[...][tokens].astype(self.config.compute_dtype)
 
         def layer_step(carry, layer_and_index):
             layer, index = layer_and_index

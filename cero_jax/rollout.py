@@ -9,7 +9,7 @@ import numpy as np
 
 from cero_jax.allocator.base import AllocatorState
 from cero_jax.data import Prompts, Task
-from cero_jax.evaluate import decode
+from cero_jax.evaluate import verify
 from cero_jax.learner import Batch
 from cero_jax.rows import Rows
 from cero_jax.sampler import Rollouts
@@ -45,15 +45,8 @@ def score(
 
     It is evidence all the same: a prompt whose completions never end in time would otherwise look untried for ever.
     """
-    completions = decode(task, rollouts)
+    completions, reward = verify(task, task.train, rows.prompt_ids, rollouts, rows.row_mask)
     cut = np.asarray(rollouts.truncated) & rows.row_mask
-    reward = np.zeros(len(completions), np.float32)
-    for row in np.flatnonzero(rows.row_mask & ~cut):
-        prompt = rows.prompt_ids[row]
-        reward[row] = task.verify(task.train.questions[prompt], completions[row], task.train.answers[prompt])
-    if not np.isfinite(reward).all():
-        row = int(np.flatnonzero(~np.isfinite(reward))[0])
-        raise ValueError(f"the verifier gave {reward[row]} to prompt {rows.prompt_ids[row]}: a reward must be finite")
     success = (reward >= success_threshold) & rows.row_mask
     num_correct = np.bincount(rows.group_ids[success], minlength=len(rows.visit_ids)).astype(np.int32)
     prompt_ids = np.maximum(rows.prompt_ids, 0)

@@ -79,6 +79,10 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     config.check(num_prompts)
     mesh = sharding.make_mesh(config.mesh)
     everywhere = sharding.replicated(mesh)
+    if config.evaluation.rows % sharding.row_shards(mesh):
+        raise ValueError(
+            f"evaluation.rows={config.evaluation.rows} must be a multiple of data x fsdp = {sharding.row_shards(mesh)}"
+        )
     allocator = config.allocator.build()
     learner = make_learner(config.model, tokenizer.vocab_size, config.learner, config.sampler.temperature, mesh)
     sample = make_sampler(config.model, config.sampler, tokenizer.eos_ids, tokenizer.pad_id, mesh)

@@ -31,7 +31,7 @@ class FirstDigit(ChainSum):
 
 def tiny_config(work_dir, **changes) -> config.Config:
     """Six rounds of 40 rollouts on 24 prompts."""
-    settings = dict(
+    settings = dict(  # noqa: C408
         name="tiny",
         task=FirstDigit(num_prompts=24, num_heldout=8),
         allocator=config.AllocatorConfig(total_budget=240, num_epochs=6, min_group=2, max_group=8),
