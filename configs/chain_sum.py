@@ -1,10 +1,15 @@
 """Running sums modulo 10: the embedded task. No download, no GPU.
 
-Needs: 2 cores, 2 GB of memory.
+512 prompts, 40 % of them with a wrong gold answer; a 2-layer policy of 200,000 parameters, warm-started on noisy
+demonstrations. When RL starts, 57 % of groups of 8 have no variance.
+
+Needs: 2 cores, 2 GB of memory; about three minutes, of which one is the warm start.
+Expect: held-out accuracy from about 0.34 to 0.90 (benchmarks/sample_efficiency.py has the figures by seed).
 Command: make train, or python train.py configs/chain_sum.py
 """
 
 from cero_jax.config import AllocatorConfig, Config
+from cero_jax.learner import LearnerConfig
 from cero_jax.sampler import SamplerConfig
 from cero_jax.tasks.chain_sum import ChainSum
 from cero_jax.warm_start import WarmStartConfig
@@ -12,7 +17,8 @@ from cero_jax.warm_start import WarmStartConfig
 config = Config(
     name="chain_sum",
     task=ChainSum(),
-    allocator=AllocatorConfig(total_budget=12_800, num_epochs=25),
+    allocator=AllocatorConfig(total_budget=12_800, num_epochs=25, min_group=4, max_group=16),
     sampler=SamplerConfig(max_completion_tokens=25),
+    learner=LearnerConfig(rows_per_step=16, learning_rate=2.5e-4),
     warm_start=WarmStartConfig(num_steps=500, learning_rate=3e-3),
 )

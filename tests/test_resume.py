@@ -8,10 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from tiny_run import tiny_config
+from tiny_run import runs_end, tiny_config
 
 import train
 from cero_jax import run as runs
@@ -23,14 +22,6 @@ SCRIPT = Path(__file__).parent / "tiny_run.py"
 
 def run_in_process(*args):
     return subprocess.run([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=300)
-
-
-def final_state(work_dir):
-    run, state, at = runs.start(tiny_config(work_dir))
-    run.close()
-    assert at.finished
-    return at, [np.asarray(jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
-                for x in jax.tree.leaves(state)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +55,7 @@ def test_kill_and_resume_is_bit_identical(whole):
     done = run_in_process(cut)
     assert done.returncode == 0, done.stderr
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    (at, state), (at_whole, state_whole) = final_state(cut), final_state(whole)
+    (at, state), (at_whole, state_whole) = runs_end(cut), runs_end(whole)
     assert at.spent == at_whole.spent == 240
     for mine, theirs in zip(state, state_whole, strict=True):
         np.testing.assert_array_equal(mine, theirs)

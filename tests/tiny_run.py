@@ -11,6 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import jax
+import numpy as np
+
 import train
 from cero_jax import checkpoint, config, evaluate, learner, metrics, model, run
 from cero_jax.tasks.chain_sum import ChainSum
@@ -43,6 +46,15 @@ def tiny_config(work_dir, **changes) -> config.Config:
         work_dir=str(work_dir),
     )
     return config.Config(**(settings | changes))
+
+
+def runs_end(work_dir) -> tuple[checkpoint.Cursor, list[np.ndarray]]:
+    """Where a finished run stands, and every array of its state."""
+    this, state, at = run.start(tiny_config(work_dir))
+    this.close()
+    assert at.finished
+    leaves = jax.tree.leaves(state)
+    return at, [np.asarray(jax.random.key_data(x) if checkpoint._is_key(x) else x) for x in leaves]
 
 
 def end_at(point: str, count: int) -> None:

@@ -1,0 +1,69 @@
+"""Kill a small run at random times, resume it each time, and compare its end with an uninterrupted one's, bit by bit.
+
+    python benchmarks/kill_resume.py --kills 20 --seed 0
+
+SIGKILL comes after a random number of seconds, wherever the run then is: start-up, compilation, a step, a save.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("NPROC", "8")  # fixes XLA's thread pool, and with it the bits of a matrix product
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+SCRIPT = Path(__file__).parent.parent / "tests" / "tiny_run.py"
+
+
+def run(work_dir: Path, seconds: float | None = None) -> int:
+    """Start or resume; with `seconds`, kill after them. Returns the exit status."""
+    process = subprocess.Popen([sys.executable, str(SCRIPT), str(work_dir)], stderr=subprocess.DEVNULL)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGKILL)
+        return process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    folder, rng = Path(tempfile.mkdtemp()), random.Random(args.seed)
+    run(folder / "whole")  # compiles
+    began = time.monotonic()
+    run(folder / "timed")
+    whole_seconds = time.monotonic() - began
+    kills, part = 0, 0
+    while kills < args.kills:
+        part += 1
+        while kills < args.kills and run(folder / f"cut{part}", rng.uniform(0.2, 1.0) * whole_seconds) != 0:
+            kills += 1
+        assert run(folder / f"cut{part}") == 0
+        whole, cut = ((folder / name / "metrics.jsonl").read_bytes() for name in ("whole", f"cut{part}"))
+        state = subprocess.run(
+            [sys.executable, "-c", COMPARE, str(SCRIPT.parent), str(folder / "whole"), str(folder / f"cut{part}")]
+        )
+        same = whole == cut and state.returncode == 0
+        print(f"run {part}, {kills} kills so far: metrics, parameters, allocator {'identical' if same else 'DIFFER'}")
+        if not same:
+            sys.exit(1)
+
+
+COMPARE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import jax, numpy as np
+from tiny_run import runs_end
+mine, theirs = (runs_end(path) for path in sys.argv[2:])
+assert mine[0].spent == theirs[0].spent and all(np.array_equal(a, b) for a, b in zip(mine[1], theirs[1], strict=True))
+"""
+
+if __name__ == "__main__":
+    main()
