@@ -1,6 +1,6 @@
 """How many rollouts does an allocation save? `cero`, `uniform` and dynamic sampling on the embedded task.
 
-    python benchmarks/sample_efficiency.py              # tune on seeds 100, 101; judge on 0..4; table and picture
+    python benchmarks/sample_efficiency.py              # tune on seeds 100..104; judge on 0..4; table and picture
     python benchmarks/sample_efficiency.py --mixes      # 0, 20, 40, 60 % wrong gold answers: when it pays
     python benchmarks/sample_efficiency.py --effects    # less noise, or more weight?
     python benchmarks/sample_efficiency.py --allocators # all allocators, the same budget
@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "sample_efficiency.jsonl"
 ARMS = ("cero", "uniform", "dynamic")  # dynamic: uniform with DAPO's dynamic sampling
 LEARNING_RATES, ROWS, GROUPS = (2.5e-4, 5e-4, 1e-3), (16, 32), (4, 8)
-TUNING_SEEDS, SEEDS, MIX_SEEDS = (100, 101), (0, 1, 2, 3, 4), (0, 1, 2)
+TUNING_SEEDS, SEEDS, MIX_SEEDS = (100, 101, 102, 103, 104), (0, 1, 2, 3, 4), (0, 1, 2)
 MIXES = (0.0, 0.2, 0.4, 0.6)
 
 
@@ -186,15 +186,24 @@ def savings(uniform: list[dict], other: list[dict]) -> dict:
 
 
 def tuned(arm: str) -> tuple:
-    """The setting with the highest accuracy, averaged over the run and the tuning seeds."""
+    """The setting with the highest accuracy, averaged over the run and the tuning seeds.
+
+    Two seeds cut the grid to its best four, which more seeds then decide: a setting that is good on two seeds may fall
+    apart on a third, as bold steps do.
+    """
     grid = list(itertools.product(LEARNING_RATES, ROWS, GROUPS))
-    results = run_all([cell(arm, setting, seed) for setting in grid for seed in TUNING_SEEDS])
-    score = np.array([np.mean([p[2] for p in r["curve"]]) for r in results]).reshape(len(grid), -1).mean(axis=1)
-    for setting, s in sorted(zip(grid, score, strict=True), key=lambda pair: -pair[1])[:4]:
-        print(
-            f"  {arm:8s} rate {setting[0]:g}, {setting[1]} rows a step, groups of {setting[2]}: mean accuracy {s:.4f}"
-        )
-    return grid[int(score.argmax())]
+    for seeds in (TUNING_SEEDS[:2], TUNING_SEEDS):
+        results = run_all([cell(arm, setting, seed) for setting in grid for seed in seeds])
+        score = np.array([np.mean([p[2] for p in r["curve"]]) for r in results]).reshape(len(grid), -1).mean(axis=1)
+        order = np.argsort(-score)[:4]
+        for i in order:
+            rate, rows, group = grid[i]
+            print(
+                f"  {arm:8s} seeds {seeds[0]} to {seeds[-1]}: rate {rate:g}, {rows} rows a step, groups of {group}: "
+                f"mean accuracy {score[i]:.4f}"
+            )
+        grid = [grid[i] for i in order]
+    return grid[0]
 
 
 def row(name: str, results: list[dict], uniform: list[dict]) -> str:
@@ -286,7 +295,7 @@ def main() -> None:
     args = parser.parse_args()
     print("tuning:")
     best = {arm: tuned(arm) for arm in ARMS}
-    print(f"best settings (learning rate, rows a step, group): {best}")
+    print(f"best settings (learning rate, rows a step, group): {best}", flush=True)
     if args.mixes:
         for mix in MIXES:
             judge({arm: best[arm] for arm in ("cero", "uniform")}, MIX_SEEDS, mix)
