@@ -12,9 +12,16 @@ from cero_jax.tasks.chain_sum import ChainSum
 LABELS = {"length 2-4", "length 8-12", "length 13-18", "length 19-24", "wrong gold"}
 
 
+def row_of(question):
+    """The digits of a prompt, which stand in a field of 24 places before the "="."""
+    assert len(question) == 25
+    assert question[-1] == "="
+    return question[:-1].rstrip(".")
+
+
 def sums_by_hand(question):
     total, text = 0, ""
-    for digit in question.removesuffix("="):
+    for digit in row_of(question):
         total = (total + int(digit)) % 10
         text += str(total)
     return text
@@ -26,7 +33,7 @@ def task():
 
 
 def test_the_example():
-    assert sums_by_hand("3141=") == "3489"
+    assert sums_by_hand("3141....................=") == "3489"
 
 
 @pytest.mark.parametrize("wrong_share", [0.0, 0.2, 0.4, 0.6, 1.0])
@@ -35,7 +42,7 @@ def test_shares(wrong_share):
     counts = Counter(train.labels)
     assert counts["wrong gold"] == round(wrong_share * 512)
     assert abs(counts["length 2-4"] - 256 * (1 - wrong_share)) <= 1
-    short = sum(length <= 5 for length in train.lengths)  # in tokens, "=" included
+    short = sum(len(row_of(question)) <= 4 for question in train.questions)
     assert short == 256
     assert set(counts) <= LABELS
 
@@ -43,10 +50,10 @@ def test_shares(wrong_share):
 def test_right_and_wrong_gold(task):
     for question, answer, label in zip(task.train.questions, task.train.answers, task.train.labels, strict=True):
         right = sums_by_hand(question)
-        assert len(answer) == len(question) - 1
+        assert len(answer) == len(row_of(question))
         if label == "wrong gold":
             assert all(a != b for a, b in zip(answer, right, strict=True))
-            row = (int(d) for d in question[1:-1])  # no step follows from the digit before, either
+            row = (int(d) for d in row_of(question)[1:])  # no step follows from the digit before, either
             assert all((int(a) + d) % 10 != int(b) for a, b, d in zip(answer, answer[1:], row, strict=False))
         else:
             assert answer == right
@@ -58,12 +65,12 @@ def test_right_and_wrong_gold(task):
 def test_prompts_are_distinct_and_the_heldout_are_kept_apart(task):
     questions = task.train.questions + task.heldout.questions
     assert len(set(questions)) == len(questions) == 512 + 256
-    assert sum(len(q) <= 5 for q in task.heldout.questions) == 128
+    assert sum(len(row_of(q)) <= 4 for q in task.heldout.questions) == 128
     assert "wrong gold" not in task.heldout.labels
-    lengths = Counter(len(q) - 1 for q in questions)
+    lengths = Counter(len(row_of(q)) for q in questions)
     assert set(lengths) == {2, 3, 4, *range(8, 25)}  # every length occurs
     assert lengths[2] >= 50  # of the 100 there are, between train and held-out
-    held_short = Counter(len(q) - 1 for q in task.heldout.questions)
+    held_short = Counter(len(row_of(q)) for q in task.heldout.questions)
     assert held_short[2] >= 10
 
 
@@ -96,15 +103,15 @@ def test_demonstrations_slip_at_their_rate_and_go_on_from_what_is_written(task):
     assert not set(questions) & set(task.heldout.questions)
     slips = []
     for question, completion in zip(questions, completions, strict=True):
-        assert len(completion) == len(question) - 1
+        assert len(completion) == len(row_of(question))
         before = 0
         for digit, written in zip(question, completion, strict=False):
             slips.append((int(written) - before - int(digit)) % 10)
             before = int(written)
     steps, counts = len(slips), np.bincount(slips, minlength=10)
-    assert abs(counts[1:].sum() / steps - 0.3) < 5 * np.sqrt(0.3 * 0.7 / steps)
-    assert np.all(abs(counts[1:] / steps - 0.3 / 9) < 5 * np.sqrt(0.3 / 9 / steps))  # a uniformly drawn other digit
-    lengths = np.bincount([len(q) - 1 for q in questions], minlength=25)
+    assert abs(counts[1:].sum() / steps - 0.15) < 5 * np.sqrt(0.15 * 0.85 / steps)
+    assert np.all(abs(counts[1:] / steps - 0.15 / 9) < 5 * np.sqrt(0.15 / 9 / steps))  # a uniformly drawn other digit
+    lengths = np.bincount([len(row_of(q)) for q in questions], minlength=25)
     assert lengths[:2].sum() == 0
     assert np.all(abs(lengths[3:] - 4000 / 23) < 6 * np.sqrt(4000 / 23))  # 2 digits are rarer: many are held out
     again = task.demonstrations(np.random.default_rng(0), 4000)
