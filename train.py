@@ -84,8 +84,8 @@ def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waitin
     at = at._replace(step=at.step + 1, epoch_step=at.epoch_step + 1, spent=at.spent + int(rows.visit_sizes.sum()))
     policy, batch, figures, full = state.policy, scored.batch, {}, True
     if config.learner.undo_visit_rate:
-        weight = visit_rate_weights(rows, allocation, config.learner.visit_rate_clip)
-        batch = batch._replace(row_weight=weight)
+        weight, clipped = visit_rate_weights(rows, allocation, config.learner.visit_rate_clip)
+        batch, figures = batch._replace(row_weight=weight), {"visit_rate_clipped": clipped}
     if config.dynamic_sampling:
         waiting.append(batch)
         batch, full = pack_live(waiting, config.allocator.min_group)
@@ -93,9 +93,9 @@ def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waitin
     if full and (num_live or config.learner.kl_coef):  # without variance and without KL there is no gradient
         waiting.clear()
         rate = learning_rate(config.learner, at.spent, config.allocator.total_budget)
-        policy, figures = run.learner.step(policy, run.ref_params, batch, np.float32(rate), num_live)
+        policy, measured = run.learner.step(policy, run.ref_params, batch, np.float32(rate), num_live)
         # Read at once: the next rollouts need this step, so the host has nothing else to do meanwhile.
-        figures = {name: float(value) for name, value in figures.items()} | {"learning_rate": rate}
+        figures |= {name: float(value) for name, value in measured.items()} | {"learning_rate": rate}
         if not np.isfinite(figures["loss"] + figures["grad_norm"]):
             raise FloatingPointError(f"step {at.step}: {figures}: not finite; lower learner.learning_rate")
         at = at._replace(optimizer_steps=at.optimizer_steps + 1)

@@ -98,15 +98,18 @@ def pack_live(batches: list[Batch], min_group: int) -> tuple[Batch, bool]:
     return padded, full or room < min_group
 
 
-def visit_rate_weights(rows: Rows, allocation: AllocatorState, clip: float) -> np.ndarray:
+def visit_rate_weights(rows: Rows, allocation: AllocatorState, clip: float) -> tuple[np.ndarray, float]:
     """[R] float32 weights that undo the rate at which an allocation visits a prompt; their mean over real rows is 1.
 
-    A prompt's rate is its rollouts so far, this round's included, over their mean; held within a factor of `clip`.
+    A prompt's rate is its rollouts so far, this round's included, over their mean; held within a factor of `clip`. Also
+    returns the share of rows whose rate was held. Reads [N] counts from the device.
     """
     rollouts = np.asarray(allocation.cumulative_rollouts + allocation.reserved)
-    rate = np.clip(rollouts / max(rollouts.mean(), 1e-9), 1 / clip, clip)[np.maximum(rows.prompt_ids, 0)]
-    weight = np.where(rows.row_mask, 1 / rate, 0.0)
-    return (weight * rows.row_mask.sum() / weight.sum()).astype(np.float32)
+    rate = (rollouts / max(rollouts.mean(), 1e-9))[np.maximum(rows.prompt_ids, 0)]
+    held = np.clip(rate, 1 / clip, clip)
+    weight = np.where(rows.row_mask, 1 / held, 0.0)
+    clipped = (held != rate)[rows.row_mask].mean()
+    return (weight * rows.row_mask.sum() / weight.sum()).astype(np.float32), float(clipped)
 
 
 def step_row(rows: Rows, scored: Scored) -> dict:
