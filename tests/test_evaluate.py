@@ -82,7 +82,7 @@ def test_the_number_of_rows_does_not_change_what_a_policy_draws():
         assert evaluate(sample, params, task, settings, seed=0) == results[-1]
         assert evaluate(sample, params, task, settings, seed=1).accuracy != results[-1].accuracy
     assert texts[4] == texts[20]
-    assert len(set(texts[4])) > 10
+    assert len(set(texts[4])) > 4  # a cut completion is wrong unread
     assert results[0] == results[1]
 
 
