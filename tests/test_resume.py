@@ -111,11 +111,11 @@ def test_a_second_signal_acts_as_it_always_did():
         signal.raise_signal(signal.SIGINT)
 
 
-def test_a_failed_save_is_not_passed_over(tmp_path):
+def test_a_failed_save_is_not_passed_over(whole):
     """What goes wrong in the background surfaces at the next save or at the close, not never."""
-    run, state, at = runs.start(tiny_config(tmp_path / "run"))
-    shutil.rmtree(tmp_path / "run" / "checkpoints")
-    (tmp_path / "run" / "checkpoints").write_text("no folder any more")
+    run, state, at = runs.start(tiny_config(whole.parent / "broken"))
+    shutil.rmtree(whole.parent / "broken" / "checkpoints")
+    (whole.parent / "broken" / "checkpoints").write_text("no folder any more")
 
     def save_and_close():
         run.save(state, at)
