@@ -1,7 +1,7 @@
 """GSM8K's rows through the same loop, with a tiny random policy on bytes: a check of the plumbing, not a result.
 
 Needs: 2 cores, 2 GB of memory, a JSONL file of `question` and `answer` (ending in `#### 72`).
-Expect: rewards near 0, since nothing was ever taught; about 5 seconds a step.
+Expect: rewards of 0, since nothing was ever taught; about 7 seconds a step.
 Command: python train.py configs/gsm8k.py --task.path=gsm8k_train.jsonl
 """
 
