@@ -4,7 +4,7 @@
 demonstrations. When RL starts, 57 % of groups of 8 have no variance.
 
 Needs: 2 cores, 2 GB of memory; about three minutes, of which one is the warm start.
-Expect: held-out accuracy from 0.34 to 0.92, with a standard error of 0.02 over five seeds (benchmarks/sample_efficiency.py).
+Expect: held-out accuracy from 0.34 to 0.92 (standard error 0.02 over five seeds, benchmarks/sample_efficiency.py).
 Command: make train, or python train.py configs/chain_sum.py
 """
 
