@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -109,17 +108,3 @@ def test_a_second_signal_acts_as_it_always_did():
     assert stop.number == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
-
-
-def test_a_failed_save_is_not_passed_over(whole):
-    """What goes wrong in the background surfaces at the next save or at the close, not never."""
-    run, state, at = runs.start(tiny_config(whole.parent / "broken"))
-    shutil.rmtree(whole.parent / "broken" / "checkpoints")
-    (whole.parent / "broken" / "checkpoints").write_text("no folder any more")
-
-    def save_and_close():
-        run.save(state, at)
-        run.checkpoints.close()
-
-    with pytest.raises(OSError, match="checkpoints"):
-        save_and_close()
