@@ -5,8 +5,10 @@
 The run ends when the budget is spent. Stopped at any time (SIGTERM, SIGINT, a crash), the same command goes on.
 """
 
+import os
 import sys
 import time
+import traceback
 
 import jax
 import numpy as np
@@ -131,4 +133,10 @@ if __name__ == "__main__":
         started = start(from_command_line(sys.argv[1:]))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    sys.exit(train(*started))
+    try:
+        status = train(*started)
+    except Exception:
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)  # behind a failed save, Orbax's writer threads wait for ever, and sys.exit would wait for them
+    sys.exit(status)
