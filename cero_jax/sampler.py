@@ -140,8 +140,7 @@ def generate(
     Returns:
       Rollouts; the loop ends as soon as every row has.
     """
-    dtype = jnp.dtype(model_config.compute_dtype)
-    params = jax.tree.map(lambda p: p.astype(dtype), params)
+    params = model.cast(params, model_config.compute_dtype)
     (_, width), (num_rows,) = prompt_tokens.shape, prompt_of_row.shape
     limit = config.max_completion_tokens
     eos = jnp.asarray(eos_ids, jnp.int32)

@@ -46,7 +46,8 @@ def paths(tree, prefix=""):
 
 
 def test_every_rule_is_some_parameters_and_every_parameter_has_one():
-    tied, untied = shapes(CONFIG), shapes(ModelConfig(tied_embeddings=False))
+    tied = shapes(CONFIG)
+    untied = shapes(ModelConfig(tied_embeddings=False, qkv_bias=True, qk_norm=True, post_norms=True))
     assert set(paths(tied)) | set(paths(untied)) == set(sharding.RULES)
     for leaf, spec in zip(
         jax.tree.leaves(tied), jax.tree.leaves(sharding.shard_params(tied, one_device())), strict=True
@@ -56,8 +57,8 @@ def test_every_rule_is_some_parameters_and_every_parameter_has_one():
 
 def test_a_parameter_without_a_rule_is_named():
     params = shapes(CONFIG)
-    params["layers"]["attn"]["q_bias"] = jax.ShapeDtypeStruct((2, 4, 4), jnp.float32)
-    with pytest.raises(ValueError, match=r"layers/attn/q_bias \(2, 4, 4\) has no rule in sharding\.RULES"):
+    params["layers"]["attn"]["gain"] = jax.ShapeDtypeStruct((2, 4, 4), jnp.float32)
+    with pytest.raises(ValueError, match=r"layers/attn/gain \(2, 4, 4\) has no rule in sharding\.RULES"):
         sharding.shard_params(params, one_device())
 
 
