@@ -292,7 +292,8 @@ def _load_one(tensors: dict[str, Any], stored: Stored, leaf: Any, where: NamedSh
         by_index.setdefault(tuple((s.start, s.stop) for s in full), []).append(device)
     for bounds, devices in by_index.items():
         shard = _read(tensors, stored, bounds, leaf.shape, leaf.dtype)
-        placed |= {device: jax.device_put(shard, device) for device in devices}
+        # Waited for: the host holds one shard at a time.
+        placed |= {device: jax.device_put(shard, device).block_until_ready() for device in devices}
     return jax.make_array_from_single_device_arrays(leaf.shape, where, list(placed.values()))
 
 
