@@ -175,13 +175,15 @@ class Attention(nnx.Module):
         return heads
 
     def __call__(self, x: Array, view: View, cache: Cache | None, layer: Array, start: Array):
-        """Inputs x [B, T, D] -> [B, T, D] and the cache with this call's tokens written at `start`."""
+        """Inputs x [B, T, D] -> [B, T, D] and the cache with this call's tokens written from `start` [B]."""
         q, k = (rope(self._heads(x, name), view.positions, view.frequency) for name in ("q", "k"))
         v = self._heads(x, "v")
         if cache is not None:
             # Written in place in the scan's carry: the cache is never copied whole.
-            at = (layer, 0, start, 0, 0)
-            cache = Cache(*(jax.lax.dynamic_update_slice(c, n[None], at) for c, n in zip(cache, (k, v), strict=True)))
+            rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+            places = start[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+            at = (layer, rows, places)
+            cache = Cache(*(c.at[at].set(n, mode="drop") for c, n in zip(cache, (k, v), strict=True)))
             k, v = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
         scalar = self.config.query_pre_attn_scalar
         scale = None if scalar is None else scalar**-0.5
@@ -299,7 +301,7 @@ def forward(
     positions: Array,
     mask: Array,
     cache: Cache | None = None,
-    start: Array | int = 0,
+    start: Array | None = None,
 ) -> tuple[Array, Cache | None]:
     """The last hidden states of `tokens`.
 
@@ -309,15 +311,16 @@ def forward(
       tokens: [B, T] int32.
       positions: [B, T] int32, each token's place in its own row, padding not counted.
       mask: [B, T, S] bool, which of the S keys each token may look at; S = T without a cache, else the cache's length.
-      cache: keys and values so far; this call's are written at `start` .. `start + T`.
-      start: [] int32, where in the cache this call's tokens go.
+      cache: keys and values so far; this call's are written from `start`, those beyond its end nowhere.
+      start: [B] int32, where in the cache each row's tokens go; None is 0.
 
     Returns:
       [B, T, D] in compute dtype, behind the last norm (feed it to `logits`), and the cache.
     """
     vocab_size = params["embed"].shape[0]
     model = nnx.merge(_graphdef(config, vocab_size), params)
-    return model(tokens, positions, mask, cache, jnp.asarray(start, jnp.int32))
+    start = jnp.zeros(tokens.shape[0], jnp.int32) if start is None else start
+    return model(tokens, positions, mask, cache, start)
 
 
 def logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
