@@ -19,9 +19,19 @@ from cero_jax.config import Config, from_command_line
 from cero_jax.evaluate import evaluate
 from cero_jax.learner import Batch, learning_rate
 from cero_jax.report import draw_report
-from cero_jax.rollout import Scored, live_rows, pack_live, sampling_inputs, score, step_row, visit_rate_weights
+from cero_jax.rollout import (
+    Scored,
+    live_rows,
+    observed_tokens,
+    pack_live,
+    sampling_inputs,
+    score,
+    step_row,
+    visit_rate_weights,
+)
 from cero_jax.rows import Rows
 from cero_jax.run import Run, State, start
+from cero_jax.sampler import Rollouts
 
 
 def main(config: Config) -> int:
@@ -67,13 +77,20 @@ def train(run: Run, state: State, at: Cursor) -> int:
 def draw(run: Run, state: State, at: Cursor, now: list[Rows]) -> list[Scored]:
     """Rollouts of the next optimiser steps, all from the policy as it is now, and their rewards."""
     config, seed, began = run.config, np.uint32(run.config.seed), time.perf_counter()
-    inputs = [sampling_inputs(run.task.train, rows) for rows in now]
-    drawn = [run.sample(state.policy.params, seed, np.uint32(at.step + i), rows) for i, rows in enumerate(inputs)]
-    drawn = jax.device_get(drawn)  # the host waits for the tokens: a verifier reads text
+    size, num_steps = config.learner.rows_per_step, config.learner.steps_per_batch
+    inputs = sampling_inputs(run.task.train, now, num_steps, np.asarray(state.mean_tokens))
+    steps = at.step + np.repeat(np.arange(num_steps, dtype=np.uint32), size)
+    drawn = run.sample(state.policy.params, seed, steps, inputs)  # to the host: a verifier reads text
     sampled = time.perf_counter()
     scored = [
-        score(run.task, rows, rollouts, config.truncated, config.success_threshold)
-        for rows, rollouts in zip(now, drawn, strict=True)
+        score(
+            run.task,
+            rows,
+            Rollouts(*(each[i * size :][:size] for each in drawn)),
+            config.truncated,
+            config.success_threshold,
+        )
+        for i, rows in enumerate(now)
     ]
     seconds = {"sample_seconds": sampled - began, "verify_seconds": time.perf_counter() - sampled}
     return [each._replace(seconds={name: s / len(now) for name, s in seconds.items()}) for each in scored]
@@ -104,7 +121,8 @@ def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waitin
     row = step_row(rows, scored) | figures
     run.log("step", at, row, scored.seconds | {"learn_seconds": time.perf_counter() - began})
     run.progress.update(at.spent, epoch=at.epoch, reward=row["reward"], accuracy=at.accuracy, live=row["live_share"])
-    return State(policy, allocation, state.num_rollouts), at
+    mean_tokens = observed_tokens(np.asarray(state.mean_tokens), rows, scored.batch.lengths)
+    return State(policy, allocation, state.num_rollouts, jax.device_put(mean_tokens, state.mean_tokens.sharding)), at
 
 
 def log_evaluation(run: Run, state: State, at: Cursor) -> Cursor:

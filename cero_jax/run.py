@@ -29,6 +29,7 @@ class State(NamedTuple):
     policy: TrainState
     allocation: AllocatorState
     num_rollouts: Array  # [N] int32, of the round under way
+    mean_tokens: Array  # [N] float32, of each prompt's completions; until they are known the longest allowed
 
 
 class Run(NamedTuple):
@@ -104,10 +105,11 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     )
     # A copy: the step donates the parameters it is given.
     ref_params = jax.tree.map(jnp.copy, params) if config.learner.kl_coef else None
-    allocation, counts = jax.device_put(
-        (allocator.init(num_prompts, config.seed), jnp.zeros(num_prompts, jnp.int32)), everywhere
+    mean_tokens = jnp.full(num_prompts, config.sampler.max_completion_tokens, jnp.float32)
+    allocation, *counts = jax.device_put(
+        (allocator.init(num_prompts, config.seed), jnp.zeros(num_prompts, jnp.int32), mean_tokens), everywhere
     )
-    state = State(learner.init(params), allocation, counts)
+    state = State(learner.init(params), allocation, *counts)
     if at.save:
         state = checkpoints.restore(at, like=state)
     if config.extend:

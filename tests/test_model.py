@@ -164,7 +164,13 @@ def test_prefill_and_cached_decoding_equal_the_full_forward_pass(config):
         now = WIDTH + t
         sees = ((places >= 0) & (jnp.arange(WIDTH + space) <= now)[None])[:, None]
         hidden, cache = forward(
-            params, config, completion[:, t : t + 1], positions[:, now : now + 1], sees, cache, np.int32(now)
+            params,
+            config,
+            completion[:, t : t + 1],
+            positions[:, now : now + 1],
+            sees,
+            cache,
+            np.full(len(LENGTHS), now, np.int32),
         )
         steps.append(logits_of(params, config, hidden))
     np.testing.assert_allclose(np.concatenate(steps, axis=1), full[:, WIDTH - 1 :], rtol=1e-5, atol=1e-5)
