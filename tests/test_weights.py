@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -11,10 +12,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny_run import tiny_config
 
+import train
 from cero_jax import model, sharding, weights
+from cero_jax import run as runs
+from cero_jax.config import AllocatorConfig
+from cero_jax.evaluate import EvaluationConfig
+from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig, RopeScaling
+from cero_jax.sampler import SamplerConfig
 from cero_jax.sharding import MeshConfig
+from cero_jax.tasks.chain_sum import ChainSum
+from cero_jax.tasks.jsonl import Jsonl
+from cero_jax.tokenizer import FolderTokenizer
+from cero_jax.warm_start import WarmStartConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = ("qwen2", "qwen3", "llama", "gemma3")
@@ -237,6 +249,36 @@ def test_what_there_is_no_code_for_is_refused_in_one_message(changes, message, t
         weights.load(folder, one_device())
 
 
+DEEPSEEK_1_5B = {"model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+                 "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "rope_theta": 10000,
+                 "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 21}  # fmt: skip
+QWEN2_5_7B = {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+              "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "rope_theta": 10000.0,
+              "tie_word_embeddings": False}  # fmt: skip
+QWEN3_4B = {"model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936, "rope_theta": 1000000,
+            "tie_word_embeddings": True, "rope_scaling": None, "sliding_window": None}  # fmt: skip
+LLAMA_1B = {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
+            "rope_theta": 500000.0, "tie_word_embeddings": True, "rope_scaling": {
+                "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3",
+                "original_max_position_embeddings": 8192}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("published", "num_parameters", "fsdp"),
+    [(DEEPSEEK_1_5B, 1_777_088_000, 8), (QWEN2_5_7B, 7_615_616_512, 4), (QWEN3_4B, 4_022_468_096, 2),
+     (LLAMA_1B, 1_235_814_400, 8)],
+)  # fmt: skip
+def test_published_models_have_as_many_parameters_here(published, num_parameters, fsdp, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    config, vocab_size = weights.read_config(tmp_path)
+    assert not config.sliding_layers
+    shapes = jax.eval_shape(partial(model.init_params, config, vocab_size, 0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == num_parameters
+    sharding.shard_params(shapes, sharding.make_mesh(MeshConfig(fsdp=fsdp)))  # raises where they do not divide
+
+
 # --- damaged folders ---
 
 
@@ -300,3 +342,62 @@ def test_every_parameter_has_a_name(config):
     stored = jax.tree_util.tree_map_with_path(partial(weights._stored, config=config), shapes)
     names = [n for s in jax.tree.leaves(stored, is_leaf=lambda x: isinstance(x, weights.Stored)) for n in s.names]
     assert len(names) == len(set(names))
+
+
+# --- a run from a folder to a folder ---
+
+
+@dataclass(frozen=True)
+class EvenLength(Jsonl):
+    """Right where the completion's length is even: an untaught policy is, now and then."""
+
+    def build(self, seed, tokenizer=None):
+        return super().build(seed, tokenizer)._replace(verify=lambda question, text, answer: float(len(text) % 2 == 0))
+
+
+def folder_config(tmp_path, **changes):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"question": f"{i} + 1 =", "answer": str(i + 1)}) for i in range(12)))
+    settings = {
+        "task": EvenLength(path=str(rows), max_prompt_tokens=12, num_heldout=4),
+        "model_folder": str(FIXTURES / "qwen2"),
+        "allocator": AllocatorConfig(total_budget=64, num_epochs=2, min_group=2, max_group=8),
+        "sampler": SamplerConfig(max_completion_tokens=6),
+        "learner": LearnerConfig(rows_per_step=16, kl_coef=0.1),
+        "warm_start": WarmStartConfig(),
+        "evaluation": EvaluationConfig(every_rollouts=64, samples=1, rows=16),
+    }
+    return tiny_config(tmp_path / "run", **settings | changes)
+
+
+def test_a_run_starts_from_a_folder_and_ends_with_one(tmp_path):
+    config = folder_config(tmp_path)
+    assert train.main(config) == 0
+    exported = tmp_path / "run" / "export-64"
+    run, state, at = runs.start(config)
+    run.close()
+    assert at.finished
+    assert at.optimizer_steps > 0
+    assert run.task.tokenizer.encode("1 + 1 =") == FolderTokenizer(exported).encode("1 + 1 =")
+    shape, params = weights.load(exported, one_device())
+    assert shape == run.config.model == loaded("qwen2")[0]
+    jax.tree.map(np.testing.assert_array_equal, params, state.policy.params)
+    jax.tree.map(np.testing.assert_array_equal, run.ref_params, loaded("qwen2")[1])
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), params, run.ref_params)
+    assert min(jax.tree.leaves(moved)) > 0  # biases too
+    before = (exported / "model.safetensors").stat()
+    assert run.export(state, at) == exported
+    assert (exported / "model.safetensors").stat() == before  # not written again
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": ChainSum(num_prompts=24, num_heldout=8)}, "ChainSum has its own: give it a task of text"),
+        ({"warm_start": WarmStartConfig(num_steps=1)}, "set it to 0 with a model_folder"),
+        ({"model_folder": "nowhere"}, r"nowhere.config.json: no such file"),
+    ],
+)
+def test_a_folder_that_does_not_fit_the_run_is_refused(tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        runs.start(folder_config(tmp_path, **changes))
