@@ -16,6 +16,7 @@ from cero_jax.allocator.base import AllocatorState
 from cero_jax.checkpoint import Checkpoints, Cursor
 from cero_jax.config import Config, check_resumable, open_run_dir, to_json
 from cero_jax.data import Task, pass_order, prompts_hash
+from cero_jax.families import read_config
 from cero_jax.learner import Learner, TrainState, make_learner
 from cero_jax.metrics import MetricsWriter, Progress
 from cero_jax.model import Params
@@ -94,7 +95,7 @@ def _model_and_task(config: Config) -> tuple[Config, Task]:
             "like Jsonl"
         )
     dtypes = {"param_dtype": config.model.param_dtype, "compute_dtype": config.model.compute_dtype}
-    model_config, _ = weights.read_config(config.model_folder, **dtypes)
+    model_config, _ = read_config(config.model_folder, **dtypes)
     task = config.task.build(config.seed, FolderTokenizer(config.model_folder))
     return dataclasses.replace(config, model=model_config), task
 
