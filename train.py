@@ -44,7 +44,7 @@ def train(run: Run, state: State, at: Cursor) -> int:
     config = run.config
     if at.finished:
         print(f"{run.directory} has spent its budget; to go on, give a larger allocator.total_budget and --extend=True")
-        close(run, at)
+        close(run, state, at)
         return 0
     stop = StopSignal()
     waiting: list[Batch] = []  # rollouts that dynamic sampling holds until they fill a step; no checkpoint until then
@@ -70,7 +70,7 @@ def train(run: Run, state: State, at: Cursor) -> int:
     stop.close()
     if at.finished and at.evaluated < at.spent:
         at = log_evaluation(run, state, at)
-    close(run, run.save(state, at))
+    close(run, state, run.save(state, at))
     return 0 if at.finished else 128 + stop.number
 
 
@@ -135,12 +135,14 @@ def log_evaluation(run: Run, state: State, at: Cursor) -> Cursor:
     return at
 
 
-def close(run: Run, at: Cursor) -> None:
-    """Wait for what is still being written; draw the report, or say how to go on."""
+def close(run: Run, state: State, at: Cursor) -> None:
+    """Wait for what is still being written; export the model and draw the report, or say how to go on."""
     run.close()
     if not at.finished:
         print(f"stopped and saved after {at.spent:,} rollouts; the same command goes on from there")
         return
+    if folder := run.export(state, at):
+        print(f"the trained model, for transformers or vLLM: {folder}")
     picture = run.directory / "report.png"
     draw_report([run.directory], picture)
     print(f"{at.spent:,} rollouts spent, held-out accuracy {at.accuracy:.3f}; who got them, and what for: {picture}")

@@ -28,6 +28,7 @@ def main(out: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=gguf.name, dtype="float32")
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # the weights are no longer quantised
+    model.config.architectures = [type(model).__name__]  # vLLM looks for it
     model.config.save_pretrained(out)
     model.generation_config.save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
@@ -11,10 +12,21 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from tiny_run import tiny_config
 
+import train
 from cero_jax import model, sharding, weights
-from cero_jax.model import ModelConfig, RopeScaling
+from cero_jax import run as runs
+from cero_jax.config import AllocatorConfig
+from cero_jax.evaluate import EvaluationConfig
+from cero_jax.learner import LearnerConfig
+from cero_jax.model import ModelConfig
+from cero_jax.sampler import SamplerConfig
 from cero_jax.sharding import MeshConfig
+from cero_jax.tasks.chain_sum import ChainSum
+from cero_jax.tasks.jsonl import Jsonl
+from cero_jax.tokenizer import FolderTokenizer
+from cero_jax.warm_start import WarmStartConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FAMILIES = ("qwen2", "qwen3", "llama", "gemma3")
@@ -40,11 +52,6 @@ def tensors_of(folder):
 
 def copy_of(family, tmp_path):
     return Path(shutil.copytree(FIXTURES / family, tmp_path / family))
-
-
-def change_config(folder, remove=(), **changes):
-    raw = json.loads((folder / "config.json").read_text()) | changes
-    (folder / "config.json").write_text(json.dumps({key: raw[key] for key in raw if key not in remove}))
 
 
 # --- what transformers computes ---
@@ -172,71 +179,6 @@ def test_parameters_are_rounded_once_to_the_dtype_asked_for():
     np.testing.assert_array_equal(np.asarray(params["embed"]), embed.astype(ml_dtypes.bfloat16))
 
 
-# --- config.json ---
-
-
-def test_configs_by_hand():
-    config, vocab_size = weights.read_config(FIXTURES / "llama")
-    assert vocab_size == 320
-    assert config == ModelConfig(
-        num_layers=3, width=32, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=48, norm_eps=1e-5,
-        rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
-    )  # fmt: skip
-    config, _ = weights.read_config(FIXTURES / "gemma3", param_dtype="bfloat16")
-    assert config == ModelConfig(
-        num_layers=6, width=32, num_heads=4, num_kv_heads=1, head_dim=16, mlp_width=48, norm_eps=1e-5,
-        rope_base=1000.0, rope_scaling=RopeScaling("linear", 8.0), qk_norm=True, post_norms=True, norm_offset=1.0,
-        activation="gelu_tanh", scaled_embeddings=True, query_pre_attn_scalar=24, sliding_layers=(0, 1, 3, 4),
-        sliding_window=8, sliding_rope_base=100.0, param_dtype="bfloat16",
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("family", "remove", "old"),
-    [
-        (
-            "gemma3",
-            ("rope_parameters", "layer_types", "tie_word_embeddings"),
-            {"rope_theta": 1000.0, "rope_local_base_freq": 100.0, "rope_scaling": {"type": "linear", "factor": 8.0}},
-        ),
-        ("qwen2", ("rope_parameters", "layer_types", "num_key_value_heads"), {"rope_theta": 1000.0, "head_dim": None}),
-    ],
-)
-def test_the_keys_of_older_versions_mean_the_same(family, remove, old, tmp_path):
-    config, _ = weights.read_config(FIXTURES / family)
-    folder = copy_of(family, tmp_path)
-    change_config(folder, remove, **old)
-    if family == "qwen2":
-        config = ModelConfig(**vars(config) | {"num_kv_heads": 4})
-    assert weights.read_config(folder)[0] == config
-
-
-def test_qwen2_with_sliding_windows(tmp_path):
-    folder = copy_of("qwen2", tmp_path)
-    change_config(folder, ("layer_types",), use_sliding_window=True, max_window_layers=1, sliding_window=7)
-    config, _ = weights.read_config(folder)
-    assert (config.sliding_layers, config.sliding_window, config.sliding_rope_base) == ((1, 2), 7, None)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "mamba"}, r"model_type='mamba'.*qwen2, qwen3, llama, gemma3_text"),
-        (
-            {"attention_bias": True, "hidden_act": "relu", "rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-            r"attention_bias=True; hidden_act='relu' \(known: 'silu'\); rope_type='yarn'",
-        ),
-        ({"quantization_config": {"bits": 4}}, "quantization_config="),
-        ({"hidden_size": None}, "hidden_size is missing"),
-    ],
-)
-def test_what_there_is_no_code_for_is_refused_in_one_message(changes, message, tmp_path):
-    folder = copy_of("qwen2", tmp_path)
-    change_config(folder, **changes)
-    with pytest.raises(ValueError, match=message):
-        weights.load(folder, one_device())
-
-
 # --- damaged folders ---
 
 
@@ -300,3 +242,62 @@ def test_every_parameter_has_a_name(config):
     stored = jax.tree_util.tree_map_with_path(partial(weights._stored, config=config), shapes)
     names = [n for s in jax.tree.leaves(stored, is_leaf=lambda x: isinstance(x, weights.Stored)) for n in s.names]
     assert len(names) == len(set(names))
+
+
+# --- a run from a folder to a folder ---
+
+
+@dataclass(frozen=True)
+class EvenLength(Jsonl):
+    """Right where the completion's length is even: an untaught policy is, now and then."""
+
+    def build(self, seed, tokenizer=None):
+        return super().build(seed, tokenizer)._replace(verify=lambda question, text, answer: float(len(text) % 2 == 0))
+
+
+def folder_config(tmp_path, **changes):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(json.dumps({"question": f"{i} + 1 =", "answer": str(i + 1)}) for i in range(12)))
+    settings = {
+        "task": EvenLength(path=str(rows), max_prompt_tokens=12, num_heldout=4),
+        "model_folder": str(FIXTURES / "qwen2"),
+        "allocator": AllocatorConfig(total_budget=64, num_epochs=2, min_group=2, max_group=8),
+        "sampler": SamplerConfig(max_completion_tokens=6),
+        "learner": LearnerConfig(rows_per_step=16, kl_coef=0.1),
+        "warm_start": WarmStartConfig(),
+        "evaluation": EvaluationConfig(every_rollouts=64, samples=1, rows=16),
+    }
+    return tiny_config(tmp_path / "run", **settings | changes)
+
+
+def test_a_run_starts_from_a_folder_and_ends_with_one(tmp_path):
+    config = folder_config(tmp_path)
+    assert train.main(config) == 0
+    exported = tmp_path / "run" / "export-64"
+    run, state, at = runs.start(config)
+    run.close()
+    assert at.finished
+    assert at.optimizer_steps > 0
+    assert run.task.tokenizer.encode("1 + 1 =") == FolderTokenizer(exported).encode("1 + 1 =")
+    shape, params = weights.load(exported, one_device())
+    assert shape == run.config.model == loaded("qwen2")[0]
+    jax.tree.map(np.testing.assert_array_equal, params, state.policy.params)
+    jax.tree.map(np.testing.assert_array_equal, run.ref_params, loaded("qwen2")[1])
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), params, run.ref_params)
+    assert min(jax.tree.leaves(moved)) > 0  # biases too
+    before = (exported / "model.safetensors").stat()
+    assert run.export(state, at) == exported
+    assert (exported / "model.safetensors").stat() == before  # not written again
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": ChainSum(num_prompts=24, num_heldout=8)}, "ChainSum has its own: give it a task of text"),
+        ({"warm_start": WarmStartConfig(num_steps=1)}, "set it to 0 with a model_folder"),
+        ({"model_folder": "nowhere"}, r"nowhere.config.json: no such file"),
+    ],
+)
+def test_a_folder_that_does_not_fit_the_run_is_refused(tmp_path, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        runs.start(folder_config(tmp_path, **changes))

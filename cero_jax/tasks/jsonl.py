@@ -11,7 +11,7 @@ import numpy as np
 from cero_jax.data import Prompts, Task, encode_prompts
 from cero_jax.rewards.exact import exact
 from cero_jax.rewards.final_number import final_number
-from cero_jax.tokenizer import ByteTokenizer
+from cero_jax.tokenizer import ByteTokenizer, Tokenizer
 
 VERIFIERS = {"final_number": final_number, "exact": exact}
 
@@ -39,7 +39,7 @@ class Jsonl:
     num_heldout: int = 256
     """Rows of `path` held out, drawn by the seed, where there is no held-out file."""
 
-    def build(self, seed: int) -> Task:
+    def build(self, seed: int, tokenizer: Tokenizer | None = None) -> Task:
         """Read the task: a function of the files, these settings and `seed`.
 
         Raises FileNotFoundError at a missing file, ValueError at whatever else is wrong, naming file, line and field.
@@ -60,12 +60,14 @@ class Jsonl:
             order = np.random.default_rng((seed, _STREAM)).permutation(len(rows))
             heldout = [rows[i] for i in order[-self.num_heldout :]]
             rows = [rows[i] for i in sorted(order[: -self.num_heldout])]
-        return Task(self._encode(rows), self._encode(heldout), ByteTokenizer(), VERIFIERS[self.verifier], None)
+        tokenizer = tokenizer or ByteTokenizer()
+        train, heldout = self._encode(rows, tokenizer), self._encode(heldout, tokenizer)
+        return Task(train, heldout, tokenizer, VERIFIERS[self.verifier], None)
 
-    def _encode(self, rows: list[tuple[str, str, str]]) -> Prompts:
+    def _encode(self, rows: list[tuple[str, str, str]], tokenizer: Tokenizer) -> Prompts:
         sources, questions, answers = zip(*rows, strict=True)
         questions = [self.template.replace("{question}", question) for question in questions]
-        return encode_prompts(questions, answers, ["all"] * len(rows), ByteTokenizer(), self.max_prompt_tokens, sources)
+        return encode_prompts(questions, answers, ["all"] * len(rows), tokenizer, self.max_prompt_tokens, sources)
 
     def _read(self, path: str) -> list[tuple[str, str, str]]:
         """("file:line", question, answer) of each row; each gold answer passes its own verifier."""
