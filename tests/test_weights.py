@@ -21,7 +21,7 @@ from cero_jax.config import AllocatorConfig
 from cero_jax.evaluate import EvaluationConfig
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
-from cero_jax.sampler import SamplerConfig
+from cero_jax.sampler import SamplerConfig, make_sampler
 from cero_jax.sharding import MeshConfig
 from cero_jax.tasks.chain_sum import ChainSum
 from cero_jax.tasks.jsonl import Jsonl
@@ -78,23 +78,19 @@ def test_greedy_decoding_with_the_cache_gives_the_tokens_of_transformers(family)
     want = np.load(FIXTURES / f"{family}.npz")
     prompts = [want[f"prompt_{row}"] for row in range(3)]
     width = max(map(len, prompts))
-    lengths = jnp.asarray([len(p) for p in prompts], jnp.int32)
-    tokens = np.stack([np.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
-    valid, positions = model.left_padded(lengths, width)
-    cache = model.init_cache(config, 3, width + NEW_TOKENS)
-    mask = jnp.pad(model.causal_mask(valid), ((0, 0), (0, 0), (0, NEW_TOKENS)))
-    hidden, cache = forward(params, config, tokens, positions, mask, cache)
-    out = []
-    for t in range(NEW_TOKENS):
-        token = jnp.argmax(logits_of(params, config, hidden[:, -1:]), axis=-1).astype(jnp.int32)
-        out.append(np.asarray(token))
-        now = width + t
-        valid = jnp.pad(valid, ((0, 0), (0, 1)), constant_values=True)
-        sees = jnp.pad(valid, ((0, 0), (0, NEW_TOKENS - t - 1)))[:, None]
-        hidden, cache = forward(params, config, token, (lengths + t)[:, None], sees, cache, np.int32(now))
-    got = np.concatenate(out, axis=1)
+    batch = {
+        "prompt_tokens": np.stack([np.pad(prompt, (width - len(prompt), 0)) for prompt in prompts]).astype(np.int32),
+        "prompt_lengths": np.array([len(prompt) for prompt in prompts], np.int32),
+        "prompt_of_row": np.arange(3, dtype=np.int32),
+        "row_mask": np.ones(3, bool),
+        "prompt_ids": np.arange(3, dtype=np.int32),
+        "rollout_index": np.zeros(3, np.int32),
+    }
+    settings = SamplerConfig(NEW_TOKENS, temperature=0.0, slots=2, window=5)
+    sample = make_sampler(config, settings, eos_ids=(-1,), pad_id=0, mesh=one_device())
+    got = sample(params, np.uint32(0), np.uint32(0), batch)
     for row in range(3):
-        np.testing.assert_array_equal(got[row], want[f"greedy_{row}"])
+        np.testing.assert_array_equal(got.tokens[row], want[f"greedy_{row}"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
