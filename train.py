@@ -108,11 +108,11 @@ def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waitin
     if config.dynamic_sampling:
         waiting.append(batch)
         batch, full = pack_live(waiting, config.allocator.min_group)
-    num_live = int(live_rows(batch).sum())
-    if full and (num_live or config.learner.kl_coef):  # without variance and without KL there is no gradient
+    live = live_rows(batch)
+    if full and (live.any() or config.learner.kl_coef):  # without variance and without KL there is no gradient
         waiting.clear()
         rate = learning_rate(config.learner, at.spent, config.allocator.total_budget)
-        policy, measured = run.learner.step(policy, run.ref_params, batch, np.float32(rate), num_live)
+        policy, measured = run.learner.step(policy, run.ref_params, batch, np.float32(rate), live)
         # Read at once: the next rollouts need this step, so the host has nothing else to do meanwhile.
         figures |= {name: float(value) for name, value in measured.items()} | {"learning_rate": rate}
         if not np.isfinite(figures["loss"] + figures["grad_norm"]):

@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from cero_jax import grpo, model, sharding
 from cero_jax.grpo import AdvantageKind, Aggregation
@@ -47,6 +48,9 @@ class LearnerConfig:
     uniform allocation optimises, whatever the allocation."""
     visit_rate_clip: float = 4.0
     """Rates are clipped to within this factor of the mean before they are divided by."""
+    rows_per_microbatch: int | None = None
+    """Rows whose gradient is computed at once, sorted by length so that a long completion pads few others; None is a
+    quarter of a step's."""
     logit_chunk_tokens: int = 128
     """Completion tokens of a row whose logits are held at once."""
 
@@ -56,10 +60,11 @@ class LearnerConfig:
                 f"rows_per_step={self.rows_per_step} must be at least 2, "
                 f"steps_per_batch={self.steps_per_batch} at least 1"
             )
-        if self.logit_chunk_tokens < 1 or self.visit_rate_clip < 1:
+        microbatch = self.rows_per_microbatch or 1
+        if min(self.logit_chunk_tokens, self.visit_rate_clip, microbatch) < 1 or microbatch > self.rows_per_step:
             raise ValueError(
-                f"logit_chunk_tokens={self.logit_chunk_tokens} and visit_rate_clip={self.visit_rate_clip} "
-                "must be at least 1"
+                f"logit_chunk_tokens={self.logit_chunk_tokens} and visit_rate_clip={self.visit_rate_clip} must be at "
+                f"least 1, rows_per_microbatch={self.rows_per_microbatch} in 1..rows_per_step={self.rows_per_step}"
             )
 
 
@@ -134,44 +139,71 @@ def _token_mask(batch: Batch) -> Array:
     return jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None, :] < batch.lengths[:, None]
 
 
+class Weighed(NamedTuple):
+    """What the whole step's rows say of each: computed before any split, so that micro-batches are plain sums."""
+
+    advantage: Array  # [R] float32
+    weights: Array  # [R, T] float32, of each token in the loss
+
+
+def weigh(batch: Batch, config: LearnerConfig) -> Weighed:
+    """Advantages and weights of a step's rows; a row of advantage 0 counts in the denominators."""
+    groups = {"group_ids": batch.group_ids, "row_mask": batch.row_mask, "num_groups": batch.reward.shape[0]}
+    advantage = grpo.advantages(batch.reward, kind=config.advantage, **groups)
+    weights = grpo.token_weights(_token_mask(batch), aggregation=config.aggregation, **groups)
+    return Weighed(advantage, weights * batch.row_weight[:, None])
+
+
+class Microbatch(NamedTuple):
+    """Rows whose gradient is computed at once, and the tokens that the longest of them needs."""
+
+    rows: np.ndarray  # [m] int32, places in the step's batch
+    used: np.ndarray  # [m] bool, False: there to fill the shape
+    limit: int  # completion tokens, static
+
+
+def microbatches(wanted: np.ndarray, lengths: np.ndarray, size: int, limits: tuple[int, ...]) -> list[Microbatch]:
+    """The `wanted` rows [R] bool in micro-batches of `size`, shortest completions first; lengths: [R] tokens."""
+    order = np.flatnonzero(wanted)
+    order = order[np.argsort(lengths[order], kind="stable")].astype(np.int32)
+    pieces = [order[start : start + size] for start in range(0, len(order), size)]
+    return [
+        Microbatch(
+            rows=np.pad(rows, (0, size - len(rows))),
+            used=np.arange(size) < len(rows),
+            limit=next(limit for limit in limits if limit >= lengths[rows].max()),
+        )
+        for rows in pieces
+    ]
+
+
 def grpo_loss(
     params: Params,
     ref_params: Params | None,
     batch: Batch,
+    weighed: Weighed,
     *,
     model_config: ModelConfig,
     config: LearnerConfig,
     temperature: float,
-    num_rows: int,
-    row_sharding: NamedSharding,
 ) -> tuple[Array, dict[str, Array]]:
-    """The loss of one optimiser step, computed on its `num_rows` rows that come first when rows with a gradient do.
-
-    Advantages and weights are those of the whole step; a row of advantage 0 has no gradient, so that leaving it out of
-    the forward pass changes the gradient by rounding only.
-    """
-    groups = {"group_ids": batch.group_ids, "row_mask": batch.row_mask, "num_groups": batch.reward.shape[0]}
-    advantage = grpo.advantages(batch.reward, kind=config.advantage, **groups)
-    weights = grpo.token_weights(_token_mask(batch), aggregation=config.aggregation, **groups)
-    weights = weights * batch.row_weight[:, None]
-    first = jnp.argsort(advantage == 0, stable=True)[:num_rows]
-    batch, advantage, weights = jax.lax.with_sharding_constraint(
-        jax.tree.map(lambda x: x[first], (batch, advantage, weights)), row_sharding
-    )
+    """The share of a step's loss that these rows have; and its metrics, each a sum of weights times a token's."""
     log_probs_of = partial(
         completion_log_probs, config=model_config, batch=batch, temperature=temperature, chunk=config.logit_chunk_tokens
     )
     ref = None if ref_params is None else jax.lax.stop_gradient(log_probs_of(ref_params))
-    return grpo.policy_loss(
+    loss, metrics = grpo.policy_loss(
         log_probs_of(params),
         batch.log_probs,
-        advantage,
-        weights,
+        weighed.advantage,
+        weighed.weights,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         kl_coef=config.kl_coef,
         ref_log_probs=ref,
     )
+    total = weighed.weights.sum()
+    return loss, {name: mean * total for name, mean in metrics.items()} | {"loss": loss, "weight": total}
 
 
 def nll_loss(params: Params, batch: Batch, *, model_config: ModelConfig, config: LearnerConfig) -> Array:
@@ -185,14 +217,19 @@ class Learner(NamedTuple):
     """The functions that make and move a TrainState, jitted for one set of shapes and one mesh."""
 
     init: Callable[[Params], TrainState]  # fresh optimiser around parameters
-    step: Callable[..., tuple[TrainState, dict[str, Array]]]  # (state, ref_params, batch, learning_rate, num_live)
+    step: Callable[..., tuple[TrainState, dict[str, Array]]]  # (state, ref_params, batch, learning_rate, live [R])
     supervised_step: Callable[..., tuple[TrainState, Array]]  # (state, batch, learning_rate) -> loss
     shardings: Any  # a NamedSharding for each part of a TrainState
 
 
-def row_sizes(rows_per_step: int, shards: int) -> tuple[int, ...]:
-    """Quarter, half and whole of a step's rows, each a multiple of the mesh's row shards."""
-    return tuple(sorted({-(-rows_per_step // part // shards) * shards for part in (4, 2, 1)}))
+def token_limits(max_tokens: int) -> tuple[int, ...]:
+    """Completion tokens that a micro-batch may be cut to: a quarter, a half and all."""
+    return tuple(sorted({-(-max_tokens // part) for part in (4, 2, 1)}))
+
+
+def _float32(tree: Params) -> Params:
+    """Gradients and moments are float32 whatever the parameters are."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
 
 def make_learner(
@@ -200,15 +237,19 @@ def make_learner(
 ) -> Learner:
     """The learner. Raises ValueError where rows or parameters do not divide over the mesh."""
     shards = sharding.row_shards(mesh)
-    if config.rows_per_step % shards:
-        raise ValueError(f"rows_per_step={config.rows_per_step} must be a multiple of data x fsdp = {shards}")
+    size = config.rows_per_microbatch or -(-config.rows_per_step // 4 // shards) * shards
+    if config.rows_per_step % shards or size % shards:
+        raise ValueError(
+            f"rows_per_step={config.rows_per_step} and rows_per_microbatch={size} must be multiples of data x fsdp = "
+            f"{shards}"
+        )
     optimizer = make_optimizer(config)
     abstract = jax.eval_shape(lambda: model.init_params(model_config, vocab_size, 0))
     param_shardings = sharding.shard_params(abstract, mesh)
     opt_shardings = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, spec: spec,
-        jax.eval_shape(optimizer.init, abstract),
+        jax.eval_shape(lambda params: optimizer.init(_float32(params)), abstract),
         param_shardings,
         transform_non_params=lambda _: sharding.replicated(mesh),
     )
@@ -217,26 +258,37 @@ def make_learner(
 
     @partial(jax.jit, out_shardings=shardings)
     def init(params: Params) -> TrainState:
-        return TrainState(params, optimizer.init(params), jnp.int32(0))
+        return TrainState(params, optimizer.init(_float32(params)), jnp.int32(0))
 
     def apply(state: TrainState, grads: Params, learning_rate: Array) -> TrainState:
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(_float32(grads), state.opt_state, _float32(state.params))
         params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
         return TrainState(params, opt_state, state.step + 1)
 
-    @partial(jax.jit, static_argnames="num_rows", donate_argnames="state", out_shardings=(shardings, None))
-    def sized_step(state: TrainState, ref_params: Params | None, batch: Batch, learning_rate: Array, num_rows: int):
-        batch = jax.lax.with_sharding_constraint(batch, row_sharding)
-        loss = partial(
-            grpo_loss,
-            model_config=model_config,
-            config=config,
-            temperature=temperature,
-            num_rows=num_rows,
-            row_sharding=row_sharding,
-        )
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, ref_params, batch)
-        return apply(state, grads, learning_rate), metrics | {"loss": value, "grad_norm": optax.tree.norm(grads)}
+    weigh_rows = jax.jit(partial(weigh, config=config), out_shardings=row_sharding)
+    loss = partial(grpo_loss, model_config=model_config, config=config, temperature=temperature)
+
+    @partial(jax.jit, out_shardings=(param_shardings, None))
+    def nothing(params: Params):
+        names = ("clip_share", "log_prob_mismatch", "loss", "weight", *(["kl"] if config.kl_coef else []))
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+        return zeros, dict.fromkeys(names, jnp.float32(0))
+
+    @partial(jax.jit, static_argnames="limit", donate_argnames="so_far", out_shardings=(param_shardings, None))
+    def add(so_far, params: Params, ref_params: Params | None, batch: Batch, weighed: Weighed, rows, used, limit: int):
+        batch, weighed = jax.tree.map(lambda x: x[rows], (batch, weighed))
+        batch = batch._replace(tokens=batch.tokens[:, :limit], log_probs=batch.log_probs[:, :limit])
+        weighed = weighed._replace(weights=jnp.where(used[:, None], weighed.weights[:, :limit], 0.0))
+        batch, weighed = jax.lax.with_sharding_constraint((batch, weighed), row_sharding)
+        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, ref_params, batch, weighed)
+        return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), so_far, (grads, metrics))
+
+    @partial(jax.jit, donate_argnames="state", out_shardings=(shardings, None))
+    def finish(state: TrainState, summed, learning_rate: Array):
+        grads, sums = summed
+        total = jnp.maximum(sums.pop("weight"), 1e-20)
+        means = {name: value if name == "loss" else value / total for name, value in sums.items()}
+        return apply(state, grads, learning_rate), means | {"grad_norm": optax.tree.norm(grads)}
 
     @partial(jax.jit, donate_argnames="state", out_shardings=(shardings, None))
     def supervised_step(state: TrainState, batch: Batch, learning_rate: Array):
@@ -245,17 +297,21 @@ def make_learner(
         value, grads = jax.value_and_grad(loss)(state.params, batch)
         return apply(state, grads, learning_rate), value
 
-    # A KL term has a gradient on every row.
-    sizes = (config.rows_per_step,) if config.kl_coef else row_sizes(config.rows_per_step, shards)
     compiled = {}
 
-    def step(state: TrainState, ref_params: Params | None, batch: Batch, learning_rate, num_live: int):
-        if not compiled:  # all sizes at the first call, so that none compiles in the middle of a run
-            for size in sizes:
-                lowered = sized_step.lower(state, ref_params, batch, learning_rate, num_rows=size)
-                compiled[size] = lowered.compile()
-        size = next(size for size in sizes if size >= num_live)
-        return compiled[size](state, ref_params, batch, learning_rate)
+    def step(state: TrainState, ref_params: Params | None, batch: Batch, learning_rate, live: np.ndarray):
+        limits, lengths = token_limits(batch.tokens.shape[1]), batch.lengths
+        wanted = batch.row_mask if config.kl_coef else live  # a KL term has a gradient on every row
+        parts = microbatches(wanted, lengths, size, limits)
+        batch = jax.device_put(batch, row_sharding)
+        weighed, summed = weigh_rows(batch), nothing(state.params)
+        if not compiled:  # all lengths at the first call, so that none compiles in the middle of a run
+            inputs = (summed, state.params, ref_params, batch, weighed, *parts[0][:2])
+            compiled.update({limit: add.lower(*inputs, limit=limit).compile() for limit in limits})
+        for part in parts:
+            inputs = (summed, state.params, ref_params, batch, weighed, part.rows, part.used)
+            summed = compiled[part.limit](*inputs)
+        return finish(state, summed, learning_rate)
 
     return Learner(init, step, supervised_step, shardings)
 

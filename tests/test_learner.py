@@ -17,7 +17,9 @@ from cero_jax.learner import (
     grpo_loss,
     learning_rate,
     make_learner,
-    row_sizes,
+    microbatches,
+    token_limits,
+    weigh,
 )
 from cero_jax.model import ModelConfig
 
@@ -64,17 +66,29 @@ def drawn(batch):
     return (np.arange(LIMIT)[None] < batch.lengths[:, None]) & batch.row_mask[:, None]
 
 
-@partial(jax.jit, static_argnames=("config", "num_rows"))
-def _value_and_gradient(params, ref_params, batch, config, num_rows):
-    loss = partial(
-        grpo_loss, model_config=CONFIG, config=config, temperature=TEMPERATURE, num_rows=num_rows,
-        row_sharding=sharding.rows(one_device()),
-    )  # fmt: skip
-    return jax.value_and_grad(loss, has_aux=True)(params, ref_params, batch)
+@partial(jax.jit, static_argnames="config")
+def _value_and_gradient(params, ref_params, batch, config):
+    """Of the whole step at once, padding and all."""
+    loss = partial(grpo_loss, model_config=CONFIG, config=config, temperature=TEMPERATURE)
+    return jax.value_and_grad(loss, has_aux=True)(params, ref_params, batch, weigh(batch, config))
 
 
-def gradient_of(config, batch, num_rows=ROWS, ref=None, at=None):
-    return _value_and_gradient(params() if at is None else at, ref, batch, config, num_rows)[1]
+def gradient_of(config, batch, ref=None, at=None):
+    return _value_and_gradient(params() if at is None else at, ref, batch, config)[1]
+
+
+def live_in(batch):
+    """[R] bool, by hand: the rows of a group with two rewards."""
+    rewards = [batch.reward[batch.row_mask & (batch.group_ids == group)] for group in batch.group_ids]
+    return batch.row_mask & np.array([len(set(r.tolist())) > 1 for r in rewards])
+
+
+def accumulated_gradient(config, batch, live, ref=None, **changes):
+    """What a step adds up over its micro-batches, and its metrics: read from Adam's first moment."""
+    config = dataclasses.replace(config, max_grad_norm=1e9, **changes)
+    learner = make_learner(CONFIG, VOCAB, config, TEMPERATURE, one_device())
+    state, metrics = learner.step(learner.init(jax.tree.map(jnp.copy, params())), ref, batch, np.float32(0), live)
+    return jax.tree.map(lambda m: m / (1 - config.adam_b1), optax.tree.get(state.opt_state, "mu")), metrics
 
 
 def assert_same(got, want, relative=1e-5):
@@ -143,23 +157,50 @@ def loop_loss(batch, now, ref, config):
 def test_loss_equals_float64_loops(config):
     batch, ref_params = make_batch(), params(1) if config.kl_coef else None
     now, ref = (log_probs_of(params(s), CONFIG, batch, temperature=TEMPERATURE, chunk=LIMIT) for s in (0, 1))
-    (got, metrics), _ = _value_and_gradient(params(), ref_params, batch, config, ROWS)
+    (got, metrics), _ = _value_and_gradient(params(), ref_params, batch, config)
     want = loop_loss(batch, np.asarray(now), np.asarray(ref), config)
     assert float(got) == pytest.approx(want, rel=1e-4)
-    assert 0 < float(metrics["clip_share"]) < 1
+    assert 0 < float(metrics["clip_share"]) < float(metrics["weight"])
     assert ("kl" in metrics) == bool(config.kl_coef)
 
 
-def test_rows_without_a_gradient_may_be_left_out():
-    """Five rows are live: the other three never enter the forward pass, wherever they stood."""
-    batch = make_batch()
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_microbatches_add_up_to_the_gradient_of_the_whole_step(size):
+    """Five rows are live, of 1 to 7 tokens: the other three never enter the forward pass, wherever they stood."""
+    batch, (value, sums) = make_batch(), _value_and_gradient(params(), None, make_batch(), PLAIN)[0]
     whole = gradient_of(PLAIN, batch)
-    assert_same(gradient_of(PLAIN, batch, num_rows=5), whole)
+    assert live_in(batch).sum() == 5
+    got, metrics = accumulated_gradient(PLAIN, batch, live_in(batch), rows_per_microbatch=size)
+    assert_same(got, whole)
+    assert float(metrics["loss"]) == pytest.approx(float(value), abs=1e-6)
+    assert 0 < float(metrics["clip_share"]) < 1
+    assert float(metrics["clip_share"]) >= float(
+        sums["clip_share"] / sums["weight"]
+    )  # of fewer rows, the dead left out
     order = np.random.default_rng(0).permutation(ROWS)
-    assert_same(gradient_of(PLAIN, Batch(*(x[order] for x in batch)), num_rows=5), whole)
+    shuffled = Batch(*(x[order] for x in batch))
+    assert_same(accumulated_gradient(PLAIN, shuffled, live_in(shuffled), rows_per_microbatch=size)[0], whole)
     # and leaving out a live one would be seen
-    short = gradient_of(PLAIN, batch, num_rows=4)
-    assert np.linalg.norm(short["embed"] - whole["embed"]) > 0.01 * np.linalg.norm(whole["embed"])
+    short = live_in(batch) & (np.arange(ROWS) != 2)
+    got, _ = accumulated_gradient(PLAIN, batch, short, rows_per_microbatch=size)
+    assert np.linalg.norm(got["embed"] - whole["embed"]) > 0.01 * np.linalg.norm(whole["embed"])
+
+
+def test_microbatches_hold_each_wanted_row_once_and_are_cut_to_their_longest():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        num_rows, size, longest = rng.integers(1, 40), rng.integers(1, 12), rng.integers(1, 50)
+        wanted, lengths = rng.random(num_rows) < 0.6, rng.integers(1, longest + 1, num_rows)
+        limits = token_limits(int(longest))
+        parts = microbatches(wanted, lengths, int(size), limits)
+        rows = np.concatenate([np.zeros(0, int), *(part.rows[part.used] for part in parts)])
+        np.testing.assert_array_equal(np.sort(rows), np.flatnonzero(wanted))
+        assert len(parts) == -(-wanted.sum() // size)
+        assert np.all(np.diff(lengths[rows]) >= 0)
+        for part in parts:
+            longest_here = lengths[part.rows[part.used]].max()
+            assert part.rows.shape == (size,)
+            assert part.limit == min(limit for limit in limits if limit >= longest_here)
 
 
 def test_padding_rows_and_padded_tokens_have_no_gradient():
@@ -201,14 +242,14 @@ def test_steps_equal_adam_by_hand_whatever_was_left_out_and_compile_at_the_first
     first, second = jax.tree.map(np.zeros_like, (params(), params()))
     for step, (seed, rate, num_live) in enumerate([(0, 1e-2, 4), (1, 3e-3, 5), (2, 2e-3, 4)], start=1):
         batch, before = make_batch(seed), jax.tree.map(np.asarray, state.params)
-        if num_live == 4:  # one row less, and the step runs in half the rows
+        if num_live == 4:  # one row less, and a micro-batch less
             batch = batch._replace(row_mask=batch.row_mask & (np.arange(ROWS) != 2))
         gradient = jax.tree.map(np.asarray, gradient_of(PLAIN, batch, at=before))
         norm = norm_of(gradient)
         assert norm > 0.05  # so that it is scaled down
         caplog.clear()
         with jax.log_compiles():
-            state, metrics = learner.step(state, None, batch, np.float32(rate), num_live)
+            state, metrics = learner.step(state, None, batch, np.float32(rate), live_in(batch))
             jax.block_until_ready(state)
         assert (num_compiled(caplog) > 0) == (step == 1)
         assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)
@@ -229,11 +270,9 @@ def test_steps_equal_adam_by_hand_whatever_was_left_out_and_compile_at_the_first
 
 def test_with_a_kl_term_no_row_is_left_out():
     """One live row is claimed, and the step is that of all eight."""
-    config = dataclasses.replace(WITH_KL, max_grad_norm=1e9)
-    learner = make_learner(CONFIG, VOCAB, config, TEMPERATURE, one_device())
-    state, _ = learner.step(learner.init(jax.tree.map(jnp.copy, params())), params(1), make_batch(), np.float32(0), 1)
-    moments = jax.tree.map(lambda m: m / (1 - config.adam_b1), optax.tree.get(state.opt_state, "mu"))
-    assert_same(moments, gradient_of(WITH_KL, make_batch(), ref=params(1)))
+    one = np.arange(ROWS) == 0
+    got, _ = accumulated_gradient(WITH_KL, make_batch(), one, ref=params(1))
+    assert_same(got, gradient_of(WITH_KL, make_batch(), ref=params(1)))
 
 
 def test_supervised_steps_lower_the_mean_negative_log_likelihood():
@@ -260,11 +299,9 @@ def test_the_rate_falls_linearly_with_the_budget(spent, rate):
     assert learning_rate(LearnerConfig(learning_rate=1e-3, final_learning_rate_share=1.0), spent, 100) == 1e-3
 
 
-@pytest.mark.parametrize(
-    ("rows", "shards", "sizes"), [(32, 1, (8, 16, 32)), (32, 8, (8, 16, 32)), (24, 8, (8, 16, 24)), (8, 8, (8,))]
-)
-def test_row_sizes_are_multiples_of_the_shards(rows, shards, sizes):
-    assert row_sizes(rows, shards) == sizes
+def test_a_microbatch_may_be_cut_to_three_lengths():
+    assert token_limits(25) == (7, 13, 25)
+    assert token_limits(1) == (1,)
 
 
 def test_settings_that_do_not_fit_are_refused():
@@ -272,6 +309,10 @@ def test_settings_that_do_not_fit_are_refused():
         LearnerConfig(rows_per_step=1)
     with pytest.raises(ValueError, match="steps_per_batch=0 at least 1"):
         LearnerConfig(steps_per_batch=0)
+    with pytest.raises(ValueError, match=r"rows_per_microbatch=64 in 1\.\.rows_per_step=32"):
+        LearnerConfig(rows_per_microbatch=64)
     mesh = sharding.make_mesh(sharding.MeshConfig())
-    with pytest.raises(ValueError, match="rows_per_step=12 must be a multiple of data x fsdp = 8"):
+    with pytest.raises(
+        ValueError, match=r"rows_per_step=12 and rows_per_microbatch=8 must be multiples of data x fsdp = 8"
+    ):
         make_learner(CONFIG, VOCAB, LearnerConfig(rows_per_step=12), TEMPERATURE, mesh)
