@@ -96,32 +96,35 @@ def compare(folder: str, reference: str) -> bool:
     return not wrong and all(same)
 
 
-def _draw(params, config, tokenizer, mesh, prompts: list[np.ndarray], temperature: float, num_tokens: int, index):
-    """A completion of each prompt, all in one batch, padded on the left."""
+def _draw(
+    params, config, tokenizer, mesh, prompts: list[np.ndarray], rows_each: int, temperature: float, num_tokens: int
+):
+    """A function of the step: `rows_each` completions of each prompt, in one batch, prompts padded on the left."""
     from cero_jax.sampler import SamplerConfig, make_sampler
 
-    width, rows = max(map(len, prompts)), np.arange(len(prompts), dtype=np.int32)
+    width, rows = max(map(len, prompts)), len(prompts) * rows_each
     settings = SamplerConfig(max_completion_tokens=num_tokens, temperature=temperature)
     sample = make_sampler(config, settings, tokenizer.eos_ids, tokenizer.pad_id, mesh)
+    prompt_of_row = np.repeat(np.arange(len(prompts), dtype=np.int32), rows_each)
     batch = {
         "prompt_tokens": np.stack([np.pad(p, (width - len(p), 0)) for p in prompts]).astype(np.int32),
         "prompt_lengths": np.array([len(p) for p in prompts], np.int32),
-        "prompt_of_row": rows,
-        "row_mask": np.ones(len(rows), bool),
-        "prompt_ids": rows,
-        "rollout_index": rows,
+        "prompt_of_row": prompt_of_row,
+        "row_mask": np.ones(rows, bool),
+        "prompt_ids": prompt_of_row,
+        "rollout_index": np.arange(rows, dtype=np.int32),
     }
-    return [sample(params, np.uint32(0), np.uint32(step), batch) for step in index]
+    return lambda step: np.asarray(sample(params, np.uint32(0), np.uint32(step), batch).tokens)
 
 
 def greedy(params, config, tokenizer, mesh, want) -> bool:
     """Every prompt's continuation, token for token; prints where one leaves the reference, and how near a tie."""
     prompts = [want[f"prompt_{i}"] for i in range(len(PROMPTS))]
-    (drawn,) = _draw(params, config, tokenizer, mesh, prompts, 0.0, NEW_TOKENS, [0])
+    drawn = _draw(params, config, tokenizer, mesh, prompts, 1, 0.0, NEW_TOKENS)(0)
     same, gaps = 0, []
     for i in range(len(PROMPTS)):
         expected = want[f"greedy_{i}"]
-        got = np.asarray(drawn.tokens)[i, : len(expected)]
+        got = drawn[i, : len(expected)]
         differs = np.flatnonzero(got != expected)
         gaps.append(want[f"gap_{i}"].min())
         if len(differs):
@@ -169,8 +172,8 @@ def sampling(params, config, tokenizer, mesh, want) -> bool:
     """Chi-square tests of the first token drawn, and of the second where the first was the likeliest."""
     fine = True
     for i in SAMPLED:
-        drawn = _draw(params, config, tokenizer, mesh, [want[f"prompt_{i}"]] * ROWS, 1.0, 2, range(NUM_SAMPLES // ROWS))
-        tokens = np.concatenate([np.asarray(each.tokens) for each in drawn])
+        draw = _draw(params, config, tokenizer, mesh, [want[f"prompt_{i}"]], ROWS, 1.0, 2)
+        tokens = np.concatenate([draw(step) for step in range(NUM_SAMPLES // ROWS)])
         after = tokens[tokens[:, 0] == want[f"first_{i}"].argmax(), 1]
         for name, got in (("first", tokens[:, 0]), ("second", after)):
             p_value, cells = chi_square(got, want[f"{name}_{i}"])
