@@ -75,6 +75,8 @@ class ModelConfig:
     """Tokens."""
     sliding_rope_base: float | None = None
     """Rotary base of the sliding layers, unscaled; None rotates them as the others."""
+    remat: bool = False
+    """Compute each layer again in the backward pass instead of keeping what is inside it."""
     param_dtype: str = "float32"
     """What parameters and optimiser keep."""
     compute_dtype: str = "float32"
@@ -263,6 +265,8 @@ class Transformer(nnx.Module):
 
         indices = np.arange(config.num_layers)
         flags = jnp.asarray(indices), jnp.asarray(np.isin(indices, config.sliding_layers))
+        if config.remat:
+            layer_step = jax.checkpoint(layer_step, prevent_cse=False)  # a scan keeps the two passes apart by itself
         (x, cache), _ = jax.lax.scan(layer_step, (x, cache), (self.layers, *flags))
         return rms_norm(x, self.final_norm[...], config), cache
 

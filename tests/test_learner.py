@@ -316,3 +316,17 @@ def test_settings_that_do_not_fit_are_refused():
         ValueError, match=r"rows_per_step=12 and rows_per_microbatch=8 must be multiples of data x fsdp = 8"
     ):
         make_learner(CONFIG, VOCAB, LearnerConfig(rows_per_step=12), TEMPERATURE, mesh)
+
+
+def test_rematerialised_layers_give_the_same_gradient_and_keep_less():
+    def gradient(remat):
+        config = dataclasses.replace(CONFIG, num_layers=8, remat=remat)
+        deep = model.init_params(config, VOCAB, 0)
+        loss = partial(grpo_loss, model_config=config, config=PLAIN, temperature=TEMPERATURE)
+        function = jax.jit(jax.grad(lambda p, b: loss(p, None, b, weigh(b, PLAIN))[0]))
+        compiled = function.lower(deep, make_batch()).compile()
+        return compiled(deep, make_batch()), compiled.memory_analysis().temp_size_in_bytes
+
+    (kept, much), (again, little) = gradient(False), gradient(True)
+    assert_same(again, kept)
+    assert little < 0.6 * much
