@@ -222,6 +222,11 @@ class Learner(NamedTuple):
     shardings: Any  # a NamedSharding for each part of a TrainState
 
 
+def microbatch_rows(config: LearnerConfig, shards: int) -> int:
+    """Rows of a micro-batch: as set, else a quarter of a step's, rounded up to a multiple of the mesh's row shards."""
+    return config.rows_per_microbatch or -(-config.rows_per_step // 4 // shards) * shards
+
+
 def token_limits(max_tokens: int) -> tuple[int, ...]:
     """Completion tokens that a micro-batch may be cut to: a quarter, a half and all."""
     return tuple(sorted({-(-max_tokens // part) for part in (4, 2, 1)}))
@@ -237,7 +242,7 @@ def make_learner(
 ) -> Learner:
     """The learner. Raises ValueError where rows or parameters do not divide over the mesh."""
     shards = sharding.row_shards(mesh)
-    size = config.rows_per_microbatch or -(-config.rows_per_step // 4 // shards) * shards
+    size = microbatch_rows(config, shards)
     if config.rows_per_step % shards or size % shards:
         raise ValueError(
             f"rows_per_step={config.rows_per_step} and rows_per_microbatch={size} must be multiples of data x fsdp = "

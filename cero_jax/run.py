@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
-from cero_jax import sharding, weights
+from cero_jax import memory, sharding, weights
 from cero_jax.allocator.base import AllocatorState
 from cero_jax.checkpoint import Checkpoints, Cursor
 from cero_jax.config import Config, check_resumable, open_run_dir, to_json
@@ -115,6 +116,7 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     allocator = config.allocator.build()
     learner = make_learner(config.model, tokenizer.vocab_size, config.learner, config.sampler.temperature, mesh)
     sample = make_sampler(config.model, config.sampler, tokenizer.eos_ids, tokenizer.pad_id, mesh)
+    print(memory_needed(config, task, mesh))
     directory, cache_dir = open_run_dir(config, task)
 
     checkpoints = Checkpoints(directory / "checkpoints")
@@ -164,3 +166,17 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         progress=Progress(total=config.allocator.total_budget, initial=at.spent),
     )
     return run, state, at
+
+
+def memory_needed(config: Config, task: Task, mesh: Mesh) -> str:
+    """What the run needs of each device, in words."""
+    needed = memory.estimate(
+        config.model,
+        task.tokenizer.vocab_size,
+        config.learner,
+        config.sampler,
+        mesh,
+        prompt_tokens=task.train.tokens.shape[1],
+        min_group=config.allocator.min_group,
+    )
+    return memory.describe(needed, memory.device_bytes())

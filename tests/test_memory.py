@@ -1,0 +1,59 @@
+"""The estimate of memory against the arrays themselves and the compiler's own account of a step."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from cero_jax import memory, model, sharding
+from cero_jax.learner import Batch, LearnerConfig, grpo_loss, weigh
+from cero_jax.model import ModelConfig
+from cero_jax.sampler import SamplerConfig
+from cero_jax.sharding import MeshConfig
+
+CONFIG = ModelConfig(num_layers=6, width=128, num_heads=8, num_kv_heads=4, head_dim=16, mlp_width=512)
+VOCAB, PROMPT, COMPLETION = 2000, 48, 208
+LEARNER = LearnerConfig(rows_per_step=16, rows_per_microbatch=8, logit_chunk_tokens=64)
+SAMPLER = SamplerConfig(COMPLETION)
+
+
+def estimate(model_config=CONFIG, learner=LEARNER, mesh_config=None):
+    devices = jax.devices() if mesh_config else jax.devices()[:1]
+    mesh = sharding.make_mesh(mesh_config or MeshConfig(), devices)
+    return memory.estimate(model_config, VOCAB, learner, SAMPLER, mesh, prompt_tokens=PROMPT, min_group=4)
+
+
+def test_parameters_and_cache_are_those_of_the_arrays():
+    params = model.init_params(CONFIG, VOCAB, 0)
+    assert estimate().parameters == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    slots = model.init_cache(CONFIG, 16, PROMPT + COMPLETION)
+    prompts = model.init_cache(CONFIG, 4, PROMPT)
+    assert estimate().cache == sum(leaf.nbytes for leaf in (*slots, *prompts))
+    split = estimate(mesh_config=MeshConfig(data=2, fsdp=4))
+    assert split.parameters == pytest.approx(estimate().parameters / 4, rel=0.02)  # norms are on every device
+    assert split.optimizer == 2 * split.parameters
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_activations_and_logits_are_near_the_compilers_account(remat):
+    config = dataclasses.replace(CONFIG, remat=remat)
+    rows, zeros = LEARNER.rows_per_microbatch, np.zeros
+    batch = Batch(
+        zeros((rows, PROMPT), np.int32), zeros(rows, np.int32), zeros((rows, COMPLETION), np.int32),
+        zeros(rows, np.int32), zeros((rows, COMPLETION), np.float32), zeros(rows, np.float32), zeros(rows, np.int32),
+        zeros(rows, bool), zeros(rows, np.float32),
+    )  # fmt: skip
+    loss = partial(grpo_loss, model_config=config, config=LEARNER, temperature=1.0)
+    step = jax.jit(jax.grad(lambda params, batch: loss(params, None, batch, weigh(batch, LEARNER))[0]))
+    compiled = step.lower(jax.eval_shape(partial(model.init_params, config, VOCAB, 0)), batch).compile()
+    needed, held = estimate(config), compiled.memory_analysis().temp_size_in_bytes
+    assert 0.6 < (needed.activations + needed.logits) / held < 1.7
+
+
+def test_too_much_is_said_with_what_to_change():
+    needed = estimate()
+    assert "\n" not in memory.describe(needed, 10**12)
+    said = memory.describe(needed, 10**6)
+    assert "that will hardly fit: activations: lower learner.rows_per_microbatch, or set model.remat=True" in said
