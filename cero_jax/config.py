@@ -20,7 +20,7 @@ from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig
 from cero_jax.sharding import MeshConfig
 from cero_jax.tasks.chain_sum import ChainSum
-from cero_jax.tasks.jsonl import Jsonl
+from cero_jax.tasks.dataset import Dataset
 from cero_jax.warm_start import WarmStartConfig
 
 FREE = ("work_dir", "mesh", "evaluation", "checkpoint_every_steps", "extend", "task.path", "task.heldout_path")
@@ -82,7 +82,7 @@ class Config:
 
     name: str
     """Of the experiment; part of the work directory's name."""
-    task: ChainSum | Jsonl
+    task: ChainSum | Dataset
     seed: int = 0
     """Of everything drawn: data, parameters, allocation, rollouts."""
     allocator: AllocatorConfig = field(default_factory=AllocatorConfig)

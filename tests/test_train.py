@@ -12,7 +12,7 @@ import train
 from cero_jax import run as runs
 from cero_jax.allocator.base import AllocatorState
 from cero_jax.learner import LearnerConfig
-from cero_jax.tasks.jsonl import Jsonl
+from cero_jax.tasks.dataset import Dataset
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_jsonl_rows_through_the_same_loop(folder, tmp_path):
     path.write_text("\n".join(map(json.dumps, problems)))
     config = tiny_config(
         folder / "jsonl",
-        task=Jsonl(path=str(path), max_prompt_tokens=32, num_heldout=4),
+        task=Dataset(path=str(path), max_prompt_tokens=32, num_heldout=4),
         warm_start=dataclasses.replace(tiny_config("").warm_start, num_steps=0),
         allocator=dataclasses.replace(tiny_config("").allocator, total_budget=64, num_epochs=2),
         sampler=dataclasses.replace(tiny_config("").sampler, max_completion_tokens=8),
