@@ -17,7 +17,16 @@ from cero_jax.config import Config, from_command_line
 from cero_jax.evaluate import evaluate
 from cero_jax.learner import Batch, learning_rate
 from cero_jax.report import draw_report
-from cero_jax.rollout import Scored, live_rows, pack_live, sampling_inputs, score, step_row, visit_rate_weights
+from cero_jax.rollout import (
+    Scored,
+    live_rows,
+    pack_live,
+    sampling_inputs,
+    score,
+    step_row,
+    step_samples,
+    visit_rate_weights,
+)
 from cero_jax.rows import Rows
 from cero_jax.run import Run, State, start
 
@@ -67,20 +76,20 @@ def draw(run: Run, state: State, at: Cursor, now: list[Rows]) -> list[Scored]:
     config, seed, began = run.config, np.uint32(run.config.seed), time.perf_counter()
     inputs = [sampling_inputs(run.task.train, rows) for rows in now]
     drawn = [run.sample(state.policy.params, seed, np.uint32(at.step + i), rows) for i, rows in enumerate(inputs)]
-    drawn = jax.device_get(drawn)  # the host waits for the tokens: a verifier reads text
-    sampled = time.perf_counter()
-    scored = [
-        score(run.task, rows, rollouts, config.truncated, config.success_threshold)
-        for rows, rollouts in zip(now, drawn, strict=True)
-    ]
-    seconds = {"sample_seconds": sampled - began, "verify_seconds": time.perf_counter() - sampled}
+    scored, waited = [], 0.0
+    for rows, rollouts in zip(now, drawn, strict=True):  # verified while the device draws the next
+        since = time.perf_counter()
+        rollouts = jax.device_get(rollouts)  # the host waits for the tokens: a verifier reads text
+        waited += time.perf_counter() - since
+        scored.append(score(run.task, rows, rollouts, config.truncated, config.success_threshold))
+    seconds = {"sample_seconds": waited, "verify_seconds": time.perf_counter() - began - waited}
     return [each._replace(seconds={name: s / len(now) for name, s in seconds.items()}) for each in scored]
 
 
 def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waiting: list[Batch]) -> tuple[State, Cursor]:
     """Settle a step's rollouts with the allocator, and move the policy by those whose group has variance."""
     config, began = run.config, time.perf_counter()
-    allocation = run.update(state.allocation, rows.visit_ids, rows.visit_sizes, scored.num_correct)
+    allocation = run.update(state.allocation, rows.visit_ids, rows.visit_sizes, scored.num_correct, scored.num_evidence)
     at = at._replace(step=at.step + 1, epoch_step=at.epoch_step + 1, spent=at.spent + int(rows.visit_sizes.sum()))
     policy, batch, figures, full = state.policy, scored.batch, {}, True
     if config.learner.undo_visit_rate:
@@ -101,6 +110,7 @@ def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waitin
         at = at._replace(optimizer_steps=at.optimizer_steps + 1)
     row = step_row(rows, scored) | figures
     run.log("step", at, row, scored.seconds | {"learn_seconds": time.perf_counter() - began})
+    run.metrics.write_samples("train", at.spent, step_samples(rows, scored))
     run.progress.update(at.spent, epoch=at.epoch, reward=row["reward"], accuracy=at.accuracy, live=row["live_share"])
     return State(policy, allocation, state.num_rollouts), at
 
@@ -108,9 +118,13 @@ def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waitin
 def log_evaluation(run: Run, state: State, at: Cursor) -> Cursor:
     """Measure held-out accuracy, and show one completion."""
     began = time.perf_counter()
-    result = evaluate(run.sample, state.policy.params, run.task, run.config.evaluation, run.config.seed)
+    config = run.config
+    result = evaluate(
+        run.sample, state.policy.params, run.task, config.evaluation, config.seed, config.success_threshold
+    )
     at = at._replace(accuracy=result.accuracy, evaluated=at.spent)
-    run.log("eval", at, result._asdict(), {"eval_seconds": time.perf_counter() - began})
+    run.log("eval", at, result.figures(), {"eval_seconds": time.perf_counter() - began})
+    run.metrics.write_samples("eval", at.spent, [each for each in result.samples if each["sample"] == 0])
     tqdm.write(f"{at.spent:>9,} rollouts: held-out accuracy {result.accuracy:.3f}; {result.example}", file=sys.stderr)
     return at
 

@@ -55,8 +55,10 @@ def _unpack(packed: Any, like: Any) -> Any:
 class Checkpoints:
     """The checkpoints of one run directory, over Orbax's CheckpointManager."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, read_only: bool = False):
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True, create=True)
+        if read_only:  # beside a run that is still writing
+            options = ocp.CheckpointManagerOptions(read_only=True)
         self._manager = ocp.CheckpointManager(directory, options=options)
 
     def cursor(self) -> Cursor | None:

@@ -6,7 +6,7 @@ import runpy
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import jax
 import tyro
@@ -157,6 +157,27 @@ def to_json(config: Config) -> dict:
     plain = json.loads(json.dumps(dataclasses.asdict(config)))
     plain["task"] = {"kind": type(config.task).__name__} | plain["task"]
     return plain
+
+
+def from_json(plain: dict) -> Config:
+    """The config that `to_json` wrote. Raises ValueError where a field is unknown, as after a change of version."""
+    tasks = {kind.__name__: kind for kind in get_args(get_type_hints(Config)["task"])}
+    try:
+        task = dict(plain["task"])
+        kind = tasks[task.pop("kind")]
+        return _from_plain(Config, plain | {"task": _from_plain(kind, task)})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not the config of a run of this version: {error}") from error
+
+
+def _from_plain(kind: type, plain: dict) -> Any:
+    hints = get_type_hints(kind)
+    values = {}
+    for key, value in plain.items():
+        if isinstance(value, dict) and dataclasses.is_dataclass(hints[key]):
+            value = _from_plain(hints[key], value)  # type: ignore[arg-type]
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
 
 
 def _flat(plain: dict, prefix: str = "") -> dict:

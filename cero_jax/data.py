@@ -49,7 +49,8 @@ def encode_prompts(
     encoded = [tokenizer.encode(question) for question in questions]
     if drop_long:
         kept = [i for i, ids in enumerate(encoded) if len(ids) <= max_prompt_tokens]
-        encoded, questions, answers, labels = ([c[i] for i in kept] for c in (encoded, questions, answers, labels))
+        encoded = [encoded[i] for i in kept]
+        questions, answers, labels = ([column[i] for i in kept] for column in (questions, answers, labels))
         sources = [sources[i] for i in kept] if sources else None
     tokens = np.full((len(questions), max_prompt_tokens), tokenizer.pad_id, np.int32)
     lengths = np.zeros(len(questions), np.int32)

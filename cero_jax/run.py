@@ -1,5 +1,7 @@
 """What a run is made of: every piece built and checked from the config; the state, fresh or the latest checkpoint's."""
 
+import dataclasses
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,11 +15,11 @@ from jax import Array
 from cero_jax import sharding
 from cero_jax.allocator.base import AllocatorState
 from cero_jax.checkpoint import Checkpoints, Cursor
-from cero_jax.config import Config, check_resumable, open_run_dir, to_json
+from cero_jax.config import Config, check_resumable, from_json, open_run_dir, to_json
 from cero_jax.data import Task, pass_order, prompts_hash
 from cero_jax.learner import Learner, TrainState, make_learner
 from cero_jax.metrics import MetricsWriter, Progress
-from cero_jax.model import Params
+from cero_jax.model import Params, init_params
 from cero_jax.rows import Rows, plan
 from cero_jax.sampler import Sampler, make_sampler
 from cero_jax.warm_start import warm_start
@@ -70,6 +72,58 @@ class Run(NamedTuple):
         self.checkpoints.close()
         self.metrics.close()
         self.progress.close()
+
+
+class Policy(NamedTuple):
+    """A run's latest policy, to be measured."""
+
+    config: Config
+    task: Task
+    sample: Sampler
+    params: Params
+    spent: int  # rollouts, when it was saved
+
+
+def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -> Policy:
+    """The policy of a run's latest checkpoint; changes nothing in the directory, so that a live run may be measured.
+
+    task_changes, sampler_changes: fields of config.task and config.sampler to replace.
+    Raises FileNotFoundError where there is no run, ValueError where it has no checkpoint or a field does not fit.
+    """
+    path = Path(directory).absolute() / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file: not the directory of a run")
+    config = from_json(json.loads(path.read_text()))
+    unknown = sorted(task_changes.keys() - {field.name for field in dataclasses.fields(config.task)})
+    if unknown:
+        raise ValueError(f"the run's task is {type(config.task).__name__}, which has no {', '.join(unknown)}")
+    config = dataclasses.replace(
+        config,
+        task=dataclasses.replace(config.task, **task_changes),
+        sampler=dataclasses.replace(config.sampler, **sampler_changes),
+    )
+    if not (path.parent / "checkpoints").is_dir():
+        raise ValueError(f"{path.parent}: no checkpoint in it yet: let the run go on")
+    task, mesh = config.task.build(config.seed), sharding.make_mesh(config.mesh)
+    tokenizer = task.tokenizer
+    checkpoints = Checkpoints(path.parent / "checkpoints", read_only=True)
+    at = checkpoints.cursor()
+    if at is None:
+        raise ValueError(f"{path.parent}: no checkpoint in it yet: let the run go on")
+    num_prompts = len(json.loads((path.parent / "prompts.json").read_text())["labels"])
+    learner = make_learner(config.model, tokenizer.vocab_size, config.learner, 1.0, mesh)
+    allocation = config.allocator.build().init(num_prompts)
+
+    def abstract(shapes, shardings):
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+    policy = jax.eval_shape(learner.init, jax.eval_shape(lambda: init_params(config.model, tokenizer.vocab_size, 0)))
+    everywhere = sharding.replicated(mesh)
+    rest = (allocation, jnp.zeros(num_prompts, jnp.int32))
+    allocation, counts = abstract(jax.eval_shape(lambda: rest), jax.tree.map(lambda _: everywhere, rest))
+    state = checkpoints.restore(at, like=State(abstract(policy, learner.shardings), allocation, counts))
+    sample = make_sampler(config.model, config.sampler, tokenizer.eos_ids, tokenizer.pad_id, mesh)
+    return Policy(config, task, sample, state.policy.params, at.spent)
 
 
 def start(config: Config) -> tuple[Run, State, Cursor]:

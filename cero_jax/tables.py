@@ -1,4 +1,4 @@
-"""Rows of JSONL and Parquet files, and the text in their fields; whatever is wrong is one line with file, row, field."""
+"""Rows of JSONL and Parquet files, and the text in their fields; what is wrong is one line with file, row and field."""
 
 import glob
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def find_files(pattern: str) -> list[Path]:
-    """The files of a path or a glob ("data/**/*.jsonl"), sorted. Raises FileNotFoundError, or ValueError at a folder."""
+    """The files of a path or glob ("data/**/*.jsonl"), sorted. Raises FileNotFoundError, or ValueError at a folder."""
     path = Path(pattern).expanduser()
     if path.is_file():
         return [path]
@@ -34,7 +34,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                line = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
                 if line.strip():
                     yield f"{path}:{number}", _object(f"{path}:{number}", line)
     except OSError as error:
@@ -83,7 +83,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def pick(source: str, row: dict[str, Any], field: str) -> Any:
-    """The value of a field: a name, a path into nested ones ("a.b.0"), or several of them, "a|b": the first there is."""
+    """The value of a field: a name, a path into nested ones ("a.b.0"), or several, "a|b": the first there is."""
     for path in field.split("|"):
         value, missing = row.get(path), path not in row
         if missing:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cero_jax.data import prompts_hash
-from cero_jax.tasks.jsonl import Jsonl
+from cero_jax.tasks.dataset import Dataset
 
 GSM8K = [
     {
@@ -36,7 +36,7 @@ def row(question="q", answer="1"):
 
 def test_gsm8k_rows(write):
     path = write(*GSM8K)
-    task = Jsonl(path, num_heldout=3, template="Q: {question}\nA:").build(seed=0)
+    task = Dataset(path, num_heldout=3, template="Q: {question}\nA:").build(seed=0)
     assert len(task.train.questions) == 7
     assert len(task.heldout.questions) == 3
     questions = {f"Q: {r['question']}\nA:": r["answer"] for r in GSM8K}
@@ -45,13 +45,13 @@ def test_gsm8k_rows(write):
     )
     assert task.train.labels == ("all",) * 7
     assert task.tokenizer.decode(task.train.tokens[0]) == task.train.questions[0]
-    assert task.verify("", "so #### 12", "#### 12") == 1.0
+    assert task.verify("", "so #### 12", "#### 12").reward == 1.0
     assert task.demonstrations is None
 
 
 def test_the_seed_draws_the_heldout_rows(write):
     path = write(*GSM8K)
-    tasks = [Jsonl(path, num_heldout=3).build(seed) for seed in (0, 0, 1, 2, 3)]
+    tasks = [Dataset(path, num_heldout=3).build(seed) for seed in (0, 0, 1, 2, 3)]
     assert prompts_hash(tasks[0].heldout) == prompts_hash(tasks[1].heldout)
     assert len({task.heldout.questions for task in tasks}) > 2
     order = [GSM8K.index({"question": q, "answer": a}) for q, a in zip(*tasks[0].train[:2], strict=True)]
@@ -60,14 +60,14 @@ def test_the_seed_draws_the_heldout_rows(write):
 
 def test_a_heldout_file(write):
     train, heldout = write(*GSM8K[:4]), write(*GSM8K[4:6], name="heldout.jsonl")
-    task = Jsonl(train, heldout_path=heldout).build(seed=0)
+    task = Dataset(train, heldout_paths=(heldout,)).build(seed=0)
     assert task.train.questions == tuple(r["question"] for r in GSM8K[:4])
     assert task.heldout.questions == tuple(r["question"] for r in GSM8K[4:6])
 
 
 def test_other_fields_numbers_and_the_exact_verifier(write):
     rows = [{"problem": 7, "gold": 72.50}, {"problem": "b{answer}", "gold": 12345678901234567890}]
-    task = Jsonl(
+    task = Dataset(
         write(*rows),
         "problem",
         "gold",
@@ -80,13 +80,13 @@ def test_other_fields_numbers_and_the_exact_verifier(write):
         zip(task.train.questions + task.heldout.questions, task.train.answers + task.heldout.answers, strict=True)
     )
     assert found == {"{x} 7 %s": "72.5", "{x} b{answer} %s": "12345678901234567890"}  # nothing formatted or rounded
-    assert task.verify("", "72.5", "72.5") == 1.0
-    assert task.verify("", "72.50", "72.5") == 0.0
+    assert task.verify("", "72.5", "72.5").reward == 1.0
+    assert task.verify("", "72.50", "72.5").reward == 0.0
 
 
 def test_bom_crlf_and_blank_lines(write):
     path = write(row("a"), b"", row("b"), b"  ", row("ü\u2028"), b"", start=b"\xef\xbb\xbf", newline=b"\r\n")
-    task = Jsonl(path, num_heldout=1, max_prompt_tokens=10).build(seed=0)
+    task = Dataset(path, num_heldout=1, max_prompt_tokens=10).build(seed=0)
     assert set(task.train.questions + task.heldout.questions) == {"a", "b", "ü\u2028"}
     assert np.all(task.train.tokens[:, 0] == task.tokenizer.pad_id)
 
@@ -112,7 +112,11 @@ BROKEN = [
     (b'{"question": "\\ud800", "answer": "1"}', r":2: field 'question' holds half a surrogate pair"),
     (b"[" * 10**5, r":2: JSON nested too deep|:2: broken JSON"),
     (b'{"question": "q", "answer": "none"}', r":2: the gold answer in 'answer' fails verifier='final_number' itself"),
-    (b'{"question": "qqqqqqqqq", "answer": "1"}', r":2: a prompt of 9 tokens, max_prompt_tokens=8: raise .* to 9"),
+    (b'{"question": "q", "question": "r", "answer": "1"}', r":2: field 'question' is there twice in one object"),
+    (b'{"question": [], "answer": "1"}', r":2: field 'question' is \[\], neither text .* nor a list of messages"),
+    (b'{"question": [{"role": "user"}], "answer": "1"}', r":2: field 'question' is .* nor a list of messages"),
+    (b'{"question": [{"role": "user", "content": 1e999}], "answer": []}', r":2: field 'answer' is \[\], neither"),
+    (b'{"question": [{"role": "user", "content": ""}], "answer": "1"}', r":2: field 'question.0.content' is empty"),
 ]
 
 
@@ -120,38 +124,40 @@ BROKEN = [
 def test_a_broken_row_is_named(write, line, message):
     path = write(GOOD, line, GOOD)
     with pytest.raises(ValueError, match=message) as caught:
-        Jsonl(path, heldout_path=write(GOOD, name="heldout.jsonl"), max_prompt_tokens=8).build(seed=0)
+        Dataset(path, heldout_paths=(write(GOOD, name="heldout.jsonl"),), max_prompt_tokens=8).build(seed=0)
     assert path in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_cannot_be_used_is_named(write, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none.jsonl: no such file"):
-        Jsonl(str(tmp_path / "none.jsonl")).build(seed=0)
+        Dataset(str(tmp_path / "none.jsonl")).build(seed=0)
     with pytest.raises(ValueError, match="not a regular file"):
-        Jsonl(str(tmp_path)).build(seed=0)
+        Dataset(str(tmp_path)).build(seed=0)
     for lines in ([], [b"", b"  "]):
         with pytest.raises(ValueError, match=r"rows.jsonl: no row in it"):
-            Jsonl(write(*lines)).build(seed=0)
+            Dataset(write(*lines)).build(seed=0)
 
 
 def test_an_unreadable_file_is_named(write, monkeypatch):
     path = write(GOOD)
 
-    def refuse(self):
+    def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)  # a superuser may read whatever its mode
+    monkeypatch.setattr("cero_jax.tables.open", refuse, raising=False)  # a superuser may read whatever its mode
     with pytest.raises(ValueError, match=r"rows.jsonl: cannot be read \(Permission denied\)"):
-        Jsonl(path).build(seed=0)
+        Dataset(path).build(seed=0)
 
 
 def test_settings_out_of_range_are_named(write):
     path = write(GOOD, GOOD)
     for num_heldout in (0, 2):
         with pytest.raises(ValueError, match=f"num_heldout={num_heldout} must be at least 1 and leave a row of the 2"):
-            Jsonl(path, num_heldout=num_heldout).build(seed=0)
+            Dataset(path, num_heldout=num_heldout).build(seed=0)
     with pytest.raises(ValueError, match=r"template='Q:' must hold {question}"):
-        Jsonl(path, template="Q:").build(seed=0)
-    with pytest.raises(ValueError, match=r"verifier='maths' is not one of final_number, exact"):
-        Jsonl(path, verifier="maths").build(seed=0)  # type: ignore[arg-type]
+        Dataset(path, template="Q:").build(seed=0)
+    with pytest.raises(
+        ValueError, match=r"verifier='maths' is not one of final_number, exact, choice, math, nor module:function"
+    ):
+        Dataset(path, verifier="maths").build(seed=0)  # type: ignore[arg-type]

@@ -47,21 +47,24 @@ RIGHT = [
 
 # Each of these would be worth a try to a policy that has no idea.
 CHEATS = [
-    "", "x", "0=0", "1=1", "x=x", "y", "?", r"\text{True}", "True", r"\emptyset", r"\{\}", "()", r"\infty", r"\mathbb{R}",
-    r"\text{nan}", "0/0", r"\frac{0}{0}", "1/0", r"\frac{1}{0}", r"1,2,3,4,5,6,7,8,9", r"x \in \mathbb{R}", r"x \neq 0",
+    "", "x", "0=0", "1=1", "x=x", "y", "?", r"\text{True}", "True", r"\emptyset", r"\{\}", "()", r"\infty",
+    r"\mathbb{R}", r"\text{nan}", "0/0", r"\frac{0}{0}", "1/0", r"\frac{1}{0}", r"1,2,3,4,5,6,7,8,9", r"x \in \mathbb{R}",
+    r"x \neq 0",
     r"\int f", "a=b=c", "x<x+1", r"\lim_{x\to 0}", r"\pm", r"\text{the answer}", "answer", "gold", r"\cdot", "{}", "[]",
     r"\boxed{}", "none", "ERROR", "-", "+", "=", "!", ".", r"\\", "%", "1 or 2 or 3 or 4", "0.0000000001",
 ]  # fmt: skip
-GOLDS = ["5", "-3", r"\frac{3}{4}", r"2\sqrt{3}", "(1, 2)", "x^2 + 1", r"\{4, 6\}", r"[2, \infty)", r"\text{Evelyn}", "90^\\circ",
-         "y = 2x + 3", r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}", "3 + 4i", r"\pi"]  # fmt: skip
+GOLDS = ["5", "-3", r"\frac{3}{4}", r"2\sqrt{3}", "(1, 2)", "x^2 + 1", r"\{4, 6\}", r"[2, \infty)", r"\text{Evelyn}",
+         r"90^\circ", "y = 2x + 3", r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}", "3 + 4i", r"\pi"]  # fmt: skip
 
 # Every one ends: bounded before it is read, or killed. (seconds is small here, so that the killed ones end soon.)
 MONSTERS = [
-    "9^9^9", "9**9**9", "9^{9^{9}}", "9^{9^{9^{9}}}", "10^8!", "(10^8)!", "10000000!", "(" * 1000, ")" * 1000, "((((" * 90,
+    "9^9^9", "9**9**9", "9^{9^{9}}", "9^{9^{9^{9}}}", "10^8!", "(10^8)!", "10000000!", "(" * 1000, ")" * 1000,
+    "((((" * 90,
     "1+" * 190 + "1", "9" * 10**5, r"\frac{1}{" * 300, r"\sqrt{" * 300 + "2" + "}" * 300, "x^{" * 100 + "2" + "}" * 100,
     r"\binom{10000000}{5000000}", r"\sum_{n=1}^{100000000} n^{n}", r"\prod_{n=1}^{99999999} n", r"\int_0^1 e^{x^x} dx",
     r"\left(" * 100, r"\begin{pmatrix}" * 50, r"\lim_{x \to \infty} x^{x!}", "{" * 399, "1,111" * 70, r"\log" * 90,
-    "__import__('os').system('touch HACKED')", "exec('1')", "lambda: 0", "print(1)", "\x00\x00", "\ud800", "\u202e5", "5\u200b",
+    "__import__('os').system('touch HACKED')", "exec('1')", "lambda: 0", "print(1)", "\x00\x00", "\ud800",
+    "\u202e5", "5\u200b",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Verifiers: plain functions `(question, completion, answer) -> float or Verdict`, named in a config. No jax in here."""
+"""Verifiers: plain functions `(question, completion, answer) -> float or Verdict`, named in a config. No jax here."""
 
 from collections.abc import Callable
 from typing import NamedTuple

@@ -26,7 +26,7 @@ MAX_DIGITS = 40  # in a row
 _PHRASE = re.compile(r"answer(?: is|:)(?:\*\*)?[ \t:]*([^\n]{1,400})", re.IGNORECASE)
 _MATHS = re.compile(r"\$([^$\n]{1,400})\$")
 _INTEGER = re.compile(r"-?[0-9]{1,40}")
-# what is small to write and huge to compute: long exponents, towers of powers, factorials and binomials of large numbers
+# small to write and huge to compute: long exponents, towers of powers, factorials and binomials of large numbers
 _EXPLOSIVE = re.compile(
     r"\^\s*\{?\s*[-+]?[0-9]{5,}"
     r"|[0-9]\s*\^\s*\{?\s*[0-9]+\s*\^"
@@ -54,10 +54,10 @@ def equal(gold: str, given: str) -> bool:
         return True
     if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(given):
         return int(gold) == int(given)
-    parsed = parse(rf"\boxed{{{given}}}", _LATEX, parsing_timeout=None)
+    parsed = parse(rf"\boxed{{{given}}}", _LATEX, parsing_timeout=0)
     if not parsed:
         return False
-    return verify(parse(rf"\boxed{{{gold}}}", _LATEX, parsing_timeout=None), parsed, timeout_seconds=None)
+    return verify(parse(rf"\boxed{{{gold}}}", _LATEX, parsing_timeout=0), parsed, timeout_seconds=0)
 
 
 def read_gold(answer: str) -> str:

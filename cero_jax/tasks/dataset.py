@@ -144,7 +144,7 @@ class Dataset:
         dropped = len(rows) - len(prompts.questions)
         if not prompts.questions:
             raise ValueError(
-                f"all {dropped} {name} prompts have more than max_prompt_tokens={self.max_prompt_tokens} tokens: raise it"
+                f"all {dropped} {name} prompts are longer than max_prompt_tokens={self.max_prompt_tokens}: raise it"
             )
         if dropped:
             _log.warning(
