@@ -8,6 +8,7 @@ a `Pool` only, with math-verify's own time limits off: they are signals, and tur
 
 import logging
 import re
+from functools import lru_cache
 
 from cero_jax.rewards import NO_ANSWER, TOO_LONG, Verdict, compared
 
@@ -19,7 +20,7 @@ except ImportError as error:
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off
 
 MAX_CHARS = 4096  # of the text that is searched
-MAX_ANSWER_CHARS = 400  # the longest gold answer of MATH-500 has 53
+MAX_ANSWER_CHARS = 200  # the longest gold answer of MATH-500 has 53
 MAX_DEPTH = 12  # of brackets
 MAX_DIGITS = 40  # in a row
 
@@ -31,6 +32,7 @@ _EXPLOSIVE = re.compile(
     r"\^\s*\{?\s*[-+]?[0-9]{5,}"
     r"|[0-9]\s*\^\s*\{?\s*[0-9]+\s*\^"
     r"|\^\s*\{[^{}]*\^\s*\{[^{}]*\^"
+    r"|[0-9]\s*[eE]\s*[-+]?\s*[0-9]{4,}|\([^()]*\^[^()]*\)\s*!"
     r"|[0-9]{4,}\s*\}?\s*!|\^\s*\{?\s*[0-9]+\s*\}?\s*!|!\s*!\s*!|!\s*[)}]\s*!"
     r"|binom[^a-z]{0,20}[0-9]{5,}"
 )
@@ -48,6 +50,18 @@ def mathematics(question: str, completion: str, answer: str) -> Verdict:
     return compared(equal(gold, given), given)
 
 
+def warm_up() -> None:
+    """Answers of the kinds there are: the grammar's tables are built at first use, which takes seconds."""
+    for gold, given in (
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \sqrt{2})"),
+        (r"[2, \infty) \cup \{1\}", r"x \ge 2"),
+        (r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}", r"\begin{pmatrix} 1 \\ -3 \end{pmatrix}"),
+        (r"3 + 4i", r"\sin(x^2) - \log 5"),
+    ):
+        equal(gold, given)
+
+
+@lru_cache(4096)  # the rollouts of a group often agree
 def equal(gold: str, given: str) -> bool:
     """Whether two answers are one: to the letter, as integers, or as mathematics."""
     if gold == given:

@@ -34,7 +34,8 @@ _starting = threading.Lock()
 class Pool:
     """The verifier `module:function` run in worker processes; what goes wrong there is a status, never an exception.
 
-    function: of (question, completion, answer), as `module:function`; the module is looked for as the caller would.
+    function: of (question, completion, answer), as `module:function`; the module is looked for as the caller would. Its
+      `warm_up()`, where it has one, is called before the first answer.
     seconds: wall-clock limit of one answer; memory_mb: address space of a worker; workers: processes, None one a core.
     The processes start with the first answer and end with this one. Raises ImportError without pebble.
     """
@@ -147,7 +148,9 @@ def _start(function: str, memory_bytes: int, orphan_seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     module, _, name = function.partition(":")
     try:
-        _function = getattr(importlib.import_module(module), name)
+        imported = importlib.import_module(module)
+        getattr(imported, "warm_up", bool)()
+        _function = getattr(imported, name)
     except BaseException as error:  # any exception: a worker that fails to start would break the whole pool
         _failure = _one_line(error)
 
