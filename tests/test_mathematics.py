@@ -48,7 +48,8 @@ RIGHT = [
 # Each of these would be worth a try to a policy that has no idea.
 CHEATS = [
     "", "x", "0=0", "1=1", "x=x", "y", "?", r"\text{True}", "True", r"\emptyset", r"\{\}", "()", r"\infty",
-    r"\mathbb{R}", r"\text{nan}", "0/0", r"\frac{0}{0}", "1/0", r"\frac{1}{0}", r"1,2,3,4,5,6,7,8,9", r"x \in \mathbb{R}",
+    r"\mathbb{R}", r"\text{nan}", "0/0", r"\frac{0}{0}",
+    "1/0", r"\frac{1}{0}", r"1,2,3,4,5,6,7,8,9", r"x \in \mathbb{R}",
     r"x \neq 0",
     r"\int f", "a=b=c", "x<x+1", r"\lim_{x\to 0}", r"\pm", r"\text{the answer}", "answer", "gold", r"\cdot", "{}", "[]",
     r"\boxed{}", "none", "ERROR", "-", "+", "=", "!", ".", r"\\", "%", "1 or 2 or 3 or 4", "0.0000000001",

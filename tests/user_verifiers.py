@@ -12,6 +12,15 @@ def length(question, completion, answer):
     return len(completion) / 10
 
 
+def by_prompt(question, completion, answer):
+    """Does what the gold answer says."""
+    if answer == "hang":
+        time.sleep(1000)
+    if answer == "raise":
+        raise RuntimeError
+    return Verdict(0.0, NO_ANSWER) if answer == "none" else 1.0
+
+
 def misbehave(question, completion, answer):
     """Does what the completion says."""
     match completion:
