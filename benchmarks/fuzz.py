@@ -30,20 +30,29 @@ MATHEMATICS = "cero_jax.rewards.mathematics:mathematics"
 GOLD = {"exact": "the gold answer", "final_number": "#### 7919", "choice": "Q", "math": r"\frac{7919}{104729}"}
 CANARY = "EXECUTED"  # a file that a string tries to make
 
-LATEX = [r"\frac", r"\sqrt", r"\left(", r"\right)", r"\left[", r"\right]", r"\{", r"\}", r"{", r"}", r"(", r")", r"[", r"]", r"^", r"_", r"+", r"-", r"*", r"/", r"=", r"<", r">", r",", r";", r":", r"!", r"|", r"&", r"\\", r"\cdot", r"\times", r"\pm", r"\infty", r"\pi", r"\theta", r"\alpha", r"x", r"y", r"n", r"i", r"e", r"0", r"1", r"2", r"9", r"10", r"100", r"0.5", r"\sum_{n=1}^{10}", r"\prod", r"\int_0^1", r"dx", r"\lim_{x\to0}", r"\log", r"\sin", r"\cos", r"\tan", r"\binom", r"\begin{pmatrix}", r"\end{pmatrix}", r"\begin{cases}", r"\end{cases}", r"\text{", r"\mathrm{", r"\overline", r"\hat", r"\vec", r"\in", r"\cup", r"\cap", r"\subset", r"\emptyset", r"\mathbb{R}", r"\le", r"\ge", r"\neq", r"\approx", r"\equiv", r"\pmod", r"\lfloor", r"\rfloor", r"\lceil", r"\rceil", r"\%", r"\$", r"^\circ", r"\,", r"\!", r"~", r"'"]
-ANSWERS = [r"5", r"-3", r"3/4", r"\frac{3}{4}", r"2\sqrt{3}", r"(1,2)", r"[2,\infty)", r"x^2+1", r"\{4,6\}", r"90^\circ", r"1,234", r"10\%", r"y=2x+3", r"3+4i", r"\pi", r"A", r"(B)", r"3.14e2"]
+LATEX = (
+    r"\frac \sqrt \left( \right) \left[ \right] \{ \} { } ( ) [ ] ^ _ + - * / = < > , ; : ! | & \\ \cdot \times \pm \infty"
+    r" \pi \theta \alpha x y n i e 0 1 2 9 10 100 0.5 \sum_{n=1}^{10} \prod \int_0^1 dx \lim_{x\to0} \log \sin \cos \tan"
+    r" \binom \begin{pmatrix} \end{pmatrix} \begin{cases} \end{cases} \text{ \mathrm{ \overline \hat \vec \in \cup \cap"
+    r" \subset \emptyset \mathbb{R} \le \ge \neq \approx \equiv \pmod \lfloor \rfloor \lceil \rceil \% \$ ^\circ \, \! ~"
+).split(" ")
+ANSWERS = (
+    r"5 -3 3/4 \frac{3}{4} 2\sqrt{3} (1,2) [2,\infty) x^2+1 \{4,6\} 90^\circ 1,234 10\% y=2x+3 3+4i \pi A (B) 3.14e2"
+).split(" ")
 MONSTERS = [
-    "9^9^9", "9**9**9", "9^{9^{9}}", "10^8!", "(10^8)!", "99999999!", "3!!!!!!", "(" * 1000, "{" * 1000, r"\boxed{" * 20000,
-    r"\frac{1}{" * 1000, r"\sqrt{" * 300 + "2" + "}" * 300, "x^{" * 100 + "2" + "}" * 100, "1+" * 5000 + "1", "9" * 100000,
-    r"\binom{10000000}{5000000}", r"\sum_{n=1}^{100000000} n^{n}", r"\int_0^1 x^{x^{x}} dx", r"\prod_{n=1}^{99999} n!",
-    r"\left(" * 500, r"\begin{pmatrix}" * 200, "1,111" * 10000, "$" * 9999, "####" * 2000, "answer is " * 2000, "\\" * 9999,
-    "0/0", r"\frac{1}{0}", "nan", "inf", "-0", "1e999999999", "0x41", "1_000", "\ufeff7", "\x00", "\ud800", "\u202e", "\u0661\u0662",
+    "9^9^9", "9**9**9", "9^{9^{9}}", "10^8!", "(10^8)!", "99999999!", "3!!!!!!", "(" * 1000, "{" * 1000,
+    r"\boxed{" * 20000, r"\frac{1}{" * 1000, r"\sqrt{" * 300 + "2" + "}" * 300, "x^{" * 100 + "2" + "}" * 100,
+    "1+" * 5000 + "1", "9" * 100000, r"\binom{10000000}{5000000}", r"\sum_{n=1}^{100000000} n^{n}",
+    r"\int_0^1 x^{x^{x}} dx", r"\prod_{n=1}^{99999} n!", r"\left(" * 500, r"\begin{pmatrix}" * 200, "1,111" * 10000,
+    "$" * 9999, "####" * 2000, "answer is " * 2000, "\\" * 9999, "0/0", r"\frac{1}{0}", "nan", "inf", "-0",
+    "1e999999999", "0x41", "1_000", "\ufeff7", "\x00", "\ud800", "\u202e", "\u0661\u0662",
 ]  # fmt: skip
 CODE = [
     f"open('{CANARY}','w')", f"__import__('os').system('touch {CANARY}')", f"exec(\"open('{CANARY}','w')\")",
     f"(lambda: open('{CANARY}','w'))()", f"[x for x in ().__class__.__base__.__subclasses__()][0]('{CANARY}')",
-    f"$(touch {CANARY})", f"`touch {CANARY}`", r"\input{/etc/passwd}", rf"\write18{{touch {CANARY}}}", "import os; os.abort()",
-    "x.__class__", "Symbol('x').subs", "{0.__class__}", "%(x)s %n", "'; drop table rewards; --", "<script>alert(1)</script>",
+    f"$(touch {CANARY})", f"`touch {CANARY}`", r"\input{/etc/passwd}", rf"\write18{{touch {CANARY}}}",
+    "import os; os.abort()", "x.__class__", "Symbol('x').subs", "{0.__class__}", "%(x)s %n",
+    "'; drop table rewards; --", "<script>alert(1)</script>",
 ]  # fmt: skip
 DRESSES = [
     "{}",
@@ -119,7 +128,8 @@ def fuzz(verifier: str, pool: Pool, count: int, seed: int = 0) -> tuple[Counter,
         found = judge(verifier, pool, [("q", each, GOLD[verifier]) for each in batch])
         longest = max(longest, (time.perf_counter() - began) / len(batch))
         status.update(each.status for each in found)
-        accepted += [each for each, of in zip(batch, found, strict=True) if of.reward]
+        right = rf"\boxed{{{GOLD[verifier]}}}"  # which noise, of all things, may begin with
+        accepted += [each for each, of in zip(batch, found, strict=True) if of.reward and right not in each]
         batch = []
         if i % 10_000 == 9_999:
             print(f"  {verifier}: {i + 1:,} so far, {dict(status)}, accepted {accepted}", file=sys.stderr, flush=True)

@@ -15,7 +15,9 @@ MAX_LINE = 8  # of a last line that is a letter and its dress, (**B**)
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)?)\}")
 _PHRASE = re.compile(r"(?:answer|choice)(?: is|:|\*\*:|:\*\*)[ \t]*([^\n]{0,80})", re.IGNORECASE)
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")
-_LETTER = re.compile(r"[\s(\[*$:]*([A-Za-z])(?![A-Za-z0-9'’])(?:[)\].:*$,]+(?=\s|$)|\s*$|\s*\n)(.*)", re.DOTALL)
+_LETTER = re.compile(
+    r"[\s(\[*$:]*([A-Za-z])(?![A-Za-z0-9'’])(?:[)\].:*$]+(?=\s|$)|,(?=\s[A-Za-z]{3})|\s*$|\s*\n)(.*)", re.DOTALL
+)
 _ANOTHER = re.compile(r"[\s*]*(?:or|and|,|/|&)[\s(\[*]*[A-Za-z](?![A-Za-z0-9])")
 
 
