@@ -1,4 +1,4 @@
-"""Hostile strings through every verifier, and gold answers against their neighbours': the small end of benchmarks/fuzz."""
+"""Hostile strings through every verifier, gold answers against their neighbours: the small end of the fuzz benchmark."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,8 @@ from cero_jax.rewards.pool import Pool
 
 GOLDS = {  # in the shape of GSM8K's, AIME's, AMC's and MATH-500's
     "final_number": ["48/2 = <<48/2=24>>24\n#### 72", "#### 1,234", "#### -5", "204", "033", "27.0"],
-    "math": ["#### 72", "033", "27.0", r"\left( 3, \frac{\pi}{2} \right)", "p - q", r"\frac{14}{3}", "9", r"\text{Evelyn}",
+    "math": ["#### 72", "033", "27.0", r"\left( 3, \frac{\pi}{2} \right)",
+             "p - q", r"\frac{14}{3}", "9", r"\text{Evelyn}",
              r"6 - 5i", r"\left(-\infty, 5\right]", r"\begin{pmatrix} -7 \\ 16 \end{pmatrix}", "10\\%", r"3\sqrt{13}"],
 }  # fmt: skip
 
