@@ -30,15 +30,15 @@ MATHEMATICS = "cero_jax.rewards.mathematics:mathematics"
 GOLD = {"exact": "the gold answer", "final_number": "#### 7919", "choice": "Q", "math": r"\frac{7919}{104729}"}
 CANARY = "EXECUTED"  # a file that a string tries to make
 
-LATEX = (
+LATEX = str.split(
     r"\frac \sqrt \left( \right) \left[ \right] \{ \} { } ( ) [ ] ^ _ + - * / = < > , ; : ! | & \\ \cdot \times \pm"
     r" \infty \pi \theta \alpha x y n i e 0 1 2 9 10 100 0.5 \sum_{n=1}^{10} \prod \int_0^1 dx \lim_{x\to0} \log \sin"
     r" \binom \begin{pmatrix} \end{pmatrix} \begin{cases} \end{cases} \text{ \mathrm{ \overline \vec \in \cup"
-    r" \subset \emptyset \mathbb{R} \le \ge \neq \approx \equiv \pmod \lfloor \rfloor \lceil \rceil \% \$ ^\circ \, \! ~"
-).split(" ")  # noqa: SIM905
-ANSWERS = (
+    r" \subset \emptyset \mathbb{R} \le \ge \neq \approx \equiv \pmod \lfloor \rfloor \lceil \rceil \% \$ ^\circ \, ~"
+)
+ANSWERS = str.split(
     r"5 -3 3/4 \frac{3}{4} 2\sqrt{3} (1,2) [2,\infty) x^2+1 \{4,6\} 90^\circ 1,234 10\% y=2x+3 3+4i \pi A (B) 3.14e2"
-).split(" ")  # noqa: SIM905
+)
 MONSTERS = [
     "9^9^9", "9**9**9", "9^{9^{9}}", "10^8!", "(10^8)!", "99999999!", "3!!!!!!", "(" * 1000, "{" * 1000,
     r"\boxed{" * 20000, r"\frac{1}{" * 1000, r"\sqrt{" * 300 + "2" + "}" * 300, "x^{" * 100 + "2" + "}" * 100,

@@ -219,7 +219,8 @@ def open_run_dir(config: Config, task: Task) -> tuple[Path, Path]:
             directory.mkdir(parents=True, exist_ok=True)
         if not (run_dir / "config.json").exists():
             (run_dir / "config.json").write_text(json.dumps(to_json(config), indent=2))
-            (run_dir / "prompts.json").write_text(json.dumps({"labels": task.train.labels}))
+            prompts = {"labels": task.train.labels, "questions": task.train.questions, "answers": task.train.answers}
+            (run_dir / "prompts.json").write_text(json.dumps(prompts))
     except OSError as error:
         raise ValueError(f"cannot write to the work directory {run_dir}: {error}: choose another --work-dir") from error
     jax.config.update("jax_compilation_cache_dir", str(cache_dir / "jax"))

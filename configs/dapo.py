@@ -1,6 +1,7 @@
 r"""DAPO's rows (Parquet, a chat in `prompt`, the gold answer in `reward_model.ground_truth`) by config alone.
 
-As it stands, a tiny random policy on bytes: a check of the plumbing. With a model folder's tokenizer say --task.chat=True.
+As it stands, a tiny random policy on bytes: a check of the plumbing. With a model folder's tokenizer say
+--task.chat=True.
 
 Needs: 2 cores, 3 GB of memory, `pip install '.[train,parquet]'`, and the files (BytedTsinghua-SIA/DAPO-Math-17k).
 Expect: rewards of 0, since nothing was ever taught.

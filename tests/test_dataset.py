@@ -296,7 +296,8 @@ def test_a_verifier_of_the_users_own(write):
 def broken_line(rng):
     """A row, or what a careless script, a crash or an editor makes of one."""
     values = ["q", 1, 2.5, True, None, [], {}, ["x"], {"a": {"b": [1, "c"]}}, "", " ", float("nan"), float("inf"),
-              "é\u2028", "x" * 5000, [{"role": "user", "content": "m"}], [{"role": "user"}], [1, 2], "\ud800", "\x00"]  # fmt: skip
+              "é\u2028", "x" * 5000, [{"role": "user", "content": "m"}], [{"role": "user"}], [1, 2],
+              "\ud800", "\x00"]  # fmt: skip
     keys = ["question", "answer", "Question", "a.b.1", "a", "", "id"]
     fields = {keys[rng.integers(len(keys))]: values[rng.integers(len(values))] for _ in range(rng.integers(6))}
     fields |= {key: "1" for key in ("question", "answer") if rng.random() < 0.6}

@@ -1,4 +1,4 @@
-"""Hostile strings through every verifier, gold answers against their neighbours: the small end of the fuzz benchmark."""
+"""Hostile strings through every verifier, gold answers against their neighbours: benchmarks/fuzz.py made small."""
 
 import sys
 from pathlib import Path
