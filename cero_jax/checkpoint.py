@@ -58,7 +58,7 @@ class Checkpoints:
     def __init__(self, directory: Path, read_only: bool = False):
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True, create=True)
         if read_only:  # beside a run that is still writing
-            options = ocp.CheckpointManagerOptions(read_only=True)
+            options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
         self._manager = ocp.CheckpointManager(directory, options=options)
 
     def cursor(self) -> Cursor | None:

@@ -112,16 +112,14 @@ def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -
         raise ValueError(f"{path.parent}: no checkpoint in it yet: let the run go on")
     num_prompts = len(json.loads((path.parent / "prompts.json").read_text())["labels"])
     learner = make_learner(config.model, tokenizer.vocab_size, config.learner, 1.0, mesh)
-    allocation = config.allocator.build().init(num_prompts)
-
-    def abstract(shapes, shardings):
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-
-    policy = jax.eval_shape(learner.init, jax.eval_shape(lambda: init_params(config.model, tokenizer.vocab_size, 0)))
-    everywhere = sharding.replicated(mesh)
-    rest = (allocation, jnp.zeros(num_prompts, jnp.int32))
-    allocation, counts = abstract(jax.eval_shape(lambda: rest), jax.tree.map(lambda _: everywhere, rest))
-    state = checkpoints.restore(at, like=State(abstract(policy, learner.shardings), allocation, counts))
+    shapes = jax.eval_shape(learner.init, jax.eval_shape(lambda: init_params(config.model, tokenizer.vocab_size, 0)))
+    policy = jax.tree.map(
+        lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes, learner.shardings
+    )
+    allocation, counts = jax.device_put(
+        (config.allocator.build().init(num_prompts), jnp.zeros(num_prompts, jnp.int32)), sharding.replicated(mesh)
+    )
+    state = checkpoints.restore(at, like=State(policy, allocation, counts))
     sample = make_sampler(config.model, config.sampler, tokenizer.eos_ids, tokenizer.pad_id, mesh)
     return Policy(config, task, sample, state.policy.params, at.spent)
 
