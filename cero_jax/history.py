@@ -37,8 +37,8 @@ def replay(run: Run) -> tuple[list[list[Visit]], np.ndarray]:
         keep = settings["discount"] ** (rollouts.sum() / (PASS_ROLLOUTS * number))
         before = posterior
         posterior = prior + keep * (posterior - prior)
-        np.add.at(posterior, (0, ids), correct)
-        np.add.at(posterior, (1, ids), evidence - correct)
+        posterior[0, ids] += correct  # a prompt has one visit a step
+        posterior[1, ids] += evidence - correct
         for i, drawn, right, counted in zip(ids.tolist(), rollouts, correct, evidence, strict=True):
             pairs = ((float(x[0, i]), float(x[1, i])) for x in (before, posterior))
             visits[i].append(Visit(row["epoch"], row["spent"], int(drawn), int(right), int(drawn - counted), *pairs))
