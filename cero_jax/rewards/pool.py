@@ -23,6 +23,7 @@ from typing import Any
 
 from cero_jax.rewards import ERROR, TIMED_OUT, Verdict, Verifier, verdict
 
+MAX_WORKERS = 16  # where nobody says: they share one pipe
 RENEWALS = 3  # times that a broken pool is made anew for the same batch
 OUT_OF_MEMORY = 77  # exit code of a worker that reached its limit: its memory may never come back, so it ends
 
@@ -36,7 +37,7 @@ class Pool:
 
     function: of (question, completion, answer), as `module:function`; the module is looked for as the caller would. Its
       `warm_up()`, where it has one, is called before the first answer.
-    seconds: wall-clock limit of one answer; memory_mb: address space of a worker; workers: processes, None one a core.
+    seconds: wall-clock limit of one answer; memory_mb: address space of a worker; workers: processes, None one a core and at most 16.
     The processes start with the first answer and end with this one. Raises ImportError without pebble.
     """
 
@@ -47,7 +48,7 @@ class Pool:
                 "at least 1"
             )
         self.function, self.seconds, self.memory_mb = function, seconds, memory_mb
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
         self._logged = False
         self._pool = self._new()
 
@@ -75,7 +76,7 @@ class Pool:
     def check(self) -> None:
         """Raise ValueError where the function cannot be imported."""
         if failure := self._pool.schedule(_loaded).result():
-            raise ValueError(f"verifier={self.function!r} cannot be loaded: {failure}")
+            raise ValueError(f"verifier={self.function!r} cannot be loaded: {failure}; memory_mb={self.memory_mb}")
 
     def close(self) -> None:
         """End the workers."""
