@@ -37,7 +37,8 @@ class Pool:
 
     function: of (question, completion, answer), as `module:function`; the module is looked for as the caller would. Its
       `warm_up()`, where it has one, is called before the first answer.
-    seconds: wall-clock limit of one answer; memory_mb: address space of a worker; workers: processes, None one a core and at most 16.
+    seconds: wall-clock limit of one answer; memory_mb: address space of a worker; workers: processes, None one
+      a core and at most 16.
     The processes start with the first answer and end with this one. Raises ImportError without pebble.
     """
 
