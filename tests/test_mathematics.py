@@ -39,6 +39,10 @@ RIGHT = [
     ("11\\sqrt{2}", ["\\sqrt{242}"]),
     ("3 + 4i", ["4i + 3"]),
     ("1,234", ["1234", "1234.0"]),
+    (r"10,\!080", ["10080", "10,080"]),
+    (r"\$32,\!348", ["32348", r"\$32,348"]),
+    (r"\text{(C)}", ["C"]),
+    ("p - q", ["-q+p"]),
     ("#### 18", ["18", "18.00", r"\$18"]),
     ("27.0", ["27"]),
     (r"\text{Evelyn}", ["Evelyn", r"\textbf{Evelyn}"]),
@@ -95,6 +99,19 @@ def test_equal_answers_are_right(pool):
     pairs = [(gold, given) for gold, dresses in RIGHT for given in [gold, *dresses] if "####" not in given]
     wrong = [pair for pair, found in zip(pairs, boxed(pool, pairs), strict=True) if found.status != "right"]
     assert wrong == []
+
+
+def test_what_is_close_is_not_equal(pool):
+    pairs = [("2", "2x"), ("12", "1 2"), (r"12", r"1\,2"), ("(1,2)", "(2,1)"), ("(1,2)", "[1,2]"), ("p-q", "q-p")]
+    pairs += [
+        ("0", "0.0000001"),
+        ("-1", "1,-1"),
+        ("7", r"7 \text{ or } 8"),
+        ("1,234", "1.234"),
+        ("1,234", "1,235"),
+        (r"\frac13", "0.3334"),
+    ]
+    assert [pair for pair, found in zip(pairs, boxed(pool, pairs), strict=True) if found.reward] == []
 
 
 def test_other_answers_and_cheats_are_not(pool):

@@ -4,6 +4,9 @@ The answer is what stands inside the last \boxed{}, else on the line behind the 
 "answer is" or "answer:", else inside the last $...$; it is compared as mathematics with the gold answer. What is read
 is cut and bounded before it is parsed, by a grammar and not as code; still some of it takes for ever, so this runs in
 a `Pool` only, with math-verify's own time limits off: they are signals, and turn "too slow" into "wrong".
+
+What math-verify lets pass, to know of it: 50 % as 50 and as 0.5, 0.333333 as 1/3 (six decimals, where one side is a
+decimal), 5 cm and y = 5 and 8 = 5 as 5 (the right-hand side counts), 5, 5 as 5, and 1, 2 in either order.
 """
 
 import logging
