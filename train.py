@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from cero_jax.checkpoint import Cursor, StopSignal
 from cero_jax.config import Config, from_command_line
-from cero_jax.evaluate import evaluate
+from cero_jax.evaluate import evaluate, table
 from cero_jax.learner import Batch, learning_rate
 from cero_jax.report import draw_report
 from cero_jax.rollout import (
@@ -126,6 +126,8 @@ def log_evaluation(run: Run, state: State, at: Cursor) -> Cursor:
     run.log("eval", at, result.figures(), {"eval_seconds": time.perf_counter() - began})
     run.metrics.write_samples("eval", at.spent, [each for each in result.samples if each["sample"] == 0])
     tqdm.write(f"{at.spent:>9,} rollouts: held-out accuracy {result.accuracy:.3f}; {result.example}", file=sys.stderr)
+    if at.finished:
+        tqdm.write(table(result.scores), file=sys.stderr)
     return at
 
 
