@@ -9,6 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,25 +117,23 @@ def evaluate(
     num_prompts = len(prompts.questions)
     ids = np.repeat(np.arange(num_prompts, dtype=np.int32), config.samples)
     index = np.tile(np.arange(config.samples, dtype=np.int32), num_prompts)
-    samples, drawn = [], None
-    for start in range(0, len(ids), num_rows):
-        used = min(num_rows, len(ids) - start)
-        row_ids = np.pad(ids[start : start + used], (0, num_rows - used))
-        # Each row brings its own prompt: samples a prompt need not divide the rows.
-        batch = {
-            "prompt_tokens": prompts.tokens[row_ids],
-            "prompt_lengths": prompts.lengths[row_ids],
-            "prompt_of_row": np.arange(num_rows, dtype=np.int32),
-            "row_mask": np.arange(num_rows) < used,
-            "prompt_ids": row_ids,
-            "rollout_index": np.pad(index[start : start + used], (0, num_rows - used)),
-        }
-        rollouts = sample(params, np.uint32(seed), np.uint32(EVAL_STEP), batch)
-        if drawn is not None:
-            samples += _judged(task, *drawn)
-        drawn = (batch, rollouts)
-    assert drawn is not None
-    samples += _judged(task, *drawn)
+    judged = []
+    with ThreadPoolExecutor(1) as judge:
+        for start in range(0, len(ids), num_rows):
+            used = min(num_rows, len(ids) - start)
+            row_ids = np.pad(ids[start : start + used], (0, num_rows - used))
+            # Each row brings its own prompt: samples a prompt need not divide the rows.
+            batch = {
+                "prompt_tokens": prompts.tokens[row_ids],
+                "prompt_lengths": prompts.lengths[row_ids],
+                "prompt_of_row": np.arange(num_rows, dtype=np.int32),
+                "row_mask": np.arange(num_rows) < used,
+                "prompt_ids": row_ids,
+                "rollout_index": np.pad(index[start : start + used], (0, num_rows - used)),
+            }
+            rollouts = sample(params, np.uint32(seed), np.uint32(EVAL_STEP), batch)
+            judged.append(judge.submit(_judged, task, batch, rollouts))
+        samples = [each for batch in judged for each in batch.result()]
     reward = np.array([each["reward"] for each in samples], np.float32).reshape(num_prompts, config.samples)
     labels, scores = np.array(prompts.labels), {"all": np.full(num_prompts, True)}
     if len(names := sorted(set(prompts.labels))) > 1:
