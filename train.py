@@ -5,8 +5,10 @@
 The run ends when the budget is spent. Stopped at any time (SIGTERM, SIGINT, a crash), the same command goes on.
 """
 
+import os
 import sys
 import time
+import traceback
 
 import jax
 import numpy as np
@@ -20,6 +22,7 @@ from cero_jax.report import draw_report
 from cero_jax.rollout import (
     Scored,
     live_rows,
+    observed_tokens,
     pack_live,
     sampling_inputs,
     score,
@@ -29,6 +32,7 @@ from cero_jax.rollout import (
 )
 from cero_jax.rows import Rows
 from cero_jax.run import Run, State, start
+from cero_jax.sampler import Rollouts
 
 
 def main(config: Config) -> int:
@@ -41,7 +45,7 @@ def train(run: Run, state: State, at: Cursor) -> int:
     config = run.config
     if at.finished:
         print(f"{run.directory} has spent its budget; to go on, give a larger allocator.total_budget and --extend=True")
-        close(run, at)
+        close(run, state, at)
         return 0
     stop = StopSignal()
     waiting: list[Batch] = []  # rollouts that dynamic sampling holds until they fill a step; no checkpoint until then
@@ -67,22 +71,29 @@ def train(run: Run, state: State, at: Cursor) -> int:
     stop.close()
     if at.finished and at.evaluated < at.spent:
         at = log_evaluation(run, state, at)
-    close(run, run.save(state, at))
+    close(run, state, run.save(state, at))
     return 0 if at.finished else 128 + stop.number
 
 
 def draw(run: Run, state: State, at: Cursor, now: list[Rows]) -> list[Scored]:
     """Rollouts of the next optimiser steps, all from the policy as it is now, and their rewards."""
     config, seed, began = run.config, np.uint32(run.config.seed), time.perf_counter()
-    inputs = [sampling_inputs(run.task.train, rows) for rows in now]
-    drawn = [run.sample(state.policy.params, seed, np.uint32(at.step + i), rows) for i, rows in enumerate(inputs)]
-    scored, waited = [], 0.0
-    for rows, rollouts in zip(now, drawn, strict=True):  # verified while the device draws the next
-        since = time.perf_counter()
-        rollouts = jax.device_get(rollouts)  # the host waits for the tokens: a verifier reads text
-        waited += time.perf_counter() - since
-        scored.append(score(run.task, rows, rollouts, config.truncated, config.success_threshold))
-    seconds = {"sample_seconds": waited, "verify_seconds": time.perf_counter() - began - waited}
+    size, num_steps = config.learner.rows_per_step, config.learner.steps_per_batch
+    inputs = sampling_inputs(run.task.train, now, num_steps, np.asarray(state.mean_tokens))
+    steps = at.step + np.repeat(np.arange(num_steps, dtype=np.uint32), size)
+    drawn = run.sample(state.policy.params, seed, steps, inputs)  # to the host: a verifier reads text
+    sampled = time.perf_counter()
+    scored = [
+        score(
+            run.task,
+            rows,
+            Rollouts(*(each[i * size :][:size] for each in drawn)),
+            config.truncated,
+            config.success_threshold,
+        )
+        for i, rows in enumerate(now)
+    ]
+    seconds = {"sample_seconds": sampled - began, "verify_seconds": time.perf_counter() - sampled}
     return [each._replace(seconds={name: s / len(now) for name, s in seconds.items()}) for each in scored]
 
 
@@ -112,7 +123,8 @@ def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waitin
     run.log("step", at, row, scored.seconds | {"learn_seconds": time.perf_counter() - began})
     run.metrics.write_samples("train", at.spent, step_samples(rows, scored))
     run.progress.update(at.spent, epoch=at.epoch, reward=row["reward"], accuracy=at.accuracy, live=row["live_share"])
-    return State(policy, allocation, state.num_rollouts), at
+    mean_tokens = observed_tokens(np.asarray(state.mean_tokens), rows, scored.batch.lengths)
+    return State(policy, allocation, state.num_rollouts, jax.device_put(mean_tokens, state.mean_tokens.sharding)), at
 
 
 def log_evaluation(run: Run, state: State, at: Cursor) -> Cursor:
@@ -131,12 +143,14 @@ def log_evaluation(run: Run, state: State, at: Cursor) -> Cursor:
     return at
 
 
-def close(run: Run, at: Cursor) -> None:
-    """Wait for what is still being written; draw the report, or say how to go on."""
+def close(run: Run, state: State, at: Cursor) -> None:
+    """Wait for what is still being written; export the model and draw the report, or say how to go on."""
     run.close()
     if not at.finished:
         print(f"stopped and saved after {at.spent:,} rollouts; the same command goes on from there")
         return
+    if folder := run.export(state, at):
+        print(f"the trained model, for transformers or vLLM: {folder}")
     picture = run.directory / "report.png"
     draw_report([run.directory], picture)
     print(f"{at.spent:,} rollouts spent, held-out accuracy {at.accuracy:.3f}; who got them, and what for: {picture}")
@@ -147,4 +161,10 @@ if __name__ == "__main__":
         started = start(from_command_line(sys.argv[1:]))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    sys.exit(train(*started))
+    try:
+        status = train(*started)
+    except Exception:
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)  # behind a failed save, Orbax's writer threads wait for ever, and sys.exit would wait for them
+    sys.exit(status)

@@ -185,9 +185,10 @@ def main():
     for name in args.only:
         if name == "log" and not args.log:
             continue
+        drawn = "One population, seed 0" if name in ("fixed", "dual") else f"{args.seeds} seeds from {args.first_seed}"
         section = sections[name]
         what = (getattr(section, "func", section).__doc__ or "").strip()
-        lines = [f"\n## {name}\n", f"{what} {args.seeds} seeds from {args.first_seed}.\n"]
+        lines = [f"\n## {name}\n", f"{what} {drawn}.\n"]
         print(*lines, sep="\n")
         for line in section():
             print(line, flush=True)

@@ -5,6 +5,8 @@ way) and `cursor` (where in the run that is, how far the metrics files reach, th
 """
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,6 +61,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True, create=True)
         if read_only:  # beside a run that is still writing
             options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+        self._directory = directory
         self._manager = ocp.CheckpointManager(directory, options=options)
 
     def cursor(self) -> Cursor | None:
@@ -78,18 +81,30 @@ class Checkpoints:
         return _unpack(restored, like)
 
     def save(self, cursor: Cursor, state: Any) -> Cursor:
-        """Start saving; returns once the state is copied off the devices. A failure of the save before raises here."""
-        self._manager.check_for_errors()
+        """Start saving; returns once the state is copied off the devices. Raises OSError if it, or the last, failed."""
         cursor = cursor._replace(save=cursor.save + 1, saved_step=cursor.step)
         args = ocp.args.Composite(state=ocp.args.StandardSave(_pack(state)), cursor=ocp.args.JsonSave(cursor._asdict()))
-        self._manager.save(cursor.save, args=args)
+        with self._failures_named():
+            self._manager.check_for_errors()
+            self._manager.save(cursor.save, args=args)
         return cursor
 
     def close(self) -> None:
-        """Wait for the save under way; raises what went wrong in it."""
-        self._manager.wait_until_finished()
-        self._manager.check_for_errors()
+        """Wait for the save under way. Raises OSError if it failed."""
+        with self._failures_named():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
         self._manager.close()
+
+    @contextmanager
+    def _failures_named(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of whatever kind Orbax's writers met
+            raise OSError(
+                f"a checkpoint in {self._directory} could not be saved ({error}): make room or mend the folder; the "
+                "same command goes on from the checkpoint before"
+            ) from error
 
 
 class StopSignal:

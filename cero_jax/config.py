@@ -87,6 +87,9 @@ class Config:
     """Of everything drawn: data, parameters, allocation, rollouts."""
     allocator: AllocatorConfig = field(default_factory=AllocatorConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    model_folder: str | None = None
+    """Hugging Face folder: its weights, shape and tokenizer take the place of `model` (less its dtypes) and of the
+    task's tokenizer. The trained model is written to <work_dir>/export-<rollouts>, in that format."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
@@ -133,6 +136,11 @@ class Config:
             raise ValueError("dynamic_sampling fills one step from several batches: it needs learner.steps_per_batch=1")
         if num_prompts == 0:
             raise ValueError("the task has no training prompts")
+        if self.model_folder is not None and self.warm_start.num_steps > 0:
+            raise ValueError(
+                f"warm_start.num_steps={self.warm_start.num_steps} teaches a model from scratch: set it to 0 with a "
+                "model_folder, whose weights are trained already"
+            )
 
 
 def from_command_line(args: list[str]) -> Config:

@@ -1,22 +1,40 @@
 """The policy: a decoder-only Flax transformer, and the functions that run it on a plain tree of parameters.
 
-RMSNorm before each half, rotary positions, grouped-query attention, gated MLP (SwiGLU), layers scanned so that compile
-time does not grow with depth. One forward pass serves training, prefill and decoding: what differs is the cache.
+RMSNorm before each half, rotary positions, grouped-query attention, gated MLP, layers scanned so that compile time does
+not grow with depth. One forward pass serves training, prefill and decoding: what differs is the cache. One code path
+serves the families, too: what Qwen2, Qwen3, Llama 3 and Gemma 3 add to this are settings, off by default.
 
 Letters: B rows, T tokens of this call, S tokens a query may look at, D width, H heads, G key-value heads, K head size,
 F hidden size of the MLP, V vocabulary, L layers.
 """
 
 import functools
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 
 Params = dict  # a nested dict of arrays, as nnx.to_pure_dict gives it
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies stretched for contexts longer than those trained on first."""
+
+    kind: Literal["linear", "llama3"]
+    """linear: all are divided by `factor` (Gemma 3); llama3: the slow ones are, with a ramp between."""
+    factor: float
+    low_freq_factor: float = 1.0
+    """Wavelengths above original_max_positions / this are divided by `factor` (llama3)."""
+    high_freq_factor: float = 4.0
+    """Wavelengths below original_max_positions / this stay (llama3)."""
+    original_max_positions: int = 8192
+    """Tokens of the context trained on first (llama3)."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +51,30 @@ class ModelConfig:
     mlp_width: int = 256
     """F, hidden size of the gated MLP."""
     rope_base: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     tied_embeddings: bool = True
     """Read the output projection from the embedding table."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values (Qwen2)."""
+    qk_norm: bool = False
+    """RMSNorm of each head's queries and keys (Qwen3, Gemma 3)."""
+    post_norms: bool = False
+    """RMSNorm behind each half as well as before it (Gemma 3)."""
+    norm_offset: float = 0.0
+    """Added to every norm's stored scale; 1 in Gemma 3, which stores the scale less one."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """Of the MLP's gate."""
+    scaled_embeddings: bool = False
+    """Multiply embeddings by sqrt(D), rounded to the compute dtype (Gemma 3)."""
+    query_pre_attn_scalar: float | None = None
+    """Scores are divided by its square root; None is head_dim."""
+    sliding_layers: tuple[int, ...] = ()
+    """Layers, from 0, whose tokens see only the last `sliding_window` tokens, their own counted."""
+    sliding_window: int = 4096
+    """Tokens."""
+    sliding_rope_base: float | None = None
+    """Rotary base of the sliding layers, unscaled; None rotates them as the others."""
     param_dtype: str = "float32"
     """What parameters and optimiser keep."""
     compute_dtype: str = "float32"
@@ -46,6 +85,11 @@ class ModelConfig:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs")
+        if any(not 0 <= layer < self.num_layers for layer in self.sliding_layers) or self.sliding_window < 1:
+            raise ValueError(
+                f"sliding_layers={self.sliding_layers} must lie in 0..num_layers-1={self.num_layers - 1}, and "
+                f"sliding_window={self.sliding_window} be at least 1"
+            )
 
 
 class Cache(NamedTuple):
@@ -55,17 +99,43 @@ class Cache(NamedTuple):
     v: Array  # [L, B, S, G, K] compute dtype
 
 
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """Divide x [..., D] by its root mean square, in float32, times scale [D]; returns x's dtype."""
+class View(NamedTuple):
+    """Where a layer's tokens stand and what they look at."""
+
+    positions: Array  # [B, T] int32
+    mask: Array  # [B, T, S] bool
+    frequency: Array  # [K/2] float32
+
+
+def rms_norm(x: Array, scale: Array, config: ModelConfig) -> Array:
+    """Divide x [..., D] by its root mean square, in float32, times scale [D] + norm_offset; returns x's dtype."""
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return jnp.einsum("...d,d->...d", normed, scale.astype(jnp.float32)).astype(x.dtype)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
+    return jnp.einsum("...d,d->...d", normed, scale.astype(jnp.float32) + config.norm_offset).astype(x.dtype)
 
 
-def rope(x: Array, positions: Array, base: float) -> Array:
+def rope_frequencies(config: ModelConfig, sliding: bool) -> Array:
+    """[K/2] float32, radians a position, of the sliding or of the full layers.
+
+    Source: Su et al. 2021; "llama3" as in Meta's release of Llama 3.1.
+    """
+    half, base, scaling = config.head_dim // 2, config.rope_base, config.rope_scaling
+    if sliding and config.sliding_rope_base is not None:
+        base, scaling = config.sliding_rope_base, None
+    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is None:
+        return frequency
+    stretched = frequency / scaling.factor
+    if scaling.kind == "linear":
+        return stretched
+    turns = scaling.original_max_positions * frequency / (2 * math.pi)  # that the first context's length makes
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 - keep) * stretched + keep * frequency
+
+
+def rope(x: Array, positions: Array, frequency: Array) -> Array:
     """Rotate x [B, T, heads, K] by its positions [B, T] (Su et al. 2021, half-split pairs as Llama has them)."""
-    half = x.shape[-1] // 2
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)  # [K/2]
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -76,8 +146,8 @@ def _normal(key: Array, shape: tuple[int, ...], fan_in: int, dtype: str) -> nnx.
     return nnx.Param((jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype))
 
 
-def _ones(size: int, dtype: str) -> nnx.Param:
-    return nnx.Param(jnp.ones(size, dtype))
+def _scale(size: int, config: ModelConfig) -> nnx.Param:
+    return nnx.Param(jnp.full(size, 1 - config.norm_offset, config.param_dtype))
 
 
 class Attention(nnx.Module):
@@ -90,52 +160,70 @@ class Attention(nnx.Module):
         self.k = _normal(rngs.params(), (d, g, k), d, dtype)
         self.v = _normal(rngs.params(), (d, g, k), d, dtype)
         self.o = _normal(rngs.params(), (h, k, d), h * k * 2 * config.num_layers, dtype)
+        if config.qkv_bias:
+            self.q_bias, self.k_bias, self.v_bias = (nnx.Param(jnp.zeros((n, k), dtype)) for n in (h, g, g))
+        if config.qk_norm:
+            self.q_norm, self.k_norm = _scale(k, config), _scale(k, config)
 
-    def __call__(self, x: Array, positions: Array, mask: Array, cache: Cache | None, layer: Array, start: Array):
-        """Inputs x [B, T, D], mask [B, T, S] -> [B, T, D] and the cache with this call's tokens written at `start`."""
-        base, dtype = self.config.rope_base, x.dtype
-        q = rope(jnp.einsum("btd,dhk->bthk", x, self.q[...].astype(dtype)), positions, base)
-        k = rope(jnp.einsum("btd,dgk->btgk", x, self.k[...].astype(dtype)), positions, base)
-        v = jnp.einsum("btd,dgk->btgk", x, self.v[...].astype(dtype))
+    def _heads(self, x: Array, name: str) -> Array:
+        """The projection `name` of x [B, T, D] -> [B, T, heads, K], with its bias and norm where the model has them."""
+        heads = jnp.einsum("btd,dhk->bthk", x, getattr(self, name)[...].astype(x.dtype))
+        if self.config.qkv_bias:
+            heads = heads + getattr(self, f"{name}_bias")[...].astype(x.dtype)[None, None]
+        if self.config.qk_norm and name != "v":
+            heads = rms_norm(heads, getattr(self, f"{name}_norm")[...], self.config)
+        return heads
+
+    def __call__(self, x: Array, view: View, cache: Cache | None, layer: Array, start: Array):
+        """Inputs x [B, T, D] -> [B, T, D] and the cache with this call's tokens written from `start` [B]."""
+        q, k = (rope(self._heads(x, name), view.positions, view.frequency) for name in ("q", "k"))
+        v = self._heads(x, "v")
         if cache is not None:
             # Written in place in the scan's carry: the cache is never copied whole.
-            at = (layer, 0, start, 0, 0)
-            cache = Cache(*(jax.lax.dynamic_update_slice(c, n[None], at) for c, n in zip(cache, (k, v), strict=True)))
+            rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+            places = start[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+            at = (layer, rows, places)
+            cache = Cache(*(c.at[at].set(n, mode="drop") for c, n in zip(cache, (k, v), strict=True)))
             k, v = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
-        out = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None])
-        return jnp.einsum("bthk,hkd->btd", out, self.o[...].astype(dtype)), cache
+        scalar = self.config.query_pre_attn_scalar
+        scale = None if scalar is None else scalar**-0.5
+        out = jax.nn.dot_product_attention(q, k, v, mask=view.mask[:, None], scale=scale)
+        return jnp.einsum("bthk,hkd->btd", out, self.o[...].astype(x.dtype)), cache
 
 
 class GatedMLP(nnx.Module):
-    """down(silu(gate x) * up x)."""
+    """down(activation(gate x) * up x)."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         d, f, dtype = config.width, config.mlp_width, config.param_dtype
+        self.activation = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}[config.activation]
         self.gate = _normal(rngs.params(), (d, f), d, dtype)
         self.up = _normal(rngs.params(), (d, f), d, dtype)
         self.down = _normal(rngs.params(), (f, d), f * 2 * config.num_layers, dtype)
 
     def __call__(self, x: Array) -> Array:
         gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        return (jax.nn.silu(x @ gate) * (x @ up)) @ down
+        return (self.activation(x @ gate) * (x @ up)) @ down
 
 
 class Block(nnx.Module):
     """One layer: attention, then the MLP, each behind a norm and beside the residual stream."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.eps = config.norm_eps
-        self.attn_norm = _ones(config.width, config.param_dtype)
+        self.config = config
+        self.attn_norm = _scale(config.width, config)
         self.attn = Attention(config, rngs)
-        self.mlp_norm = _ones(config.width, config.param_dtype)
+        self.mlp_norm = _scale(config.width, config)
         self.mlp = GatedMLP(config, rngs)
+        if config.post_norms:
+            self.attn_post_norm, self.mlp_post_norm = _scale(config.width, config), _scale(config.width, config)
 
-    def __call__(self, x: Array, positions: Array, mask: Array, cache: Cache | None, layer: Array, start: Array):
-        attended, cache = self.attn(
-            rms_norm(x, self.attn_norm[...], self.eps), positions, mask, cache, layer=layer, start=start
-        )
-        x = x + attended
-        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps)), cache
+    def __call__(self, x: Array, view: View, cache: Cache | None, layer: Array, start: Array):
+        config = self.config
+        half, cache = self.attn(rms_norm(x, self.attn_norm[...], config), view, cache, layer, start)
+        x = x + (rms_norm(half, self.attn_post_norm[...], config) if config.post_norms else half)
+        half = self.mlp(rms_norm(x, self.mlp_norm[...], config))
+        return x + (rms_norm(half, self.mlp_post_norm[...], config) if config.post_norms else half), cache
 
 
 class Transformer(nnx.Module):
@@ -151,22 +239,32 @@ class Transformer(nnx.Module):
         self.layers = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(
             jax.random.split(rngs.params(), config.num_layers)
         )
-        self.final_norm = _ones(config.width, config.param_dtype)
+        self.final_norm = _scale(config.width, config)
         if not config.tied_embeddings:
             self.unembed = _normal(rngs.params(), (config.width, vocab_size), config.width, config.param_dtype)
 
     def __call__(self, tokens: Array, positions: Array, mask: Array, cache: Cache | None, start: Array):
+        config = self.config
         # Cast behind the gather: the table's gradient is then summed in its own dtype.
-        x = self.embed[...][tokens].astype(self.config.compute_dtype)
+        x = self.embed[...][tokens].astype(config.compute_dtype)
+        if config.scaled_embeddings:
+            x = x * jnp.asarray(config.width**0.5, x.dtype)
+        full = View(positions, mask, rope_frequencies(config, sliding=False))
+        if config.sliding_layers:
+            near = _last_seen(mask, config.sliding_window)
+            sliding = View(positions, near, rope_frequencies(config, sliding=True))
 
-        def layer_step(carry, layer_and_index):
-            layer, index = layer_and_index
-            x, cache = carry
-            return layer(x, positions, mask, cache, index, start), None
+        def layer_step(carry, layer_and_flags):
+            (x, cache), (layer, index, is_sliding) = carry, layer_and_flags
+            view = full
+            if config.sliding_layers:
+                view = jax.tree.map(functools.partial(jnp.where, is_sliding), sliding, full)
+            return layer(x, view, cache, index, start), None
 
-        indices = jnp.arange(self.config.num_layers)
-        (x, cache), _ = jax.lax.scan(layer_step, (x, cache), (self.layers, indices))
-        return rms_norm(x, self.final_norm[...], self.config.norm_eps), cache
+        indices = np.arange(config.num_layers)
+        flags = jnp.asarray(indices), jnp.asarray(np.isin(indices, config.sliding_layers))
+        (x, cache), _ = jax.lax.scan(layer_step, (x, cache), (self.layers, *flags))
+        return rms_norm(x, self.final_norm[...], config), cache
 
     def logits(self, hidden: Array) -> Array:
         if self.config.tied_embeddings:
@@ -203,7 +301,7 @@ def forward(
     positions: Array,
     mask: Array,
     cache: Cache | None = None,
-    start: Array | int = 0,
+    start: Array | None = None,
 ) -> tuple[Array, Cache | None]:
     """The last hidden states of `tokens`.
 
@@ -213,21 +311,37 @@ def forward(
       tokens: [B, T] int32.
       positions: [B, T] int32, each token's place in its own row, padding not counted.
       mask: [B, T, S] bool, which of the S keys each token may look at; S = T without a cache, else the cache's length.
-      cache: keys and values so far; this call's are written at `start` .. `start + T`.
-      start: [] int32, where in the cache this call's tokens go.
+      cache: keys and values so far; this call's are written from `start`, those beyond its end nowhere.
+      start: [B] int32, where in the cache each row's tokens go; None is 0.
 
     Returns:
       [B, T, D] in compute dtype, behind the last norm (feed it to `logits`), and the cache.
     """
     vocab_size = params["embed"].shape[0]
     model = nnx.merge(_graphdef(config, vocab_size), params)
-    return model(tokens, positions, mask, cache, jnp.asarray(start, jnp.int32))
+    start = jnp.zeros(tokens.shape[0], jnp.int32) if start is None else start
+    return model(tokens, positions, mask, cache, start)
 
 
 def logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
     """Output projection: hidden [..., D] -> [..., V] float32."""
     model = nnx.merge(_graphdef(config, params["embed"].shape[0]), params)
     return model.logits(hidden)
+
+
+def cast(params: Params, dtype: Any) -> Params:
+    """Parameters in the dtype that the forward pass multiplies in; norm scales, which it reads in float32, stay."""
+
+    def one(path, leaf: Array) -> Array:
+        return leaf if path[-1].key.endswith("norm") else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _last_seen(mask: Array, window: int) -> Array:
+    """[B, T, S] `mask` less all but the last `window` keys that it lets each token see; keys lie in order along S."""
+    later = jax.lax.cumsum(mask.astype(jnp.int32), axis=2, reverse=True)  # a key itself counted
+    return mask & (later <= window)
 
 
 def left_padded(lengths: Array, width: int) -> tuple[Array, Array]:

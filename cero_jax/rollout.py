@@ -29,17 +29,38 @@ class Scored(NamedTuple):
     seconds: dict[str, float]  # what drawing and verifying took
 
 
-def sampling_inputs(prompts: Prompts, rows: Rows) -> dict[str, np.ndarray]:
-    """What the sampler takes for a step: each prompt once, and its rows."""
+def sampling_inputs(
+    prompts: Prompts, steps: list[Rows], num_steps: int, mean_tokens: np.ndarray
+) -> dict[str, np.ndarray]:
+    """What the sampler takes for steps drawn from one policy: each visit's prompt once, and the rows, step by step.
+
+    Fewer than num_steps are padded with masked rows. mean_tokens: [N] float32, of each prompt's completions so far.
+    """
+    blank = steps[0]._replace(row_mask=np.zeros_like(steps[0].row_mask))
+    fields = zip(*steps, *[blank] * (num_steps - len(steps)), strict=True)
+    rows = Rows(*(np.concatenate(field) for field in fields))
+    first_visit = np.arange(num_steps, dtype=np.int32) * len(blank.visit_ids)
     visits = np.maximum(rows.visit_ids, 0)  # an unused visit prefills prompt 0, and no row reads it
+    prompt_ids = np.maximum(rows.prompt_ids, 0)
     return {
         "prompt_tokens": prompts.tokens[visits],
         "prompt_lengths": prompts.lengths[visits],
-        "prompt_of_row": rows.group_ids,
+        "prompt_of_row": rows.group_ids + np.repeat(first_visit, len(blank.row_mask)),
         "row_mask": rows.row_mask,
-        "prompt_ids": np.maximum(rows.prompt_ids, 0),
+        "prompt_ids": prompt_ids,
         "rollout_index": rows.rollout_index,
+        "expected_tokens": mean_tokens[prompt_ids],
     }
+
+
+def observed_tokens(mean_tokens: np.ndarray, rows: Rows, lengths: np.ndarray) -> np.ndarray:
+    """The mean_tokens [N] float32 after a step: half of what was, half of what its completions [R] took."""
+    ids, lengths = rows.prompt_ids[rows.row_mask], lengths[rows.row_mask]
+    seen, place = np.unique(ids, return_inverse=True)
+    means = np.bincount(place, lengths) / np.bincount(place)
+    mean_tokens = mean_tokens.copy()
+    mean_tokens[seen] = (mean_tokens[seen] + means.astype(np.float32)) / 2
+    return mean_tokens
 
 
 def score(

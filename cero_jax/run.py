@@ -12,16 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cero_jax import sharding
+from cero_jax import sharding, weights
 from cero_jax.allocator.base import AllocatorState
 from cero_jax.checkpoint import Checkpoints, Cursor
 from cero_jax.config import Config, check_resumable, from_json, open_run_dir, to_json
 from cero_jax.data import Task, pass_order, prompts_hash
+from cero_jax.families import read_config
 from cero_jax.learner import Learner, TrainState, make_learner
 from cero_jax.metrics import MetricsWriter, Progress
 from cero_jax.model import Params, init_params
 from cero_jax.rows import Rows, plan
 from cero_jax.sampler import Sampler, make_sampler
+from cero_jax.tasks.chain_sum import ChainSum
+from cero_jax.tokenizer import FolderTokenizer
 from cero_jax.warm_start import warm_start
 
 
@@ -31,6 +34,7 @@ class State(NamedTuple):
     policy: TrainState
     allocation: AllocatorState
     num_rollouts: Array  # [N] int32, of the round under way
+    mean_tokens: Array  # [N] float32, of each prompt's completions; until they are known the longest allowed
 
 
 class Run(NamedTuple):
@@ -66,6 +70,15 @@ class Run(NamedTuple):
     def save(self, state: State, at: Cursor) -> Cursor:
         """Checkpoint the state, with how far the metrics files reach."""
         return self.checkpoints.save(at._replace(metrics=self.metrics.position()), state)
+
+    def export(self, state: State, at: Cursor) -> Path | None:
+        """Write the policy as a model folder within the run's, once, where it came from one; returns where."""
+        if self.config.model_folder is None:
+            return None
+        folder = self.directory / f"export-{at.spent}"
+        if not folder.exists():
+            weights.save(folder, self.config.model_folder, self.config.model, state.policy.params)
+        return folder
 
     def close(self) -> None:
         """Wait for what is still being written; raises what went wrong in it."""
@@ -104,7 +117,8 @@ def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -
     )
     if not (path.parent / "checkpoints").is_dir():
         raise ValueError(f"{path.parent}: no checkpoint in it yet: let the run go on")
-    task, mesh = config.task.build(config.seed), sharding.make_mesh(config.mesh)
+    config, task = _model_and_task(config)
+    mesh = sharding.make_mesh(config.mesh)
     tokenizer = task.tokenizer
     checkpoints = Checkpoints(path.parent / "checkpoints", read_only=True)
     at = checkpoints.cursor()
@@ -116,17 +130,33 @@ def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -
     policy = jax.tree.map(
         lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes, learner.shardings
     )
-    allocation, counts = jax.device_put(
-        (config.allocator.build().init(num_prompts), jnp.zeros(num_prompts, jnp.int32)), sharding.replicated(mesh)
+    allocation, *counts = jax.device_put(
+        (config.allocator.build().init(num_prompts), jnp.zeros(num_prompts, jnp.int32), jnp.zeros(num_prompts)),
+        sharding.replicated(mesh),
     )
-    state = checkpoints.restore(at, like=State(policy, allocation, counts))
+    state = checkpoints.restore(at, like=State(policy, allocation, *counts))
     sample = make_sampler(config.model, config.sampler, tokenizer.eos_ids, tokenizer.pad_id, mesh)
     return Policy(config, task, sample, state.policy.params, at.spent)
 
 
+def _model_and_task(config: Config) -> tuple[Config, Task]:
+    """The task, and the config with the shape of its model folder's model where there is one."""
+    if config.model_folder is None:
+        return config, config.task.build(config.seed)
+    if isinstance(config.task, ChainSum):
+        raise ValueError(
+            f"model_folder={config.model_folder} brings a tokenizer, and ChainSum has its own: give it a task of text, "
+            "like Dataset"
+        )
+    dtypes = {"param_dtype": config.model.param_dtype, "compute_dtype": config.model.compute_dtype}
+    model_config, _ = read_config(config.model_folder, **dtypes)
+    task = config.task.build(config.seed, FolderTokenizer(config.model_folder))
+    return dataclasses.replace(config, model=model_config), task
+
+
 def start(config: Config) -> tuple[Run, State, Cursor]:
     """Build, check and restore. Raises ValueError on bad input, before any work is done or lost."""
-    task = config.task.build(config.seed)
+    config, task = _model_and_task(config)
     num_prompts, tokenizer = len(task.train.questions), task.tokenizer
     config.check(num_prompts)
     mesh = sharding.make_mesh(config.mesh)
@@ -145,21 +175,26 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     at = checkpoints.cursor() or fresh
     check_resumable(at, config, fresh.prompts_hash)
 
-    params = warm_start(
-        config.warm_start,
-        config.model,
-        task,
-        seed=config.seed,
-        max_tokens=config.sampler.max_completion_tokens,
-        mesh=mesh,
-        cache_dir=cache_dir,
-    )
+    if config.model_folder is not None:
+        dtypes = {"param_dtype": config.model.param_dtype, "compute_dtype": config.model.compute_dtype}
+        _, params = weights.load(config.model_folder, mesh, **dtypes)
+    else:
+        params = warm_start(
+            config.warm_start,
+            config.model,
+            task,
+            seed=config.seed,
+            max_tokens=config.sampler.max_completion_tokens,
+            mesh=mesh,
+            cache_dir=cache_dir,
+        )
     # A copy: the step donates the parameters it is given.
     ref_params = jax.tree.map(jnp.copy, params) if config.learner.kl_coef else None
-    allocation, counts = jax.device_put(
-        (allocator.init(num_prompts, config.seed), jnp.zeros(num_prompts, jnp.int32)), everywhere
+    mean_tokens = jnp.full(num_prompts, config.sampler.max_completion_tokens, jnp.float32)
+    allocation, *counts = jax.device_put(
+        (allocator.init(num_prompts, config.seed), jnp.zeros(num_prompts, jnp.int32), mean_tokens), everywhere
     )
-    state = State(learner.init(params), allocation, counts)
+    state = State(learner.init(params), allocation, *counts)
     if at.save:
         state = checkpoints.restore(at, like=state)
     if config.extend:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cero_jax import model
-from cero_jax.model import ModelConfig
+from cero_jax.model import ModelConfig, RopeScaling
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -17,6 +17,12 @@ TIED = ModelConfig(num_layers=2, width=16, num_heads=4, num_kv_heads=2, head_dim
 UNTIED = ModelConfig(
     num_layers=2, width=16, num_heads=4, num_kv_heads=1, head_dim=4, mlp_width=24, norm_eps=1e-2, tied_embeddings=False
 )
+EVERYTHING = ModelConfig(  # at once, as no family has it
+    num_layers=3, width=16, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=24, qkv_bias=True, qk_norm=True,
+    post_norms=True, norm_offset=1.0, activation="gelu_tanh", scaled_embeddings=True, query_pre_attn_scalar=5.0,
+    sliding_layers=(0, 2), sliding_window=3, sliding_rope_base=50.0, rope_base=100.0,
+    rope_scaling=RopeScaling("llama3", 4.0, 1.0, 4.0, 40),
+)  # fmt: skip
 VOCAB = 11
 LENGTHS = (3, 7, 5)
 WIDTH = 7
@@ -57,36 +63,70 @@ def loop_transformer(params, config, tokens):
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
     def norm(x, scale):
-        return np.array([row / math.sqrt((row**2).mean() + config.norm_eps) for row in x]) * scale
+        return np.array([row / math.sqrt((row**2).mean() + config.norm_eps) for row in x]) * (
+            scale + config.norm_offset
+        )
 
-    def rotate(x, position):
+    def frequency(j, sliding):
+        if sliding and config.sliding_rope_base is not None:
+            return config.sliding_rope_base ** (-2 * j / config.head_dim)
+        plain, scaling = config.rope_base ** (-2 * j / config.head_dim), config.rope_scaling
+        if scaling is None:
+            return plain
+        wavelength = 2 * math.pi / plain  # the published rule, by cases
+        longest = scaling.original_max_positions / scaling.low_freq_factor
+        shortest = scaling.original_max_positions / scaling.high_freq_factor
+        if wavelength < shortest:
+            return plain
+        if wavelength > longest:
+            return plain / scaling.factor
+        smooth = (scaling.original_max_positions / wavelength - scaling.low_freq_factor) / (
+            scaling.high_freq_factor - scaling.low_freq_factor
+        )
+        return (1 - smooth) * plain / scaling.factor + smooth * plain
+
+    def rotate(x, position, sliding):
         half, out = len(x) // 2, np.empty(len(x))
         for j in range(half):
-            angle = position * config.rope_base ** (-2 * j / len(x))
+            angle = position * frequency(j, sliding)
             out[j] = x[j] * math.cos(angle) - x[j + half] * math.sin(angle)
             out[j + half] = x[j + half] * math.cos(angle) + x[j] * math.sin(angle)
         return out
 
-    x = p["embed"][tokens]
+    def head_of(y, layer, name, head, sliding):
+        z = y @ layer["attn"][name][:, head]
+        z = z + layer["attn"][f"{name}_bias"][head] if config.qkv_bias else z
+        if name == "v":
+            return z
+        z = norm(z, layer["attn"][f"{name}_norm"]) if config.qk_norm else z
+        return np.array([rotate(row, t, sliding) for t, row in enumerate(z)])
+
+    x = p["embed"][tokens] * (math.sqrt(config.width) if config.scaled_embeddings else 1)
+    scalar = config.query_pre_attn_scalar or config.head_dim
     for n in range(config.num_layers):
-        layer = jax.tree.map(lambda w: w[n], p["layers"])
+        layer, sliding = jax.tree.map(lambda w: w[n], p["layers"]), n in config.sliding_layers
         y, attended = norm(x, layer["attn_norm"]), np.zeros_like(x)
         for head in range(config.num_heads):
             shared = head * config.num_kv_heads // config.num_heads
-            q, k, v = (y @ layer["attn"][name][:, h] for name, h in (("q", head), ("k", shared), ("v", shared)))
-            q, k = (np.array([rotate(row, t) for t, row in enumerate(z)]) for z in (q, k))
+            q, k, v = (head_of(y, layer, name, h, sliding) for name, h in (("q", head), ("k", shared), ("v", shared)))
             for t in range(len(tokens)):
-                score = np.array([q[t] @ k[s] / math.sqrt(config.head_dim) for s in range(t + 1)])
+                first = max(0, t + 1 - config.sliding_window) if sliding else 0
+                score = np.array([q[t] @ k[s] / math.sqrt(scalar) for s in range(first, t + 1)])
                 weight = np.exp(score - score.max())
-                attended[t] += (weight / weight.sum()) @ v[: t + 1] @ layer["attn"]["o"][head]
-        x = x + attended
+                attended[t] += (weight / weight.sum()) @ v[first : t + 1] @ layer["attn"]["o"][head]
+        x = x + (norm(attended, layer["attn_post_norm"]) if config.post_norms else attended)
         y = norm(x, layer["mlp_norm"])
         gate = y @ layer["mlp"]["gate"]
-        x = x + (gate / (1 + np.exp(-gate)) * (y @ layer["mlp"]["up"])) @ layer["mlp"]["down"]
+        if config.activation == "silu":
+            active = gate / (1 + np.exp(-gate))
+        else:
+            active = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+        out = (active * (y @ layer["mlp"]["up"])) @ layer["mlp"]["down"]
+        x = x + (norm(out, layer["mlp_post_norm"]) if config.post_norms else out)
     return norm(x, p["final_norm"]) @ (p["embed"].T if config.tied_embeddings else p["unembed"])
 
 
-@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("config", [TIED, UNTIED, EVERYTHING], ids=["tied", "untied", "everything"])
 def test_forward_equals_a_float64_transformer_of_loops(config):
     params = make_params(config)
     assert ("unembed" in params) is not config.tied_embeddings
@@ -144,7 +184,7 @@ def test_causal_mask_by_hand():
     np.testing.assert_array_equal(model.causal_mask(valid)[0], [[1, 0, 0], [0, 1, 0], [0, 1, 1]])
 
 
-@pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("config", [TIED, UNTIED, EVERYTHING], ids=["tied", "untied", "everything"])
 def test_prefill_and_cached_decoding_equal_the_full_forward_pass(config):
     params, space = make_params(config), 4
     rng = np.random.default_rng(3)
@@ -164,10 +204,35 @@ def test_prefill_and_cached_decoding_equal_the_full_forward_pass(config):
         now = WIDTH + t
         sees = ((places >= 0) & (jnp.arange(WIDTH + space) <= now)[None])[:, None]
         hidden, cache = forward(
-            params, config, completion[:, t : t + 1], positions[:, now : now + 1], sees, cache, np.int32(now)
+            params,
+            config,
+            completion[:, t : t + 1],
+            positions[:, now : now + 1],
+            sees,
+            cache,
+            np.full(len(LENGTHS), now, np.int32),
         )
         steps.append(logits_of(params, config, hidden))
     np.testing.assert_allclose(np.concatenate(steps, axis=1), full[:, WIDTH - 1 :], rtol=1e-5, atol=1e-5)
+
+
+def test_the_keys_last_seen_by_hand():
+    mask = jnp.asarray([[[0, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]], bool)
+    want = [[0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(model._last_seen(mask, 2)[0], want)
+
+
+def test_cast_leaves_norm_scales_and_changes_nothing_that_is_computed():
+    half = ModelConfig(**{**vars(EVERYTHING), "compute_dtype": "bfloat16"})
+    params = make_params(EVERYTHING)
+    cast = model.cast(params, half.compute_dtype)
+    norms = [path for path, leaf in jax.tree_util.tree_leaves_with_path(cast) if leaf.dtype == jnp.float32]
+    names = {path[-1].key for path in norms}
+    assert names == {"attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "q_norm", "k_norm", "final_norm"}
+    tokens, positions, mask = padded_rows()
+    with jax.numpy_dtype_promotion("standard"):
+        got, want = (forward(p, half, tokens, positions, mask)[0] for p in (cast, params))
+    np.testing.assert_array_equal(got, want)
 
 
 def test_the_program_does_not_grow_with_depth():
@@ -218,6 +283,8 @@ def test_parameters_are_a_function_of_the_seed():
     [
         ({"num_heads": 4, "num_kv_heads": 3}, "num_kv_heads=3 must divide num_heads=4"),
         ({"head_dim": 5}, "head_dim=5 must be even"),
+        ({"sliding_layers": (2,)}, r"sliding_layers=\(2,\) must lie in 0..num_layers-1=1"),
+        ({"sliding_window": 0}, "sliding_window=0 be at least 1"),
     ],
 )
 def test_shapes_that_cannot_be_are_refused(wrong, message):

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,6 +60,36 @@ def test_kill_and_resume_is_bit_identical(whole):
     assert at.spent == at_whole.spent == 240
     for mine, theirs in zip(state, state_whole, strict=True):
         np.testing.assert_array_equal(mine, theirs)
+
+
+BROKEN_SAVE = """
+import shutil
+from cero_jax.checkpoint import Checkpoints
+from tiny_run import tiny_config
+
+save, config = Checkpoints.save, tiny_config({work_dir!r})
+
+def save_into_a_file(self, cursor, state):
+    if cursor.save == 1:
+        self._manager.wait_until_finished()
+        shutil.rmtree({work_dir!r} + "/checkpoints")
+        open({work_dir!r} + "/checkpoints", "w").close()
+    return save(self, cursor, state)
+
+Checkpoints.save = save_into_a_file
+"""
+
+
+def test_a_failed_save_ends_the_run_with_one_message(whole):
+    """Its writer threads never end: the process has to."""
+    config_file = whole.parent / "broken_save.py"
+    config_file.write_text(BROKEN_SAVE.format(work_dir=str(whole.parent / "broken")))
+    done = subprocess.run(
+        [sys.executable, "train.py", str(config_file)],
+        capture_output=True, text=True, timeout=100, cwd=SCRIPT.parent.parent, env=os.environ | {"PYTHONPATH": "tests"},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert re.search(r"OSError: a checkpoint in .*broken/checkpoints could not be saved .* goes on", done.stderr)
 
 
 def test_a_finished_run_says_so_and_an_extended_one_goes_on(whole, capsys):

@@ -11,6 +11,7 @@ from cero_jax.learner import Batch
 from cero_jax.rewards import TIMED_OUT, Verdict
 from cero_jax.rollout import (
     live_rows,
+    observed_tokens,
     pack_live,
     sampling_inputs,
     score,
@@ -60,9 +61,31 @@ def scored(truncated="wrong", threshold=0.5):
     return score(make_task(lambda q, c, a: REWARD[c]), make_rows(), ROLLOUTS, truncated, threshold)
 
 
+MEAN_TOKENS = np.array([5, 6, 7], np.float32)
+
+
+def test_steps_of_one_policy_are_laid_behind_each_other_and_a_short_batch_is_padded():
+    task, rows = make_task(lambda q, c, a: 0.0), make_rows()
+    one = sampling_inputs(task.train, [rows], 1, MEAN_TOKENS)
+    two = sampling_inputs(task.train, [rows, rows], 3, MEAN_TOKENS)
+    visits = len(one["prompt_lengths"])
+    for name in ("row_mask", "prompt_ids", "rollout_index", "expected_tokens"):
+        np.testing.assert_array_equal(two[name][: 2 * ROWS], np.tile(one[name], 2))
+    np.testing.assert_array_equal(two["prompt_of_row"][ROWS : 2 * ROWS], one["prompt_of_row"] + visits)
+    assert not two["row_mask"][2 * ROWS :].any()
+    assert two["prompt_tokens"].shape == (3 * visits, WIDTH)
+    np.testing.assert_array_equal(one["expected_tokens"][:7], [7, 7, 7, 7, 5, 5, 5])
+
+
+def test_observed_tokens_follow_the_completions():
+    seen = observed_tokens(MEAN_TOKENS, make_rows(), np.array([1, 2, 3, 2, 9, 9, 9, 50]))
+    np.testing.assert_array_equal(seen, [7, 6, 4.5])  # prompt 2 took 2 on average, prompt 0 took 9; padding counts not
+    np.testing.assert_array_equal(MEAN_TOKENS, [5, 6, 7])
+
+
 def test_sampling_inputs_hold_each_prompt_once_and_point_to_it():
     task, rows = make_task(lambda q, c, a: 0.0), make_rows()
-    inputs = sampling_inputs(task.train, rows)
+    inputs = sampling_inputs(task.train, [rows], 1, MEAN_TOKENS)
     assert inputs["prompt_tokens"].shape == (ROWS // 3, WIDTH)
     for row in np.flatnonzero(rows.row_mask):
         visit, prompt = inputs["prompt_of_row"][row], inputs["prompt_ids"][row]
@@ -74,7 +97,7 @@ def test_sampling_inputs_hold_each_prompt_once_and_point_to_it():
     assert (inputs["prompt_ids"] >= 0).all()
     # a step with a single visit: what is not used must still index something
     (rows,) = plan(np.array([0, 3, 0]), np.arange(3), rows_per_step=ROWS, min_group=3)
-    np.testing.assert_array_equal(sampling_inputs(task.train, rows)["prompt_lengths"], [2, 1])
+    np.testing.assert_array_equal(sampling_inputs(task.train, [rows], 1, MEAN_TOKENS)["prompt_lengths"], [2, 1])
 
 
 def test_each_rollout_is_verified_against_its_own_prompt_and_padding_never():

@@ -10,7 +10,7 @@ from scipy import stats
 
 from cero_jax import model, sharding
 from cero_jax.model import ModelConfig
-from cero_jax.sampler import SamplerConfig, draw, keep_likely, make_sampler, row_keys
+from cero_jax.sampler import SamplerConfig, cache_sizes, draw, keep_likely, make_sampler, row_keys
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -31,9 +31,9 @@ def params(seed=0):
 
 
 @cache
-def sampler(temperature=0.7, eos_ids=EOS, limit=LIMIT):
-    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    return make_sampler(CONFIG, SamplerConfig(limit, temperature), eos_ids, PAD, mesh)
+def sampler(temperature=0.7, eos_ids=EOS, limit=LIMIT, devices=1, **settings):
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:devices])
+    return make_sampler(CONFIG, SamplerConfig(limit, temperature, **settings), eos_ids, PAD, mesh)
 
 
 def make_batch(seed=0):
@@ -148,16 +148,59 @@ def test_tokens_do_not_depend_on_the_neighbours():
     assert not np.array_equal(np.asarray(got.tokens)[0], np.asarray(want.tokens)[0])
 
 
+def same_but_for_near_ties(got, want):
+    """Equal tokens up to rounding: log-probabilities agree, and with them the draws."""
+    np.testing.assert_array_equal(got.tokens, want.tokens)
+    np.testing.assert_array_equal(got.lengths, want.lengths)
+    np.testing.assert_array_equal(got.truncated, want.truncated)
+    np.testing.assert_allclose(got.log_probs, want.log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize(("slots", "window", "devices"), [(3, 2, 1), (1, 1, 1), (5, 64, 1), (8, 2, 8), (8, 4, 1)])
+def test_refilled_slots_draw_what_slots_of_their_own_do(slots, window, devices):
+    limit, batch = 16, make_batch()  # caches of several sizes
+    many = {name: np.tile(batch[name], 2) for name in ("prompt_of_row", "row_mask", "prompt_ids")}
+    many["rollout_index"] = np.arange(2 * ROWS, dtype=np.int32)
+    batch |= many
+    want = sampler(limit=limit)(params(), SEED, STEP, batch)
+    assert want.truncated.any()
+    assert len(set(want.lengths)) > 4
+    few = sampler(limit=limit, slots=slots, window=window, devices=devices)
+    same_but_for_near_ties(few(params(), SEED, STEP, batch), want)
+    longest_first = batch | {"expected_tokens": want.lengths.astype(np.float32)}
+    same_but_for_near_ties(few(params(), SEED, STEP, longest_first), want)
+
+
+def test_steps_of_one_policy_are_drawn_together():
+    batch, steps = make_batch(), np.repeat(np.array([3, 4], np.uint32), ROWS // 2)
+    both = sampler()(params(), SEED, steps, batch)
+    for step in (3, 4):
+        alone, here = sampler()(params(), SEED, np.uint32(step), batch), steps == step
+        np.testing.assert_array_equal(both.tokens[here], alone.tokens[here])
+
+
+def test_cache_sizes_double_up_to_the_limit():
+    assert cache_sizes(10, SamplerConfig(100, window=16)) == (26, 42, 74, 110)
+    assert cache_sizes(10, SamplerConfig(8, window=16)) == (18,)
+
+
 def test_a_second_call_with_other_values_compiles_nothing():
-    sample = sampler()
-    for i in range(3):
-        sample(params(i % 2), np.uint32(i), np.uint32(2**32 - 1 - i), permuted(make_batch(i), np.arange(ROWS)[::-1]))
-    assert sample._cache_size() == 1
+    sample = sampler(limit=16, slots=3, window=2)
+    sample(params(), SEED, STEP, make_batch())
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+    try:
+        for i in range(3):
+            batch = permuted(make_batch(i), np.arange(ROWS)[::-1])
+            sample(params(i % 2), np.uint32(i), np.uint32(2**32 - 1 - i), batch)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    assert "/jax/core/compile/backend_compile_duration" not in compiled
 
 
 def test_keys_differ_in_each_of_their_parts():
     grid = np.stack(np.meshgrid(*[np.arange(4)] * 4, indexing="ij"), axis=-1).reshape(-1, 4).astype(np.uint32)
-    one = jax.jit(lambda s, t, p, r: row_keys(s, t, p[None], r[None])[0])
+    one = jax.jit(lambda s, t, p, r: row_keys(s, t[None], p[None], r[None])[0])
     data = np.asarray(jax.random.key_data(jax.vmap(one)(*jnp.asarray(grid).T)))
     assert len({tuple(row) for row in data.tolist()}) == len(grid)
 
@@ -229,7 +272,8 @@ def test_top_k_and_top_p_equal_a_sort(top_k, top_p):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_completion_tokens": 0}, "max_completion_tokens=0 must be at least 1"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens=0, window=64 and slots=None must be at least 1"),
+        ({"slots": 0}, "slots=0 must be at least 1"),
         ({"temperature": -1.0}, r"temperature=-1\.0 must be >= 0"),
         ({"top_p": 0.0}, r"top_p=0\.0 in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p=1\.1 in \(0, 1\]"),

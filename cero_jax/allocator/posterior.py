@@ -6,7 +6,7 @@ from jax import Array
 from jax.scipy.special import digamma
 
 ROLLOUTS_PER_PASS = 8  # a pass is 8 N rollouts, however they are cut into rounds: the unit of `discount`
-FIT_SAMPLE = 2048  # prompts that the fitted prior looks at
+FIT_SAMPLE = 1024  # prompts that the fitted prior looks at
 FIT_STEPS = 20
 
 

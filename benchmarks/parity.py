@@ -1,0 +1,200 @@
+"""A real model here and in transformers, float32 on CPU: greedy tokens, log-probabilities, and what sampling draws.
+
+Two halves, since torch is no dependency of this project (benchmarks/gemma_folder.py says how to make its environment):
+
+    reference/bin/python benchmarks/parity.py reference models/gemma-3-270m reference.npz gsm8k_test.jsonl
+    .venv/bin/python benchmarks/parity.py compare models/gemma-3-270m reference.npz
+
+The first writes what transformers computes, the second compares and exits with 1 where something differs by more than
+it may. The last argument of the first is any JSONL file with a `question` a line. Gemma 3 270M on two cores, busy with
+other work as well: 18 minutes and 2.2 GB of memory for the first, 12 minutes and 6 GB for the second.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+PROMPTS = (
+    "The capital of France is",
+    "3 + 4 = 7\n5 + 1 = 6\n2 + 2 = 4\n12 + 5 =",
+    "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May.",
+    "def fibonacci(n):\n",
+    "Once upon a time, in a village by the sea,",
+    "Water boils at",
+    "To be, or not to be,",
+    "The three primary colours are",
+    "Die Hauptstadt von Deutschland ist",
+    "La tour Eiffel se trouve à",
+    "東京は日本の",
+    "SELECT name FROM users WHERE",
+    "Q: How many legs does a spider have?\nA:",
+    "Dear Sir or Madam,\n\nI am writing to",
+    "The derivative of x^2 is",
+    "1, 1, 2, 3, 5, 8, 13,",
+    "import numpy as np\n\nx = np.",
+    "In 1969, Neil Armstrong",
+    "Ingredients:\n- 2 eggs\n- 200 g flour\n-",
+    "The opposite of hot is",
+)
+NEW_TOKENS = 64
+NUM_QUESTIONS = 50
+SAMPLED = (0, 1, 6, 12)  # prompts whose next two tokens are drawn
+NUM_SAMPLES, ROWS = 2048, 256
+LOG_PROB_TOLERANCE = 1e-3
+P_VALUE = 1e-3  # of a test that should come out below it once in a thousand
+
+
+def reference(folder: str, out: str, questions: str) -> None:
+    """What transformers computes, one unpadded row at a time; run in the environment that has torch."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # pyright: ignore[reportMissingImports]
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    result = {}
+    with torch.no_grad():
+        for i, prompt in enumerate(PROMPTS):
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+            drawn = model.generate(
+                ids, max_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+            best = torch.cat(drawn.logits).topk(2).values
+            result |= {f"prompt_{i}": ids[0], f"greedy_{i}": drawn.sequences[0, ids.shape[1] :]}
+            result[f"gap_{i}"] = best[:, 0] - best[:, 1]
+        texts = [json.loads(line)["question"] for line in Path(questions).read_text().splitlines()[:NUM_QUESTIONS]]
+        for i, text in enumerate(texts):
+            ids = tokenizer(text, return_tensors="pt").input_ids
+            log_probs = model(ids).logits[0, :-1].log_softmax(-1)
+            result |= {f"question_{i}": ids[0], f"log_probs_{i}": log_probs.gather(-1, ids[0, 1:, None])[:, 0]}
+        for i in SAMPLED:
+            prompt = result[f"prompt_{i}"][None]
+            first = model(prompt).logits[0, -1].softmax(-1)
+            second = model(torch.cat([prompt, first.argmax()[None, None]], dim=1)).logits[0, -1].softmax(-1)
+            result |= {f"first_{i}": first, f"second_{i}": second}
+    np.savez(out, texts=np.array(texts), **{name: array.numpy() for name, array in result.items()})
+
+
+def compare(folder: str, reference: str) -> bool:
+    """Whether all is as transformers has it."""
+    from cero_jax import sharding, weights
+    from cero_jax.tokenizer import FolderTokenizer
+
+    want, tokenizer, mesh = np.load(reference), FolderTokenizer(folder), sharding.make_mesh(sharding.MeshConfig())
+    config, params = weights.load(folder, mesh)
+    texts = [*PROMPTS, *want["texts"].tolist()]
+    ids = [want[f"prompt_{i}"].tolist() for i in range(len(PROMPTS))]
+    ids += [want[f"question_{i}"].tolist() for i in range(len(want["texts"]))]
+    wrong = [text for text, row in zip(texts, ids, strict=True) if tokenizer.encode(text) != row]
+    print(f"tokenization: {len(texts) - len(wrong)} of {len(texts)} texts give the same ids", *wrong, sep="\n  ")
+    same = [
+        greedy(params, config, tokenizer, mesh, want),
+        question_log_probs(params, config, want),
+        sampling(params, config, tokenizer, mesh, want),
+    ]
+    return not wrong and all(same)
+
+
+def _draw(params, config, tokenizer, mesh, prompts: list[np.ndarray], temperature: float, num_tokens: int, index):
+    """A completion of each prompt, all in one batch, padded on the left."""
+    from cero_jax.sampler import SamplerConfig, make_sampler
+
+    width, rows = max(map(len, prompts)), np.arange(len(prompts), dtype=np.int32)
+    settings = SamplerConfig(max_completion_tokens=num_tokens, temperature=temperature)
+    sample = make_sampler(config, settings, tokenizer.eos_ids, tokenizer.pad_id, mesh)
+    batch = {
+        "prompt_tokens": np.stack([np.pad(p, (width - len(p), 0)) for p in prompts]).astype(np.int32),
+        "prompt_lengths": np.array([len(p) for p in prompts], np.int32),
+        "prompt_of_row": rows,
+        "row_mask": np.ones(len(rows), bool),
+        "prompt_ids": rows,
+        "rollout_index": rows,
+    }
+    return [sample(params, np.uint32(0), np.uint32(step), batch) for step in index]
+
+
+def greedy(params, config, tokenizer, mesh, want) -> bool:
+    """Every prompt's continuation, token for token; prints where one leaves the reference, and how near a tie."""
+    prompts = [want[f"prompt_{i}"] for i in range(len(PROMPTS))]
+    (drawn,) = _draw(params, config, tokenizer, mesh, prompts, 0.0, NEW_TOKENS, [0])
+    same, gaps = 0, []
+    for i in range(len(PROMPTS)):
+        expected = want[f"greedy_{i}"]
+        got = np.asarray(drawn.tokens)[i, : len(expected)]
+        differs = np.flatnonzero(got != expected)
+        gaps.append(want[f"gap_{i}"].min())
+        if len(differs):
+            place = differs[0]
+            print(f"  prompt {i} differs from token {place} on: {got[place]}, not {expected[place]}, whose logit is "
+                  f"{want[f'gap_{i}'][place]:.2e} above the second there")  # fmt: skip
+        same += not len(differs)
+    print(f"greedy: {same} of {len(PROMPTS)} prompts give the same {NEW_TOKENS} tokens (or up to an eos); "
+          f"the nearest that two best logits came is {min(gaps):.1e}")  # fmt: skip
+    return same == len(PROMPTS)
+
+
+def question_log_probs(params, config, want) -> bool:
+    """Log-probabilities of each question's tokens behind its first, by the learner's own function."""
+    import jax
+
+    from cero_jax.learner import Batch, completion_log_probs
+
+    count = len(want["texts"])
+    tokens = [want[f"question_{i}"] for i in range(count)]
+    limit, size = max(map(len, tokens)) - 1, 5
+    worst, total = 0.0, 0
+    log_probs = jax.jit(lambda p, batch: completion_log_probs(p, config, batch, temperature=1.0, chunk=32))
+    for start in range(0, count, size):
+        some = tokens[start : start + size]
+        lengths = np.array([len(ids) - 1 for ids in some], np.int32)
+        ones, no = np.ones(len(some), np.float32), np.zeros(len(some), np.int32)
+        batch = Batch(
+            prompt_tokens=np.stack([ids[:1] for ids in some]).astype(np.int32),
+            prompt_lengths=np.ones(len(some), np.int32),
+            tokens=np.stack([np.pad(ids[1:], (0, limit + 1 - len(ids))) for ids in some]).astype(np.int32),
+            lengths=lengths,
+            log_probs=np.zeros((len(some), limit), np.float32),
+            reward=ones, group_ids=no, row_mask=ones.astype(bool), row_weight=ones,
+        )  # fmt: skip
+        got = np.asarray(log_probs(params, batch))
+        for row, length in enumerate(lengths):
+            worst = max(worst, np.abs(got[row, :length] - want[f"log_probs_{start + row}"]).max())
+            total += length
+    print(f"log-probabilities: {total} tokens of {count} questions, largest difference {worst:.1e}")
+    return worst <= LOG_PROB_TOLERANCE
+
+
+def sampling(params, config, tokenizer, mesh, want) -> bool:
+    """Chi-square tests of the first token drawn, and of the second where the first was the likeliest."""
+    fine = True
+    for i in SAMPLED:
+        drawn = _draw(params, config, tokenizer, mesh, [want[f"prompt_{i}"]] * ROWS, 1.0, 2, range(NUM_SAMPLES // ROWS))
+        tokens = np.concatenate([np.asarray(each.tokens) for each in drawn])
+        after = tokens[tokens[:, 0] == want[f"first_{i}"].argmax(), 1]
+        for name, got in (("first", tokens[:, 0]), ("second", after)):
+            p_value, cells = chi_square(got, want[f"{name}_{i}"])
+            print(f"sampling: prompt {i}, {name} token of {len(got)} rollouts: p = {p_value:.3f} ({cells} cells)")
+            fine &= p_value >= P_VALUE
+    return fine
+
+
+def chi_square(drawn: np.ndarray, probability: np.ndarray) -> tuple[float, int]:
+    """The p-value of drawn tokens under `probability` [V]: a cell for each token expected 5 times, one for the rest."""
+    from scipy.stats import chisquare
+
+    expected = probability.astype(np.float64) / probability.sum(dtype=np.float64) * len(drawn)
+    observed = np.bincount(drawn, minlength=len(expected))
+    common = expected >= 5
+    observed, expected = (np.append(x[common], x[~common].sum()) for x in (observed, expected))
+    return float(chisquare(observed, expected).pvalue), len(expected)
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["reference", folder, out, questions]:
+            reference(folder, out, questions)
+        case ["compare", folder, out]:
+            sys.exit(0 if compare(folder, out) else 1)
+        case _:
+            sys.exit(__doc__)

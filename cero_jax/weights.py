@@ -1,0 +1,262 @@
+"""The weights of Hugging Face model folders, in and out: safetensors, streamed tensor by tensor into their shards.
+
+Safetensors is imported on first use.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cero_jax import model, sharding
+from cero_jax.families import read_config, read_json
+from cero_jax.model import ModelConfig, Params
+
+# Which of our axes, merged, each axis of the tensor in the file is. A linear layer's weight there is [out, in].
+VECTOR, TABLE, LINEAR, HEADS_OUT, HEADS_IN, HEADS = (
+    ((0,),), ((0,), (1,)), ((1,), (0,)), ((1, 2), (0,)), ((2,), (0, 1)), ((0, 1),),
+)  # fmt: skip
+
+NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {  # path of the parameter -> name in the file, axes
+    "embed": ("model.embed_tokens.weight", TABLE),
+    "unembed": ("lm_head.weight", LINEAR),
+    "final_norm": ("model.norm.weight", VECTOR),
+    "layers/attn_norm": ("input_layernorm.weight", VECTOR),
+    "layers/attn/q": ("self_attn.q_proj.weight", HEADS_OUT),
+    "layers/attn/k": ("self_attn.k_proj.weight", HEADS_OUT),
+    "layers/attn/v": ("self_attn.v_proj.weight", HEADS_OUT),
+    "layers/attn/o": ("self_attn.o_proj.weight", HEADS_IN),
+    "layers/attn/q_bias": ("self_attn.q_proj.bias", HEADS),
+    "layers/attn/k_bias": ("self_attn.k_proj.bias", HEADS),
+    "layers/attn/v_bias": ("self_attn.v_proj.bias", HEADS),
+    "layers/attn/q_norm": ("self_attn.q_norm.weight", VECTOR),
+    "layers/attn/k_norm": ("self_attn.k_norm.weight", VECTOR),
+    "layers/attn_post_norm": ("post_attention_layernorm.weight", VECTOR),
+    "layers/mlp_norm": ("post_attention_layernorm.weight", VECTOR),  # pre_feedforward_layernorm with post_norms
+    "layers/mlp/gate": ("mlp.gate_proj.weight", LINEAR),
+    "layers/mlp/up": ("mlp.up_proj.weight", LINEAR),
+    "layers/mlp/down": ("mlp.down_proj.weight", LINEAR),
+    "layers/mlp_post_norm": ("post_feedforward_layernorm.weight", VECTOR),
+}
+
+READABLE = ("F32", "BF16", "F16")
+BLOCK_BYTES = 64 * 2**20  # of one tensor, read at once
+COPIED = ("generation_config.json", "token*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
+          "chat_template*", "LICENSE*", "NOTICE*")  # fmt: skip
+
+
+class Stored(NamedTuple):
+    """How a parameter lies in the file."""
+
+    names: tuple[str, ...]  # a tensor a layer, or the only one
+    shape: tuple[int, ...]  # of each tensor there
+    axes: tuple[tuple[int, ...], ...]  # each axis there, as ours merged
+    stacked: bool  # our first axis is the layer
+
+
+def _stored(key_path: tuple, leaf: Any, config: ModelConfig) -> Stored:
+    path = "/".join(key.key for key in key_path)
+    name, axes = NAMES[path]
+    if path == "layers/mlp_norm" and config.post_norms:
+        name = "pre_feedforward_layernorm.weight"
+    stacked = path.startswith("layers/")
+    shape = leaf.shape[1:] if stacked else leaf.shape
+    names = tuple(f"model.layers.{i}.{name}" for i in range(config.num_layers)) if stacked else (name,)
+    return Stored(names, tuple(math.prod(shape[axis] for axis in merged) for merged in axes), axes, stacked)
+
+
+def _as_stored(array: np.ndarray, stored: Stored) -> np.ndarray:
+    """One layer's array, in our axes -> a view of it in the file's."""
+    order = [axis for merged in stored.axes for axis in merged]
+    shape = [math.prod(array.shape[axis] for axis in merged) for merged in stored.axes]
+    return array.transpose(order).reshape(shape)
+
+
+def load(
+    folder: str | Path, mesh: Mesh, *, param_dtype: str = "float32", compute_dtype: str = "float32"
+) -> tuple[ModelConfig, Params]:
+    """The model's shape and its parameters, sharded over the mesh by `sharding.RULES`.
+
+    Each process reads of each tensor only what its own devices hold, one device's shard of one parameter at a time.
+    Raises FileNotFoundError or ValueError, listing what is wrong with the folder.
+    """
+    config, vocab_size = read_config(folder, param_dtype=param_dtype, compute_dtype=compute_dtype)
+    shapes = jax.eval_shape(partial(model.init_params, config, vocab_size, 0))
+    shardings = sharding.shard_params(shapes, mesh)
+    layout = jax.tree_util.tree_map_with_path(partial(_stored, config=config), shapes)
+    with ExitStack() as files:
+        tensors = _open(Path(folder), files)
+        is_stored = lambda node: isinstance(node, Stored)  # noqa: E731
+        _check(Path(folder), tensors, jax.tree.leaves(layout, is_leaf=is_stored), config)
+        params = jax.tree.map(partial(_load_one, tensors), layout, shapes, shardings, is_leaf=is_stored)
+    return config, params
+
+
+def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
+    """A lazy slice of each tensor in the folder, by name."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{folder}: no {', '.join(absent)}: the weights must be there as safetensors, complete")
+    tensors = {}
+    for name in names:
+        try:
+            file = files.enter_context(safe_open(folder / name, framework="numpy"))
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name}: not a whole safetensors file ({error}): download it again") from error
+        tensors |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def _check(folder: Path, tensors: dict[str, Any], layout: list[Stored], config: ModelConfig) -> None:
+    """Raise one ValueError for all tensors that are missing, unknown, or of another shape or dtype than expected."""
+    expected = {name: stored.shape for stored in layout for name in stored.names}
+    ignored = {"lm_head.weight"} if config.tied_embeddings else set()  # a copy of the table that some files hold
+    found = {name for name in tensors if name not in ignored and not name.endswith("rotary_emb.inv_freq")}
+    shapes = {name: tuple(tensors[name].get_shape()) for name in found & expected.keys()}
+    dtypes = {name: tensors[name].get_dtype() for name in found & expected.keys()}
+    problems = {
+        "missing": sorted(expected.keys() - found),
+        "unknown": sorted(found - expected.keys()),
+        "of another shape": [f"{n} {s}, not {expected[n]}" for n, s in sorted(shapes.items()) if s != expected[n]],
+        "of another dtype": [f"{n} {d}, not {'/'.join(READABLE)}" for n, d in dtypes.items() if d not in READABLE],
+    }
+    listed = [
+        f"{len(names)} {kind}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+        for kind, names in problems.items() if names
+    ]  # fmt: skip
+    if listed:
+        raise ValueError(
+            f"{folder}: the tensors are not those of its config.json; {'; '.join(listed)}: is the download complete, "
+            "and config.json this model's own?"
+        )
+
+
+def _load_one(tensors: dict[str, Any], stored: Stored, leaf: Any, where: NamedSharding) -> Array:
+    """One parameter: a device's shard after the other, each read once for all devices here that hold it."""
+    placed: dict[Any, Array] = {}
+    by_index: dict[tuple, list] = {}
+    for device, index in where.addressable_devices_indices_map(leaf.shape).items():
+        full = tuple(slice(*s.indices(n)[:2]) for s, n in zip(index or (), leaf.shape, strict=True))
+        by_index.setdefault(tuple((s.start, s.stop) for s in full), []).append(device)
+    for bounds, devices in by_index.items():
+        shard = _read(tensors, stored, bounds, leaf.shape, leaf.dtype)
+        # Waited for: the host holds one shard at a time.
+        placed |= {device: jax.device_put(shard, device).block_until_ready() for device in devices}
+    return jax.make_array_from_single_device_arrays(leaf.shape, where, list(placed.values()))
+
+
+def _read(tensors: dict[str, Any], stored: Stored, bounds: tuple, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """What lies within `bounds`, (start, stop) for each of our axes, in blocks of rows of each tensor."""
+    out = np.empty([stop - start for start, stop in bounds], dtype)
+    layers = range(*bounds[0]) if stored.stacked else (0,)
+    inner, sizes = (bounds[1:], shape[1:]) if stored.stacked else (bounds, shape)
+    rows, *columns = (_merge([(inner[axis], sizes[axis]) for axis in merged]) for merged in stored.axes)
+    for place, layer in enumerate(layers):
+        into = _as_stored(out[place] if stored.stacked else out, stored)
+        tensor = tensors[stored.names[layer]]
+        step = max(1, BLOCK_BYTES // (4 * into[0].size))
+        for start in range(rows.start, rows.stop, step):
+            stop = min(start + step, rows.stop)
+            into[start - rows.start : stop - rows.start] = tensor[(slice(start, stop), *columns)]
+    return out
+
+
+def _merge(bounds: list[tuple[tuple[int, int], int]]) -> slice:
+    """The slice of the merged axis: only the first of the axes in it may be cut."""
+    ((start, stop), _), *rest = bounds
+    assert all(inner == (0, size) for inner, size in rest)
+    inner = math.prod(size for _, size in rest)
+    return slice(start * inner, stop * inner)
+
+
+def save(
+    folder: str | Path, source: str | Path, config: ModelConfig, params: Params, *, max_shard_bytes: int = 2 * 10**9
+) -> None:
+    """Write a folder that transformers and vLLM load: the parameters in their own dtype, the rest from `source`.
+
+    Args:
+      folder: to be made; it appears when it is complete.
+      source: the folder that the model came from; config.json, tokenizer and licence files are copied from it.
+      config, params: as `load` gave them, or as trained since.
+      max_shard_bytes: a file holds at most this, or one tensor; above it there are several, with an index. That much
+        host memory is needed.
+
+    Raises ValueError where `folder` exists. In a run of several processes all must call it; the first one writes.
+    """
+    from safetensors.numpy import save_file
+
+    folder, source, writes = Path(folder), Path(source), jax.process_index() == 0
+    if folder.exists():
+        raise ValueError(f"{folder} exists: choose another folder, or move it away")
+    scratch = folder.with_name(folder.name + ".partial")
+    if writes:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+    shards = _shards(config, params, max_shard_bytes)
+    weight_map, total = {}, 0
+    for number, shard in enumerate(shards, 1):
+        one = "model.safetensors"
+        file = one if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = dict(_fetch(shard))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+        weight_map |= dict.fromkeys(tensors, file)
+        if writes:
+            save_file(tensors, scratch / file, metadata={"format": "pt"})
+    if not writes:
+        return
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (scratch / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    for path in {path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}:
+        shutil.copy(path, scratch)
+    raw = read_json(source / "config.json")
+    raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = config.param_dtype
+    (scratch / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    scratch.rename(folder)
+
+
+Piece = tuple[str, Array, int | None, Stored]  # name in the file, parameter, layer of it
+
+
+def _shards(config: ModelConfig, params: Params, max_bytes: int) -> list[list[Piece]]:
+    """The tensors to write, cut in order into files of at most `max_bytes`."""
+    shards: list[list[Piece]] = [[]]
+    room = max_bytes
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        stored = _stored(key_path, leaf, config)
+        size = math.prod(stored.shape) * leaf.dtype.itemsize
+        for i, name in enumerate(stored.names):
+            if size > room and shards[-1]:
+                shards.append([])
+                room = max_bytes
+            shards[-1].append((name, leaf, i if stored.stacked else None, stored))
+            room -= size
+    return shards
+
+
+@partial(jax.jit, static_argnames="where")
+def _gather(leaf: Array, layer: Array | None, where: NamedSharding) -> Array:
+    array = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+    return jax.lax.with_sharding_constraint(array, where)
+
+
+def _fetch(shard: list[Piece]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor in the file's axes, on the host, gathered one by one from the devices that hold it."""
+    for name, leaf, layer, stored in shard:
+        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
+        array = _gather(leaf, None if layer is None else jnp.int32(layer), everywhere)
+        yield name, np.ascontiguousarray(_as_stored(np.asarray(array), stored))

@@ -1,0 +1,33 @@
+"""DeepSeek-R1-Distill-Qwen-1.5B on GSM8K's training questions.
+
+Needs, by formula and not measured: 32 GB for weights and optimiser (1.78e9 parameters x 18 bytes: float32 parameters,
+gradients and two Adam moments, and a bfloat16 copy to sample with), 4 GB of KV cache (28,672 bytes a token x 64 rows x
+2,368 tokens), and activations on top. One 80 GB device, or N with --mesh.fsdp=N, which splits parameters and optimiser.
+Not run at this size yet.
+Get: the model's folder from Hugging Face (deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B), gsm8k_train.jsonl.
+Command: python train.py configs/deepseek_r1_distill_qwen_1_5b.py --model-folder=DIR --task.path=gsm8k_train.jsonl
+"""
+
+from cero_jax.config import AllocatorConfig, Config
+from cero_jax.evaluate import EvaluationConfig
+from cero_jax.learner import LearnerConfig
+from cero_jax.model import ModelConfig
+from cero_jax.sampler import SamplerConfig
+from cero_jax.tasks.dataset import Dataset
+
+config = Config(
+    name="deepseek_r1_distill_qwen_1_5b",
+    model_folder="DeepSeek-R1-Distill-Qwen-1.5B",
+    model=ModelConfig(compute_dtype="bfloat16"),
+    task=Dataset(
+        path="gsm8k_train.jsonl",
+        # The folder's chat template for one question, as text; the tokenizer puts the BOS before it.
+        template="<｜User｜>{question} Please reason step by step, and put your final answer within \\boxed{}."
+        "<｜Assistant｜><think>\n",
+        max_prompt_tokens=320,
+    ),
+    allocator=AllocatorConfig(total_budget=8 * 7217, num_epochs=16, min_group=4, max_group=32),
+    sampler=SamplerConfig(max_completion_tokens=2048),
+    learner=LearnerConfig(rows_per_step=64, learning_rate=1e-6, adam_b2=0.999, clip_high=0.28),
+    evaluation=EvaluationConfig(every_rollouts=8192, samples=2, rows=64),
+)

@@ -1,0 +1,118 @@
+"""config.json of each family, of today's and of older transformers, as a ModelConfig."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import pytest
+
+from cero_jax import model, sharding
+from cero_jax.families import read_config
+from cero_jax.model import ModelConfig, RopeScaling
+from cero_jax.sharding import MeshConfig
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+def copy_of(family, tmp_path):
+    return Path(shutil.copytree(FIXTURES / family, tmp_path / family))
+
+
+def change_config(folder, remove=(), **changes):
+    raw = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({key: raw[key] for key in raw if key not in remove}))
+
+
+def test_configs_by_hand():
+    config, vocab_size = read_config(FIXTURES / "llama")
+    assert vocab_size == 320
+    assert config == ModelConfig(
+        num_layers=3, width=32, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=48, norm_eps=1e-5,
+        rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
+    )  # fmt: skip
+    config, _ = read_config(FIXTURES / "gemma3", param_dtype="bfloat16")
+    assert config == ModelConfig(
+        num_layers=6, width=32, num_heads=4, num_kv_heads=1, head_dim=16, mlp_width=48, norm_eps=1e-5,
+        rope_base=1000.0, rope_scaling=RopeScaling("linear", 8.0), qk_norm=True, post_norms=True, norm_offset=1.0,
+        activation="gelu_tanh", scaled_embeddings=True, query_pre_attn_scalar=24, sliding_layers=(0, 1, 3, 4),
+        sliding_window=8, sliding_rope_base=100.0, param_dtype="bfloat16",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "remove", "old"),
+    [
+        (
+            "gemma3",
+            ("rope_parameters", "layer_types", "tie_word_embeddings"),
+            {"rope_theta": 1000.0, "rope_local_base_freq": 100.0, "rope_scaling": {"type": "linear", "factor": 8.0}},
+        ),
+        ("qwen2", ("rope_parameters", "layer_types", "num_key_value_heads"), {"rope_theta": 1000.0, "head_dim": None}),
+    ],
+)
+def test_the_keys_of_older_versions_mean_the_same(family, remove, old, tmp_path):
+    config, _ = read_config(FIXTURES / family)
+    folder = copy_of(family, tmp_path)
+    change_config(folder, remove, **old)
+    if family == "qwen2":
+        config = ModelConfig(**vars(config) | {"num_kv_heads": 4})
+    assert read_config(folder)[0] == config
+
+
+def test_qwen2_with_sliding_windows(tmp_path):
+    folder = copy_of("qwen2", tmp_path)
+    change_config(folder, ("layer_types",), use_sliding_window=True, max_window_layers=1, sliding_window=7)
+    config, _ = read_config(folder)
+    assert (config.sliding_layers, config.sliding_window, config.sliding_rope_base) == ((1, 2), 7, None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "mamba"}, r"model_type='mamba'.*qwen2, qwen3, llama, gemma3_text"),
+        (
+            {"attention_bias": True, "hidden_act": "relu", "rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
+            r"attention_bias=True; hidden_act='relu' \(known: 'silu'\); rope_type='yarn'",
+        ),
+        ({"quantization_config": {"bits": 4}}, "quantization_config="),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "factor of rope_type='linear' is missing"),
+    ],
+)
+def test_what_there_is_no_code_for_is_refused_in_one_message(changes, message, tmp_path):
+    folder = copy_of("qwen2", tmp_path)
+    change_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        read_config(folder)
+
+
+DEEPSEEK_1_5B = {"model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+                 "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "rope_theta": 10000,
+                 "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 21}  # fmt: skip
+QWEN2_5_7B = {"model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+              "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064, "rope_theta": 10000.0,
+              "tie_word_embeddings": False}  # fmt: skip
+QWEN3_4B = {"model_type": "qwen3", "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 151936, "rope_theta": 1000000,
+            "tie_word_embeddings": True, "rope_scaling": None, "sliding_window": None}  # fmt: skip
+LLAMA_1B = {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256,
+            "rope_theta": 500000.0, "tie_word_embeddings": True, "rope_scaling": {
+                "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3",
+                "original_max_position_embeddings": 8192}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("published", "num_parameters", "fsdp"),
+    [(DEEPSEEK_1_5B, 1_777_088_000, 8), (QWEN2_5_7B, 7_615_616_512, 4), (QWEN3_4B, 4_022_468_096, 2),
+     (LLAMA_1B, 1_235_814_400, 8)],
+)  # fmt: skip
+def test_published_models_have_as_many_parameters_here(published, num_parameters, fsdp, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    config, vocab_size = read_config(tmp_path)
+    assert not config.sliding_layers
+    shapes = jax.eval_shape(partial(model.init_params, config, vocab_size, 0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == num_parameters
+    sharding.shard_params(shapes, sharding.make_mesh(MeshConfig(fsdp=fsdp)))  # raises where they do not divide
