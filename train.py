@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cero_jax.checkpoint import Cursor, StopSignal
 from cero_jax.config import Config, from_command_line
-from cero_jax.evaluate import evaluate
+from cero_jax.evaluate import evaluate, table
 from cero_jax.learner import Batch, learning_rate
 from cero_jax.report import draw_report
 from cero_jax.rollout import (
@@ -27,6 +27,7 @@ from cero_jax.rollout import (
     sampling_inputs,
     score,
     step_row,
+    step_samples,
     visit_rate_weights,
 )
 from cero_jax.rows import Rows
@@ -99,7 +100,7 @@ def draw(run: Run, state: State, at: Cursor, now: list[Rows]) -> list[Scored]:
 def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waiting: list[Batch]) -> tuple[State, Cursor]:
     """Settle a step's rollouts with the allocator, and move the policy by those whose group has variance."""
     config, began = run.config, time.perf_counter()
-    allocation = run.update(state.allocation, rows.visit_ids, rows.visit_sizes, scored.num_correct)
+    allocation = run.update(state.allocation, rows.visit_ids, rows.visit_sizes, scored.num_correct, scored.num_evidence)
     at = at._replace(step=at.step + 1, epoch_step=at.epoch_step + 1, spent=at.spent + int(rows.visit_sizes.sum()))
     policy, batch, figures, full = state.policy, scored.batch, {}, True
     if config.learner.undo_visit_rate:
@@ -120,6 +121,7 @@ def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waitin
         at = at._replace(optimizer_steps=at.optimizer_steps + 1)
     row = step_row(rows, scored) | figures
     run.log("step", at, row, scored.seconds | {"learn_seconds": time.perf_counter() - began})
+    run.metrics.write_samples("train", at.spent, step_samples(rows, scored))
     run.progress.update(at.spent, epoch=at.epoch, reward=row["reward"], accuracy=at.accuracy, live=row["live_share"])
     mean_tokens = observed_tokens(np.asarray(state.mean_tokens), rows, scored.batch.lengths)
     return State(policy, allocation, state.num_rollouts, jax.device_put(mean_tokens, state.mean_tokens.sharding)), at
@@ -128,10 +130,16 @@ def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waitin
 def log_evaluation(run: Run, state: State, at: Cursor) -> Cursor:
     """Measure held-out accuracy, and show one completion."""
     began = time.perf_counter()
-    result = evaluate(run.sample, state.policy.params, run.task, run.config.evaluation, run.config.seed)
+    config = run.config
+    result = evaluate(
+        run.sample, state.policy.params, run.task, config.evaluation, config.seed, config.success_threshold
+    )
     at = at._replace(accuracy=result.accuracy, evaluated=at.spent)
-    run.log("eval", at, result._asdict(), {"eval_seconds": time.perf_counter() - began})
+    run.log("eval", at, result.figures(), {"eval_seconds": time.perf_counter() - began})
+    run.metrics.write_samples("eval", at.spent, [each for each in result.samples if each["sample"] == 0])
     tqdm.write(f"{at.spent:>9,} rollouts: held-out accuracy {result.accuracy:.3f}; {result.example}", file=sys.stderr)
+    if at.finished:
+        tqdm.write(table(result.scores), file=sys.stderr)
     return at
 
 

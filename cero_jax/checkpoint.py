@@ -57,8 +57,10 @@ def _unpack(packed: Any, like: Any) -> Any:
 class Checkpoints:
     """The checkpoints of one run directory, over Orbax's CheckpointManager."""
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, read_only: bool = False):
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True, create=True)
+        if read_only:  # beside a run that is still writing
+            options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
         self._directory = directory
         self._manager = ocp.CheckpointManager(directory, options=options)
 

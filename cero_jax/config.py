@@ -6,7 +6,7 @@ import runpy
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import jax
 import tyro
@@ -20,7 +20,7 @@ from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig
 from cero_jax.sharding import MeshConfig
 from cero_jax.tasks.chain_sum import ChainSum
-from cero_jax.tasks.jsonl import Jsonl
+from cero_jax.tasks.dataset import Dataset
 from cero_jax.warm_start import WarmStartConfig
 
 FREE = ("work_dir", "mesh", "evaluation", "checkpoint_every_steps", "extend", "task.path", "task.heldout_path")
@@ -82,7 +82,7 @@ class Config:
 
     name: str
     """Of the experiment; part of the work directory's name."""
-    task: ChainSum | Jsonl
+    task: ChainSum | Dataset
     seed: int = 0
     """Of everything drawn: data, parameters, allocation, rollouts."""
     allocator: AllocatorConfig = field(default_factory=AllocatorConfig)
@@ -167,6 +167,27 @@ def to_json(config: Config) -> dict:
     return plain
 
 
+def from_json(plain: dict) -> Config:
+    """The config that `to_json` wrote. Raises ValueError where a field is unknown, as after a change of version."""
+    tasks = {kind.__name__: kind for kind in get_args(get_type_hints(Config)["task"])}
+    try:
+        task = dict(plain["task"])
+        kind = tasks[task.pop("kind")]
+        return _from_plain(Config, plain | {"task": _from_plain(kind, task)})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not the config of a run of this version: {error}") from error
+
+
+def _from_plain(kind: type, plain: dict) -> Any:
+    hints = get_type_hints(kind)
+    values = {}
+    for key, value in plain.items():
+        if isinstance(value, dict) and dataclasses.is_dataclass(hints[key]):
+            value = _from_plain(hints[key], value)  # type: ignore[arg-type]
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
 def _flat(plain: dict, prefix: str = "") -> dict:
     flat = {}
     for key, value in plain.items():
@@ -206,7 +227,8 @@ def open_run_dir(config: Config, task: Task) -> tuple[Path, Path]:
             directory.mkdir(parents=True, exist_ok=True)
         if not (run_dir / "config.json").exists():
             (run_dir / "config.json").write_text(json.dumps(to_json(config), indent=2))
-            (run_dir / "prompts.json").write_text(json.dumps({"labels": task.train.labels}))
+            prompts = {"labels": task.train.labels, "questions": task.train.questions, "answers": task.train.answers}
+            (run_dir / "prompts.json").write_text(json.dumps(prompts))
     except OSError as error:
         raise ValueError(f"cannot write to the work directory {run_dir}: {error}: choose another --work-dir") from error
     jax.config.update("jax_compilation_cache_dir", str(cache_dir / "jax"))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cero_jax.rewards import Verifier
 from cero_jax.tokenizer import Tokenizer
 
 
@@ -25,7 +26,7 @@ class Task(NamedTuple):
     train: Prompts
     heldout: Prompts
     tokenizer: Tokenizer
-    verify: Callable[[str, str, str], float]  # (question, completion, answer) -> reward
+    verify: Verifier  # (question, completion, answer) -> reward or Verdict; a `Pool` takes them many at a time
     # (rng, batch size) -> questions exactly as in a prompt, completions without eos: for a supervised warm start
     demonstrations: Callable[[np.random.Generator, int], tuple[list[str], list[str]]] | None
 
@@ -37,16 +38,23 @@ def encode_prompts(
     tokenizer: Tokenizer,
     max_prompt_tokens: int,
     sources: Sequence[str] | None = None,
+    drop_long: bool = False,
 ) -> Prompts:
     """Tokenize N questions to rows of `max_prompt_tokens` tokens, padded on the left.
 
     sources: where each row came from ("file:line"), for the message; by default its place.
-    Raises ValueError at an empty prompt, or one longer than `max_prompt_tokens`.
+    drop_long: leave out the prompts longer than `max_prompt_tokens`: fewer than N come back.
+    Raises ValueError at an empty prompt, or, without drop_long, one longer than `max_prompt_tokens`.
     """
+    encoded = [tokenizer.encode(question) for question in questions]
+    if drop_long:
+        kept = [i for i, ids in enumerate(encoded) if len(ids) <= max_prompt_tokens]
+        encoded = [encoded[i] for i in kept]
+        questions, answers, labels = ([column[i] for i in kept] for column in (questions, answers, labels))
+        sources = [sources[i] for i in kept] if sources else None
     tokens = np.full((len(questions), max_prompt_tokens), tokenizer.pad_id, np.int32)
     lengths = np.zeros(len(questions), np.int32)
-    for i, question in enumerate(questions):
-        ids = tokenizer.encode(question)
+    for i, ids in enumerate(encoded):
         if not 1 <= len(ids) <= max_prompt_tokens:
             where = sources[i] if sources else f"prompt {i}"
             mend = f"raise max_prompt_tokens to {len(ids)} or more, or drop the row" if ids else "give it text"

@@ -1,7 +1,7 @@
-"""What a run leaves for people: two JSONL files, TensorBoard, one live line.
+"""What a run leaves for people: three JSONL files, TensorBoard, one live line.
 
-metrics.jsonl holds only what the state determines, so a resumed run's equals an uninterrupted one's to the bit;
-timings.jsonl holds the rest.
+metrics.jsonl and samples.jsonl hold only what the state determines, so a resumed run's equal an uninterrupted one's to
+the bit (but where a verification timed out); timings.jsonl holds the rest.
 """
 
 import json
@@ -15,7 +15,7 @@ from typing import Any, TextIO
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-FILES = ("metrics.jsonl", "timings.jsonl")
+FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
 LINE = "{n}/{total} rollouts, {rate_noinv_fmt}, {remaining} left{postfix}"  # in tqdm's names
 
 
@@ -29,7 +29,7 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path | str, position: dict[str, int] | None = None):
         run_dir = Path(run_dir)
-        start = position or dict.fromkeys((*FILES, "spent"), 0)
+        start = dict.fromkeys((*FILES, "spent"), 0) | (position or {})
         self._spent = start["spent"]
         paths = [run_dir / name for name in FILES]
         for path in paths:
@@ -57,12 +57,19 @@ class MetricsWriter:
         """
         self._spent = int(row["spent"])
         timings = {key: row[key] for key in ("kind", "step", "spent")} | timings
-        for file, values, prefix in zip(self._files, (row, timings), (row["kind"], "timings"), strict=True):
+        for file, values, prefix in zip(self._files[:2], (row, timings), (row["kind"], "timings"), strict=True):
             line = json.dumps(values, default=lambda array: array.tolist())
             file.write(line.encode() + b"\n")
             file.flush()  # to the system: it outlives this process, however that ends
             for tag, value in _scalars(json.loads(line), prefix):
                 self._tensorboard.add_scalar(tag, value, self._spent)
+
+    def write_samples(self, kind: str, spent: int, samples: list[dict[str, Any]]) -> None:
+        """Append completions for a person to read, with the kind ("train", "eval") and the rollouts spent by then."""
+        self._files[2].writelines(
+            json.dumps({"kind": kind, "spent": spent} | each).encode() + b"\n" for each in samples
+        )
+        self._files[2].flush()
 
     def position(self) -> dict[str, int]:
         """How far the files reach, on disk by now: bytes of each, and rollouts spent. What a checkpoint stores."""

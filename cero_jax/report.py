@@ -1,6 +1,8 @@
 """One picture of one run or several: accuracy against rollouts spent, and where the rollouts went.
 
 python -m cero_jax.report RUN [RUN ...] [--output report.png]
+python -m cero_jax.report RUN --html run.html   # every prompt with its history and samples, in a browser
+python -m cero_jax.report RUN --prompt 7        # one of them, here
 """
 
 import argparse
@@ -31,6 +33,8 @@ class Run(NamedTuple):
     labels: tuple[str, ...]  # [N]
     steps: tuple[dict[str, Any], ...]  # the "step" rows of metrics.jsonl, at least one
     evals: tuple[dict[str, Any], ...]  # its "eval" rows, at least one
+    questions: tuple[str, ...] = ()  # [N], or none
+    answers: tuple[str, ...] = ()  # [N] gold, or none
 
 
 class Curve(NamedTuple):
@@ -82,7 +86,8 @@ def read_run(path: Path | str) -> Run:
     for kind, found in rows.items():
         if not found:
             raise ValueError(f"{path / 'metrics.jsonl'}: no {kind} in it yet: let the run go on")
-    return Run(path, config, labels, tuple(rows["step"]), tuple(rows["eval"]))
+    texts = (tuple(prompts.get(key, ())) for key in ("questions", "answers"))
+    return Run(path, config, labels, tuple(rows["step"]), tuple(rows["eval"]), *texts)
 
 
 def _read(path: Path) -> str:
@@ -268,15 +273,28 @@ def _percent(share: float, position: int | None = None) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line; exits with one line where a run cannot be read."""
+    from cero_jax.history import describe  # which need this module
+    from cero_jax.page import write_page
+
     parser = argparse.ArgumentParser(prog="python -m cero_jax.report", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory, e.g. runs/chain_sum-cero-0")
     parser.add_argument("--output", default="report.png", help="the picture to write (default: %(default)s)")
+    parser.add_argument("--html", metavar="FILE", help="write the first run as a page for a browser instead")
+    parser.add_argument(
+        "--prompt", metavar="ID", type=int, help="print the history of a prompt of the first run instead"
+    )
     parsed = parser.parse_args(args)
     try:
-        draw_report(parsed.runs, parsed.output)
+        if parsed.prompt is not None:
+            print(describe(read_run(parsed.runs[0]), parsed.prompt))
+        elif parsed.html:
+            write_page(read_run(parsed.runs[0]), parsed.html)
+            print(parsed.html)
+        else:
+            draw_report(parsed.runs, parsed.output)
+            print(parsed.output)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    print(parsed.output)
 
 
 if __name__ == "__main__":

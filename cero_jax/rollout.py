@@ -3,6 +3,7 @@
 Letters: R rows of a step, U visits (groups) in it, P prompt tokens, T completion tokens.
 """
 
+from collections import Counter
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from cero_jax.allocator.base import AllocatorState
 from cero_jax.data import Prompts, Task
 from cero_jax.evaluate import verify
 from cero_jax.learner import Batch
+from cero_jax.rewards import STATUSES, TIMED_OUT, Verdict
 from cero_jax.rows import Rows
 from cero_jax.sampler import Rollouts
 
@@ -20,8 +22,10 @@ class Scored(NamedTuple):
 
     batch: Batch  # [R] rows, in NumPy
     num_correct: np.ndarray  # [U] int32, successes of each visit
+    num_evidence: np.ndarray  # [U] int32, its rows but those whose verification timed out
     truncated: np.ndarray  # [R] bool
     completions: list[str]  # [R] text, "" for padding
+    verdicts: list[Verdict]  # [R]
     seconds: dict[str, float]  # what drawing and verifying took
 
 
@@ -64,12 +68,17 @@ def score(
 ) -> Scored:
     """Verify each rollout. A truncated one has reward 0; under `mask` it is left out of the loss and its group as well.
 
-    It is evidence all the same: a prompt whose completions never end in time would otherwise look untried for ever.
+    It is evidence all the same: a prompt whose completions never end in time would otherwise look untried for ever. One
+    whose verification timed out has reward 0 and is none: that says nothing of the policy.
     """
-    completions, reward = verify(task, task.train, rows.prompt_ids, rollouts, rows.row_mask)
+    completions, verdicts, reward = verify(task, task.train, rows.prompt_ids, rollouts, rows.row_mask)
     cut = np.asarray(rollouts.truncated) & rows.row_mask
-    success = (reward >= success_threshold) & rows.row_mask
-    num_correct = np.bincount(rows.group_ids[success], minlength=len(rows.visit_ids)).astype(np.int32)
+    judged = rows.row_mask & np.array([each.status != TIMED_OUT for each in verdicts])
+    success = judged & (reward >= success_threshold)
+    num_correct, num_evidence = (
+        np.bincount(rows.group_ids[chosen], minlength=len(rows.visit_ids)).astype(np.int32)
+        for chosen in (success, judged)
+    )
     prompt_ids = np.maximum(rows.prompt_ids, 0)
     batch = Batch(
         prompt_tokens=task.train.tokens[prompt_ids],
@@ -82,7 +91,7 @@ def score(
         row_mask=rows.row_mask & ~cut if truncated == "mask" else rows.row_mask,
         row_weight=np.ones(len(reward), np.float32),
     )
-    return Scored(batch, num_correct, cut, completions, {})
+    return Scored(batch, num_correct, num_evidence, cut, completions, verdicts, {})
 
 
 def live_rows(batch: Batch) -> np.ndarray:
@@ -137,13 +146,32 @@ def step_row(rows: Rows, scored: Scored) -> dict:
     """What the metrics file says of a step's rollouts: who was drawn how often, what came of it, and the shares."""
     used = rows.visit_ids >= 0
     drawn, lengths = rows.row_mask, scored.batch.lengths[rows.row_mask]
+    status = Counter(each.status for each in scored.verdicts)
     return {
         "prompt_ids": rows.visit_ids[used].tolist(),
         "num_rollouts": rows.visit_sizes[used].tolist(),
         "num_correct": scored.num_correct[used].tolist(),
+        "num_evidence": scored.num_evidence[used].tolist(),
         "reward": float(scored.batch.reward[drawn].mean()),
         "live_share": float(live_rows(scored.batch).sum() / drawn.sum()),
         "fill": float(drawn.mean()),
         "truncated_share": float(scored.truncated[drawn].mean()),
         "completion_tokens": float(lengths.mean()),
+        "status": {name: status[name] for name in STATUSES},
     }
+
+
+def step_samples(rows: Rows, scored: Scored) -> list[dict]:
+    """One rollout of each visit, its first, for a person to read."""
+    first = [int(np.argmax(rows.row_mask & (rows.group_ids == visit))) for visit in np.flatnonzero(rows.visit_ids >= 0)]
+    return [
+        {
+            "prompt_id": int(rows.prompt_ids[row]),
+            "completion": scored.completions[row],
+            "extracted": scored.verdicts[row].extracted,
+            "status": scored.verdicts[row].status,
+            "reward": float(scored.batch.reward[row]),
+            "length": int(scored.batch.lengths[row]),
+        }
+        for row in first
+    ]

@@ -1,6 +1,7 @@
 """What a run is made of: every piece built and checked from the config; the state, fresh or the latest checkpoint's."""
 
 import dataclasses
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,12 @@ from jax.sharding import Mesh
 from cero_jax import memory, sharding, weights
 from cero_jax.allocator.base import AllocatorState
 from cero_jax.checkpoint import Checkpoints, Cursor
-from cero_jax.config import Config, check_resumable, open_run_dir, to_json
+from cero_jax.config import Config, check_resumable, from_json, open_run_dir, to_json
 from cero_jax.data import Task, pass_order, prompts_hash
 from cero_jax.families import read_config
 from cero_jax.learner import Learner, TrainState, make_learner
 from cero_jax.metrics import MetricsWriter, Progress
-from cero_jax.model import Params
+from cero_jax.model import Params, init_params
 from cero_jax.rows import Rows, plan
 from cero_jax.sampler import Sampler, make_sampler
 from cero_jax.tasks.chain_sum import ChainSum
@@ -87,6 +88,58 @@ class Run(NamedTuple):
         self.progress.close()
 
 
+class Policy(NamedTuple):
+    """A run's latest policy, to be measured."""
+
+    config: Config
+    task: Task
+    sample: Sampler
+    params: Params
+    spent: int  # rollouts, when it was saved
+
+
+def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -> Policy:
+    """The policy of a run's latest checkpoint; changes nothing in the directory, so that a live run may be measured.
+
+    task_changes, sampler_changes: fields of config.task and config.sampler to replace.
+    Raises FileNotFoundError where there is no run, ValueError where it has no checkpoint or a field does not fit.
+    """
+    path = Path(directory).absolute() / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file: not the directory of a run")
+    config = from_json(json.loads(path.read_text()))
+    unknown = sorted(task_changes.keys() - {field.name for field in dataclasses.fields(config.task)})
+    if unknown:
+        raise ValueError(f"the run's task is {type(config.task).__name__}, which has no {', '.join(unknown)}")
+    config = dataclasses.replace(
+        config,
+        task=dataclasses.replace(config.task, **task_changes),
+        sampler=dataclasses.replace(config.sampler, **sampler_changes),
+    )
+    if not (path.parent / "checkpoints").is_dir():
+        raise ValueError(f"{path.parent}: no checkpoint in it yet: let the run go on")
+    config, task = _model_and_task(config)
+    mesh = sharding.make_mesh(config.mesh)
+    tokenizer = task.tokenizer
+    checkpoints = Checkpoints(path.parent / "checkpoints", read_only=True)
+    at = checkpoints.cursor()
+    if at is None:
+        raise ValueError(f"{path.parent}: no checkpoint in it yet: let the run go on")
+    num_prompts = len(json.loads((path.parent / "prompts.json").read_text())["labels"])
+    learner = make_learner(config.model, tokenizer.vocab_size, config.learner, 1.0, mesh)
+    shapes = jax.eval_shape(learner.init, jax.eval_shape(lambda: init_params(config.model, tokenizer.vocab_size, 0)))
+    policy = jax.tree.map(
+        lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes, learner.shardings
+    )
+    allocation, *counts = jax.device_put(
+        (config.allocator.build().init(num_prompts), jnp.zeros(num_prompts, jnp.int32), jnp.zeros(num_prompts)),
+        sharding.replicated(mesh),
+    )
+    state = checkpoints.restore(at, like=State(policy, allocation, *counts))
+    sample = make_sampler(config.model, config.sampler, tokenizer.eos_ids, tokenizer.pad_id, mesh)
+    return Policy(config, task, sample, state.policy.params, at.spent)
+
+
 def _model_and_task(config: Config) -> tuple[Config, Task]:
     """The task, and the config with the shape of its model folder's model where there is one."""
     if config.model_folder is None:
@@ -94,7 +147,7 @@ def _model_and_task(config: Config) -> tuple[Config, Task]:
     if isinstance(config.task, ChainSum):
         raise ValueError(
             f"model_folder={config.model_folder} brings a tokenizer, and ChainSum has its own: give it a task of text, "
-            "like Jsonl"
+            "like Dataset"
         )
     dtypes = {"param_dtype": config.model.param_dtype, "compute_dtype": config.model.compute_dtype}
     model_config, _ = read_config(config.model_folder, **dtypes)

@@ -13,13 +13,13 @@ from cero_jax.evaluate import EvaluationConfig
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig
-from cero_jax.tasks.jsonl import Jsonl
+from cero_jax.tasks.dataset import Dataset
 
 config = Config(
     name="deepseek_r1_distill_qwen_1_5b",
     model_folder="DeepSeek-R1-Distill-Qwen-1.5B",
     model=ModelConfig(compute_dtype="bfloat16"),
-    task=Jsonl(
+    task=Dataset(
         path="gsm8k_train.jsonl",
         # The folder's chat template for one question, as text; the tokenizer puts the BOS before it.
         template="<｜User｜>{question} Please reason step by step, and put your final answer within \\boxed{}."

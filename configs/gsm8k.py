@@ -10,11 +10,11 @@ from cero_jax.evaluate import EvaluationConfig
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig
-from cero_jax.tasks.jsonl import Jsonl
+from cero_jax.tasks.dataset import Dataset
 
 config = Config(
     name="gsm8k",
-    task=Jsonl(path="gsm8k_train.jsonl", template="Q: {question}\nA: ", max_prompt_tokens=1024, num_heldout=64),
+    task=Dataset(path="gsm8k_train.jsonl", template="Q: {question}\nA: ", max_prompt_tokens=1024, num_heldout=64),
     allocator=AllocatorConfig(total_budget=20 * 32, num_epochs=10, max_group=16),
     model=ModelConfig(num_layers=2, width=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=128),
     sampler=SamplerConfig(max_completion_tokens=64),

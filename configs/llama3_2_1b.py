@@ -13,13 +13,13 @@ from cero_jax.evaluate import EvaluationConfig
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig
-from cero_jax.tasks.jsonl import Jsonl
+from cero_jax.tasks.dataset import Dataset
 
 config = Config(
     name="llama3_2_1b",
     model_folder="Llama-3.2-1B-Instruct",
     model=ModelConfig(compute_dtype="bfloat16"),
-    task=Jsonl(
+    task=Dataset(
         path="gsm8k_train.jsonl",
         # The folder's chat format for one question, as text, without its dated system message.
         template="<|start_header_id|>user<|end_header_id|>\n\n{question} Reason step by step, and end with a line "

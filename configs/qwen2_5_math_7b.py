@@ -14,14 +14,14 @@ from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig
 from cero_jax.sharding import MeshConfig
-from cero_jax.tasks.jsonl import Jsonl
+from cero_jax.tasks.dataset import Dataset
 
 config = Config(
     name="qwen2_5_math_7b",
     model_folder="Qwen2.5-Math-7B",
     model=ModelConfig(compute_dtype="bfloat16"),
     mesh=MeshConfig(fsdp=4),
-    task=Jsonl(
+    task=Dataset(
         path="gsm8k_train.jsonl",
         template="<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}."
         "<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",

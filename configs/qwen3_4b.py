@@ -14,14 +14,14 @@ from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig
 from cero_jax.sharding import MeshConfig
-from cero_jax.tasks.jsonl import Jsonl
+from cero_jax.tasks.dataset import Dataset
 
 config = Config(
     name="qwen3_4b",
     model_folder="Qwen3-4B",
     model=ModelConfig(compute_dtype="bfloat16"),
     mesh=MeshConfig(fsdp=2),
-    task=Jsonl(
+    task=Dataset(
         path="gsm8k_train.jsonl",
         # The empty thought is how the folder's chat template turns thinking off.
         template="<|im_start|>user\n{question} Please reason step by step, and put your final answer within \\boxed{}."

@@ -92,9 +92,9 @@ def test_a_function_of_settings_and_seed(task):
 
 def test_verifier_wants_the_whole_completion(task):
     question, answer = task.heldout.questions[0], task.heldout.answers[0]
-    assert task.verify(question, answer, answer) == 1.0
+    assert task.verify(question, answer, answer).reward == 1.0
     for wrong in (answer[:-1], answer + "0", "", answer + "="):
-        assert task.verify(question, wrong, answer) == 0.0
+        assert task.verify(question, wrong, answer).reward == 0.0
 
 
 def test_demonstrations_slip_at_their_rate_and_go_on_from_what_is_written(task):

@@ -10,12 +10,13 @@ import pytest
 from tiny_run import tiny_config
 
 from cero_jax import run as runs
-from cero_jax.config import from_command_line, to_json
+from cero_jax.config import from_command_line, from_json, to_json
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig
 from cero_jax.sharding import MeshConfig
-from cero_jax.tasks.jsonl import Jsonl
+from cero_jax.tasks.chain_sum import ChainSum
+from cero_jax.tasks.dataset import Dataset
 
 ROOT = Path(__file__).parent.parent
 CHAIN_SUM = str(ROOT / "configs/chain_sum.py")
@@ -37,7 +38,7 @@ def with_allocator(**changes):
         ({"sampler": SamplerConfig(top_p=0.9)}, r"top_p=0.9, top_k=0 bias the importance ratio"),
         ({"mesh": MeshConfig(fsdp=3)}, r"does not cover 8 devices"),
         ({"mesh": MeshConfig(fsdp=8), "model": ModelConfig(width=12)}, r"parameter \S+ .* does not divide"),
-        ({"task": Jsonl(path="nowhere.jsonl")}, r"nowhere.jsonl"),
+        ({"task": Dataset(path="nowhere.jsonl")}, r"nowhere.jsonl"),
         (
             {"dynamic_sampling": True, "learner": LearnerConfig(rows_per_step=16, steps_per_batch=2)},
             "needs learner.steps_per_batch=1",
@@ -57,14 +58,17 @@ def test_refused_before_any_work(tmp_path, changes, message):
         (['{"question": "1 + 1", "answer": "#### 2"}', '{"question": '], r"rows.jsonl:2"),
         (['{"question": "1 + 1", "answer": "#### 2"}', '{"question": "2"}'], r"rows.jsonl:2.*answer"),
         ([], r"rows.jsonl"),
-        (['{"question": "' + "long " * 20 + '", "answer": "1"}'] * 2, r"rows.jsonl:\d.*max_prompt_tokens=32"),
+        (
+            ['{"question": "' + "long " * 20 + '", "answer": "1"}'] * 2,
+            r"all 1 train prompts are longer than max_prompt_tokens=32: raise it",
+        ),
     ],
 )
 def test_bad_rows_are_named(tmp_path, lines, message):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message) as caught:
-        runs.start(tiny_config(tmp_path / "run", task=Jsonl(path=str(path), max_prompt_tokens=32, num_heldout=1)))
+        runs.start(tiny_config(tmp_path / "run", task=Dataset(path=str(path), max_prompt_tokens=32, num_heldout=1)))
     assert "\n" not in str(caught.value)
 
 
@@ -114,3 +118,14 @@ def test_the_saved_config_is_the_resolved_one(tmp_path):
     config = tiny_config(tmp_path / "run")
     assert json.loads(json.dumps(to_json(config))) == to_json(config)
     assert to_json(config)["learner"]["rows_per_step"] == 16
+
+
+@pytest.mark.parametrize(
+    "task", [ChainSum(num_prompts=7), Dataset(path="a.jsonl", heldout_paths=("b", "c"), system="s")]
+)
+def test_a_saved_config_is_read_back(tmp_path, task):
+    config = tiny_config(tmp_path / "run", task=task)
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+    for broken in ({}, to_json(config) | {"no_such": 1}, to_json(config) | {"task": {"kind": "Other"}}):
+        with pytest.raises(ValueError, match="not the config of a run of this version"):
+            from_json(broken)

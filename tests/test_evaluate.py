@@ -1,13 +1,16 @@
 """Held-out accuracy: a mean over prompts and samples, whatever number of rows is drawn at once."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from cero_jax import model, sharding
 from cero_jax.data import Task, encode_prompts
-from cero_jax.evaluate import EvaluationConfig, decode, evaluate
+from cero_jax.evaluate import EvaluationConfig, decode, evaluate, table, write_samples
 from cero_jax.model import ModelConfig
+from cero_jax.rewards.pool import Pool
 from cero_jax.sampler import EVAL_STEP, Rollouts, SamplerConfig, make_sampler
 from cero_jax.tokenizer import AlphabetTokenizer
 
@@ -58,6 +61,21 @@ def test_accuracy_is_the_mean_over_prompts_and_samples(rows):
     assert result.accuracy == pytest.approx((0 + 1 + 2 + 3 + 3) / 15)
     assert result.accuracy_by_label == pytest.approx({"short": (0 + 3) / 6, "long": (1 + 2 + 3) / 9})
     assert result.example == {"question": "3", "completion": "00", "answer": "gold 3", "reward": 0.0}
+    score = result.scores["all"]
+    assert list(result.scores) == ["all", "long", "short"]
+    assert (score.prompts, score.accuracy) == (5, result.accuracy)
+    assert score.low < score.accuracy < score.high
+    # of 0, 1, 2, 3 and 3 right in three: two drawn hold a right one but for the pairs of wrong ones
+    assert score.pass_at == pytest.approx({"1": 9 / 15, "2": (0 + 2 / 3 + 1 + 1 + 1) / 5})
+    assert score.status == {"right": 9, "wrong": 6, "no answer": 0, "too long": 0, "timed out": 0, "error": 0}
+    assert result.scores["short"].prompts == 2
+    assert [(s["prompt_id"], s["sample"], s["completion"]) for s in result.samples] == [
+        (i, j, f"{i}{j}") for i in range(5) for j in range(3)
+    ]
+    assert result.samples[4] == {
+        "prompt_id": 1, "sample": 1, "label": "long", "question": "14", "answer": "gold 14", "completion": "11",
+        "extracted": "", "status": "wrong", "reward": 0.0, "length": LIMIT,
+    }  # fmt: skip
     assert len(calls) == -(-15 // rows)
     assert all(call == calls[0] for call in calls)  # one shape, so one program
     assert calls[0][:3] == ("params", 11, EVAL_STEP)
@@ -90,6 +108,36 @@ def test_decode_reads_each_rows_own_length():
     tokens = np.array([[2, 3, 1], [4, 5, 6], [0, 0, 0]], np.int32)
     rollouts = Rollouts(tokens, np.zeros((3, 3), np.float32), np.array([3, 2, 0]), np.zeros(3, bool))
     assert decode(make_task(verify_table), rollouts) == ["01", "23", ""]
+
+
+def test_each_status_of_a_pool_and_a_cut_completion_is_counted():
+    """Prompt 0 times out, 1 raises, 2 is right, 3 has no answer; the second sample of each is cut, and unread."""
+
+    def sample(params, seed, step, batch):
+        rollouts = stub_sampler([])(params, seed, step, batch)
+        return rollouts._replace(truncated=batch["row_mask"] & (batch["rollout_index"] == 1))
+
+    pool = Pool("user_verifiers:by_prompt", seconds=0.5, workers=1)
+    task = make_task(None)
+    heldout = encode_prompts(QUESTIONS[:4], ["hang", "raise", "right", "none"], LABELS[:4], TOKENIZER, 3)
+    result = evaluate(sample, None, task._replace(heldout=heldout, verify=pool), EvaluationConfig(samples=2, rows=3), 0)
+    pool.close()
+    assert result.scores["all"].status == {
+        "right": 1, "wrong": 0, "no answer": 1, "too long": 4, "timed out": 1, "error": 1
+    }  # fmt: skip
+    assert result.accuracy == 1 / 8
+    assert [each["status"] for each in result.samples[::2]] == ["timed out", "error", "right", "no answer"]
+    lines = table(result.scores).splitlines()
+    assert [line.split()[0] for line in lines] == ["all", "long", "short"]
+    assert "avg@2  12.5 (" in lines[0]
+    assert "12.5 % no answer, 50.0 % too long, 12.5 % timed out, 12.5 % error" in lines[0]
+    json.dumps(result.figures())
+
+
+def test_samples_are_written_a_line_each(tmp_path):
+    samples = evaluate(stub_sampler([]), None, make_task(verify_table), EvaluationConfig(samples=2), 0).samples
+    write_samples(tmp_path / "samples.jsonl", samples)
+    assert [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == samples
 
 
 @pytest.mark.parametrize("field", ["every_rollouts", "samples", "rows"])

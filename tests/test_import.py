@@ -16,6 +16,11 @@ def test_the_package_alone_imports_nothing_heavy():
     assert not imported("import cero_jax, cero_jax.rewards") & {"jax", "jaxlib", "numpy", "flax", "optax", "orbax"}
 
 
+def test_a_verifying_process_imports_neither_jax_nor_numpy():
+    modules = imported("import cero_jax.rewards.pool, cero_jax.rewards.choice, cero_jax.rewards.final_number")
+    assert not modules & {"jax", "jaxlib", "numpy", "flax", "sympy", "pebble"}
+
+
 def test_the_allocator_imports_jax_and_numpy_only():
     modules = imported("import cero_jax; cero_jax.cero")
     assert {"jax", "numpy"} <= modules

@@ -58,6 +58,7 @@ def write(run_dir, steps, position=None):
     for step in steps:
         writer.write(step_row(step), {"sample_seconds": 0.5})
         writer.write(eval_row(step), {})
+        writer.write_samples("eval", 32 * (step + 1), [{"prompt_id": i, "completion": "ü" * step} for i in range(2)])
     position = writer.position()
     writer.close()
     return position
@@ -95,11 +96,11 @@ def test_a_crash_after_the_checkpoint_leaves_no_trace(tmp_path, lost):
     write(broken, range(3, 5), position)  # not in any checkpoint
     assert write(broken, [], position) == position
     write(broken, range(3, 5), position)
-    for name in ("metrics.jsonl", "timings.jsonl"):
+    for name in ("metrics.jsonl", "timings.jsonl", "samples.jsonl"):
         with open(broken / name, "ab") as file:
             file.write(lost)
     write(broken, range(3, 6), position)
-    for name in ("metrics.jsonl", "timings.jsonl"):
+    for name in ("metrics.jsonl", "timings.jsonl", "samples.jsonl"):
         assert (broken / name).read_bytes() == (whole / name).read_bytes()
     assert shown(tensorboard_events(broken)) == shown(tensorboard_events(whole))
     starts = [e.step for e in tensorboard_events(broken) if e.session_log.status == SessionLog.START]

@@ -7,6 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cero_jax.rewards import Verdict
+from cero_jax.rewards.choice import choice, read_choice
 from cero_jax.rewards.exact import exact
 from cero_jax.rewards.final_number import final_number, read_final_number
 
@@ -111,29 +113,29 @@ def test_read(text, number):
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:12]))
 def test_hostile_strings_end_at_once_and_earn_nothing(text):
     start = time.perf_counter()
-    assert final_number("", text, "#### 72") == 0.0
-    assert final_number("", text, text) in (0.0, 1.0)
+    assert final_number("", text, "#### 72").reward == 0.0
+    assert final_number("", text, text).reward in (0.0, 1.0)
     assert time.perf_counter() - start < 1  # a few milliseconds; the rest is for a busy machine
 
 
 @given(st.text(), st.text())
 def test_any_strings_give_a_reward(completion, answer):
-    assert final_number("", completion, answer) in (0.0, 1.0)
+    assert final_number("", completion, answer).reward in (0.0, 1.0)
 
 
 @given(st.text("0123456789.,/$%-+^*eE{}\\ #\nfracboxed", max_size=40))
 def test_strings_of_number_characters_give_a_reward(text):
     value = read_final_number(text)
-    assert final_number("", text, text) == float(value is not None)
-    assert final_number("", text, "72") == float(value == 72)
+    assert final_number("", text, text).reward == float(value is not None)
+    assert final_number("", text, "72").reward == float(value == 72)
 
 
 @given(st.integers(-(10**12), 10**12), st.integers(-(10**12), 10**12))
 def test_integers_in_every_dress(number, other):
     gold = f"so it is\n#### {number:,}"
     for dress in (f"{number}", f"The answer is {number:,}.", f"#### {number}", rf"\boxed{{{number}}}", f"{number}.00"):
-        assert final_number("", dress, gold) == 1.0
-        assert final_number("", dress, f"#### {other}") == float(number == other)
+        assert final_number("", dress, gold).reward == 1.0
+        assert final_number("", dress, f"#### {other}").reward == float(number == other)
 
 
 @given(st.fractions(max_denominator=1000))
@@ -141,18 +143,70 @@ def test_fractions_compare_exactly(value):
     numerator, denominator = value.numerator, value.denominator
     for dress in (f"{numerator}/{denominator}", rf"\boxed{{\frac{{{numerator}}}{{{denominator}}}}}"):
         assert read_final_number(dress) == value
-    assert final_number("", f"{numerator}/{denominator}", f"{3 * numerator}/{3 * denominator}") == 1.0
+    assert final_number("", f"{numerator}/{denominator}", f"{3 * numerator}/{3 * denominator}").reward == 1.0
 
 
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=6, min_value=-(10**9), max_value=10**9))
 def test_decimals_compare_exactly(value):
     assert read_final_number(f"{value:f}") == Fraction(value)
-    assert final_number("", f"{value:f}0", f"{value:f}") == 1.0
-    assert final_number("", f"{value:f}1", f"{value:f}") == 0.0
+    assert final_number("", f"{value:f}0", f"{value:f}").reward == 1.0
+    assert final_number("", f"{value:f}1", f"{value:f}").reward == 0.0
 
 
 def test_exact():
-    assert exact("", " 3489\n", "3489") == 1.0
-    assert exact("", "3489", "3489 ") == 1.0
-    assert exact("", "3489.0", "3489") == 0.0
-    assert exact("", "", "3489") == 0.0
+    assert exact("", " 3489\n", "3489").reward == 1.0
+    assert exact("", "3489", "3489 ").reward == 1.0
+    assert exact("", "3489.0", "3489").reward == 0.0
+    assert exact("", "", "3489").reward == 0.0
+
+
+def test_a_completion_without_a_number_is_no_answer_and_one_with_another_wrong():
+    assert final_number("", "no idea", "#### 72").status == "no answer"
+    assert final_number("", "it is 71", "#### 72") == Verdict(0.0, "wrong", "71")
+    assert final_number("", "it is 72.0", "#### 72") == Verdict(1.0, "right", "72")
+    assert exact("", " ", "72").status == "no answer"
+    assert exact("", "7" * 10**6, "72").extracted == "7" * 200
+
+
+CHOICES = [
+    (r"\boxed{B}", "B"),
+    (r"\boxed{\text{b}}", "B"),
+    (r"\boxed{\textbf{(B)}}", "B"),
+    (r"\boxed{A}, no: \boxed{C}", "C"),
+    ("The answer is (D).", "D"),
+    ("**Answer:** C", "C"),
+    ("Answer: C) seven", "C"),
+    ("so\n#### E", "E"),
+    ("First A.\nB", "B"),
+    ("(B)", "B"),
+    ("B.", "B"),
+    ("b", "B"),
+    ("**B**", "B"),
+    ("The answer is A or B", None),
+    (r"\boxed{A, B}", None),
+    ("The answer is a number", None),
+    ("The answer is Apple", None),
+    ("I think that it is hard", None),
+    ("", None),
+    ("5", None),
+    (r"\boxed{", None),
+    ("answer is", None),
+]
+
+
+@pytest.mark.parametrize(("text", "letter"), CHOICES)
+def test_read_choice(text, letter):
+    assert read_choice(text) == letter
+    assert choice("", text, "B").status == {"B": "right", None: "no answer"}.get(letter, "wrong")
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:12]))
+def test_hostile_strings_choose_nothing(text):
+    start = time.perf_counter()
+    assert choice("", text, "B").reward == 0.0
+    assert time.perf_counter() - start < 1
+
+
+@given(st.text(), st.text())
+def test_any_strings_give_a_choice_or_none(completion, answer):
+    assert choice("", completion, answer).reward in (0.0, 1.0)

@@ -8,7 +8,17 @@ import cero_jax
 from cero_jax import grpo
 from cero_jax.data import Prompts, Task, encode_prompts
 from cero_jax.learner import Batch
-from cero_jax.rollout import live_rows, observed_tokens, pack_live, sampling_inputs, score, step_row, visit_rate_weights
+from cero_jax.rewards import TIMED_OUT, Verdict
+from cero_jax.rollout import (
+    live_rows,
+    observed_tokens,
+    pack_live,
+    sampling_inputs,
+    score,
+    step_row,
+    step_samples,
+    visit_rate_weights,
+)
 from cero_jax.rows import plan
 from cero_jax.sampler import Rollouts
 from cero_jax.tokenizer import AlphabetTokenizer
@@ -123,6 +133,36 @@ def test_a_cut_completion_is_wrong_and_under_mask_no_part_of_its_group(truncated
     np.testing.assert_array_equal(result.batch.row_mask, want)
     assert result.batch.reward[3] == 0
     np.testing.assert_array_equal(result.num_correct, [2, 2])  # to the posterior it is a failure either way
+
+
+def test_a_verification_that_timed_out_is_charged_and_no_evidence():
+    """Rows 1 (of prompt 2) and 4, 6 (of prompt 0) time out: reward 0, drawn, and left out of the posterior."""
+    slow = {("cab", "b"), ("a", "a")}
+    verify = lambda q, c, a: Verdict(0.0, TIMED_OUT) if (q, c) in slow else REWARD[c]  # noqa: E731
+    result = score(make_task(verify), make_rows(), ROLLOUTS, "wrong", 0.5)
+    np.testing.assert_array_equal(result.num_evidence, [3, 1])
+    np.testing.assert_array_equal(result.num_correct, [1, 0])
+    np.testing.assert_array_equal(result.batch.reward, np.float32([1, 0, 0.49, 0, 0, 0, 0, 0]))
+    np.testing.assert_array_equal(result.batch.row_mask, np.arange(ROWS) < 7)
+    row = step_row(make_rows(), result)
+    assert (row["num_rollouts"], row["num_evidence"]) == ([4, 3], [3, 1])
+    assert row["status"] == {"right": 1, "wrong": 2, "no answer": 0, "too long": 1, "timed out": 3, "error": 0}
+    rows, allocator = make_rows(), cero_jax.cero(total_budget=100, num_epochs=1, discount=1.0)
+    state = allocator.update(
+        allocator.init(3), rows.visit_ids, rows.visit_sizes, result.num_correct, result.num_evidence
+    )
+    np.testing.assert_allclose(state.alpha, [0.5, 0.5, 1.5])
+    np.testing.assert_allclose(state.beta, [1.5, 0.5, 2.5])
+    assert int(state.ledger.spent) == 7
+
+
+def test_one_sample_of_each_visit_is_kept_to_read():
+    samples = step_samples(make_rows(), scored())
+    assert [(each["prompt_id"], each["completion"], each["status"]) for each in samples] == [
+        (2, "a", "right"),
+        (0, "a", "right"),
+    ]
+    assert samples[0] | {"length": 2, "reward": 1.0, "extracted": ""} == samples[0]
 
 
 def test_the_batch_pairs_each_completion_with_its_prompt():

@@ -9,10 +9,11 @@ import pytest
 from tiny_run import tiny_config
 
 import train
+from cero_jax import evaluate
 from cero_jax import run as runs
 from cero_jax.allocator.base import AllocatorState
 from cero_jax.learner import LearnerConfig
-from cero_jax.tasks.jsonl import Jsonl
+from cero_jax.tasks.dataset import Dataset
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +103,13 @@ def test_nothing_compiles_after_the_first_steps(folder):
     assert compiled == []
 
 
-def test_jsonl_rows_through_the_same_loop(folder, tmp_path):
+def test_rows_of_a_file_through_the_same_loop_and_its_policy_measured_alone(folder, tmp_path, capsys):
     path = tmp_path / "sums.jsonl"
     problems = [{"question": f"What is {a} + {a}?", "answer": f"{a} + {a} = {2 * a}\n#### {2 * a}"} for a in range(20)]
     path.write_text("\n".join(map(json.dumps, problems)))
     config = tiny_config(
         folder / "jsonl",
-        task=Jsonl(path=str(path), max_prompt_tokens=32, num_heldout=4),
+        task=Dataset(path=str(path), max_prompt_tokens=32, num_heldout=4),
         warm_start=dataclasses.replace(tiny_config("").warm_start, num_steps=0),
         allocator=dataclasses.replace(tiny_config("").allocator, total_budget=64, num_epochs=2),
         sampler=dataclasses.replace(tiny_config("").sampler, max_completion_tokens=8),
@@ -117,6 +118,25 @@ def test_jsonl_rows_through_the_same_loop(folder, tmp_path):
     rows = rows_of(config.run_dir)
     assert rows[-1]["spent"] == 64
     assert rows[-1]["example"]["question"].startswith("What is")
+    kept = [json.loads(line) for line in (config.run_dir / "samples.jsonl").read_text().splitlines()]
+    assert {each["kind"] for each in kept} == {"train", "eval"}
+    before = {path: path.read_bytes() for path in config.run_dir.rglob("*") if path.is_file()}
+    heldout = tmp_path / "other.jsonl"
+    heldout.write_text('{"problem": "What is 1 + 2?", "answer": "3"}')
+    output = tmp_path / "samples.jsonl"
+    args = ["--data", str(path), str(heldout), "--question-field=question|problem", "--samples=3", "--rows=16"]
+    evaluate.main([str(config.run_dir), *args, f"--output={output}"])
+    printed, written = capsys.readouterr().out.splitlines(), output.read_text().splitlines()
+    assert [line.split()[:4] for line in printed[-3:]] == [
+        ["all", "21", "prompts", "avg@3"],
+        ["other", "1", "prompts", "avg@3"],
+        ["sums", "20", "prompts", "avg@3"],
+    ]
+    assert len(written) == 21 * 3
+    assert {path: path.read_bytes() for path in config.run_dir.rglob("*") if path.is_file()} == before
+    with pytest.raises(SystemExit):
+        evaluate.main([str(tmp_path)])
+    assert "not the directory of a run" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, monkeypatch):

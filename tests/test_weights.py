@@ -24,7 +24,7 @@ from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig, make_sampler
 from cero_jax.sharding import MeshConfig
 from cero_jax.tasks.chain_sum import ChainSum
-from cero_jax.tasks.jsonl import Jsonl
+from cero_jax.tasks.dataset import Dataset
 from cero_jax.tokenizer import FolderTokenizer
 from cero_jax.warm_start import WarmStartConfig
 
@@ -244,7 +244,7 @@ def test_every_parameter_has_a_name(config):
 
 
 @dataclass(frozen=True)
-class EvenLength(Jsonl):
+class EvenLength(Dataset):
     """Right where the completion's length is even: an untaught policy is, now and then."""
 
     def build(self, seed, tokenizer=None):

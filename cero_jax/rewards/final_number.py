@@ -9,6 +9,8 @@ than 100 characters. Nothing is evaluated; the work is linear in the text.
 import re
 from fractions import Fraction
 
+from cero_jax.rewards import NO_ANSWER, Verdict, compared
+
 MAX_CHARS = 4096  # of the text that is searched
 MAX_NUMBER_CHARS = 100  # so that no conversion takes long
 
@@ -34,17 +36,24 @@ _FRACTION = re.compile(r"(?<!-)\\[dt]?frac\{(-?[0-9]+)\}\{([0-9]+)\}|\\[dt]?frac
 _PLAIN = (("\u2212", "-"), ("\\$", "$"), ("{,}", ","), ("\\!", ""), ("^\\circ", ""), ("^{\\circ}", ""), ("$-", "-$"))
 
 
-def final_number(question: str, completion: str, answer: str) -> float:
-    """1.0 where the completion's final number equals the answer's, exactly; else, or where there is none, 0.0."""
+def final_number(question: str, completion: str, answer: str) -> Verdict:
+    """Right where the completion's final number equals the answer's, exactly."""
     del question
     given, gold = read_final_number(completion), read_final_number(answer)
-    return float(gold is not None and given == gold)
+    if given is None:
+        return Verdict(0.0, NO_ANSWER)
+    return compared(given == gold, _text(given))
 
 
 def read_final_number(text: str) -> Fraction | None:
     """The final number of `text` by the rule above; None where there is none."""
     found = list(_NUMBER.finditer(_plain(_answer_text(text))))
     return _value(found[-1]) if found else None
+
+
+def _text(number: Fraction) -> str:
+    """The number for a reader; one of thousands of digits would take the time of a conversion and the page."""
+    return str(number) if max(abs(number.numerator), number.denominator) < 10**MAX_NUMBER_CHARS else "a huge number"
 
 
 def _answer_text(text: str) -> str:

@@ -1,0 +1,203 @@
+"""Hostile strings and real gold answers through every verifier: what is accepted, what it takes, what it costs.
+
+    python benchmarks/fuzz.py [--count 100000] [--data FOLDER]
+
+FOLDER holds gsm8k_train.jsonl, gsm8k_test.jsonl, math500.jsonl, aime24.jsonl and amc23.jsonl, as far as they are there.
+Takes about 20 minutes on two cores with the default count, nearly all of it in `math`.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from cero_jax.rewards import RIGHT, STATUSES, Verdict, verdict
+from cero_jax.rewards.choice import choice
+from cero_jax.rewards.exact import exact
+from cero_jax.rewards.final_number import final_number
+from cero_jax.rewards.pool import Pool
+
+MATHEMATICS = "cero_jax.rewards.mathematics:mathematics"
+GOLD = {"exact": "the gold answer", "final_number": "#### 7919", "choice": "Q", "math": r"\frac{7919}{104729}"}
+CANARY = "EXECUTED"  # a file that a string tries to make
+
+LATEX = str.split(
+    r"\frac \sqrt \left( \right) \left[ \right] \{ \} { } ( ) [ ] ^ _ + - * / = < > , ; : ! | & \\ \cdot \times \pm"
+    r" \infty \pi \theta \alpha x y n i e 0 1 2 9 10 100 0.5 \sum_{n=1}^{10} \prod \int_0^1 dx \lim_{x\to0} \log \sin"
+    r" \binom \begin{pmatrix} \end{pmatrix} \begin{cases} \end{cases} \text{ \mathrm{ \overline \vec \in \cup"
+    r" \subset \emptyset \mathbb{R} \le \ge \neq \approx \equiv \pmod \lfloor \rfloor \lceil \rceil \% \$ ^\circ \, ~"
+)
+ANSWERS = str.split(
+    r"5 -3 3/4 \frac{3}{4} 2\sqrt{3} (1,2) [2,\infty) x^2+1 \{4,6\} 90^\circ 1,234 10\% y=2x+3 3+4i \pi A (B) 3.14e2"
+)
+MONSTERS = [
+    "9^9^9", "9**9**9", "9^{9^{9}}", "10^8!", "(10^8)!", "99999999!", "3!!!!!!", "(" * 1000, "{" * 1000,
+    r"\boxed{" * 20000, r"\frac{1}{" * 1000, r"\sqrt{" * 300 + "2" + "}" * 300, "x^{" * 100 + "2" + "}" * 100,
+    "1+" * 5000 + "1", "9" * 100000, r"\binom{10000000}{5000000}", r"\sum_{n=1}^{100000000} n^{n}",
+    r"\int_0^1 x^{x^{x}} dx", r"\prod_{n=1}^{99999} n!", r"\left(" * 500, r"\begin{pmatrix}" * 200, "1,111" * 10000,
+    "$" * 9999, "####" * 2000, "answer is " * 2000, "\\" * 9999, "0/0", r"\frac{1}{0}", "nan", "inf", "-0",
+    "1e999999999", "0x41", "1_000", "\ufeff7", "\x00", "\ud800", "\u202e", "\u0661\u0662",
+]  # fmt: skip
+CODE = [
+    f"open('{CANARY}','w')", f"__import__('os').system('touch {CANARY}')", f"exec(\"open('{CANARY}','w')\")",
+    f"(lambda: open('{CANARY}','w'))()", f"[x for x in ().__class__.__base__.__subclasses__()][0]('{CANARY}')",
+    f"$(touch {CANARY})", f"`touch {CANARY}`", r"\input{/etc/passwd}", rf"\write18{{touch {CANARY}}}",
+    "import os; os.abort()", "x.__class__", "Symbol('x').subs", "{0.__class__}", "%(x)s %n",
+    "'; drop table rewards; --", "<script>alert(1)</script>",
+]  # fmt: skip
+DRESSES = [
+    "{}",
+    r"\boxed{{{}}}",
+    r"so \boxed{{{}}}.",
+    "#### {}",
+    "The answer is {}",
+    "Answer: ${}$",
+    "${}$",
+    "it is\n{}",
+]
+
+
+def hostile(count: int, seed: int = 0) -> Iterator[str]:
+    """`count` strings, a function of (count, seed): noise, LaTeX in no order, broken answers, code and monsters."""
+    rng = random.Random(seed)
+    for i in range(count):
+        text = (_noise, _ascii, _latex, _latex, _broken, _digits, _code, _monster)[i % 8](rng)
+        yield rng.choice(DRESSES).format(text)
+
+
+def _noise(rng: random.Random) -> str:
+    return "".join(chr(rng.choice((rng.randrange(128), rng.randrange(0x3000), rng.randrange(0x110000))))
+                   for _ in range(rng.randrange(200)))  # fmt: skip
+
+
+def _ascii(rng: random.Random) -> str:
+    return "".join(chr(rng.randrange(32, 127)) for _ in range(rng.randrange(200)))
+
+
+def _latex(rng: random.Random) -> str:
+    return rng.choice(("", " ")).join(rng.choices(LATEX, k=rng.randrange(1, 25)))
+
+
+def _broken(rng: random.Random) -> str:
+    """An answer, edited a few times."""
+    text = rng.choice(ANSWERS) + rng.choice(("", " or ", ",", "=")) + rng.choice(("", *ANSWERS))
+    for _ in range(rng.randrange(1, 5)):
+        place = rng.randrange(len(text) + 1)
+        text = text[:place] + rng.choice(("", *LATEX)) * rng.choice((1, 1, 1, 3)) + text[place + rng.randrange(2) :]
+    return text
+
+
+def _digits(rng: random.Random) -> str:
+    return "".join(rng.choices("0123456789.,/%-+^*!eE{}()$ _", k=rng.randrange(1, 60)))
+
+
+def _code(rng: random.Random) -> str:
+    return rng.choice(CODE) + rng.choice(("", "", "+1", "=5", "\n"))
+
+
+def _monster(rng: random.Random) -> str:
+    return rng.choice(("", "5+", "-")) + rng.choice(MONSTERS) + rng.choice(("", "", "=5", "+x"))
+
+
+def judge(verifier: str, pool: Pool, asked: list[tuple[str, str, str]]) -> list[Verdict]:
+    """The verdicts of the verifier of that name."""
+    if verifier == "math":
+        return pool.many(asked)
+    return [
+        verdict({"exact": exact, "final_number": final_number, "choice": choice}[verifier](*each)) for each in asked
+    ]
+
+
+def fuzz(verifier: str, pool: Pool, count: int, seed: int = 0) -> tuple[Counter, list[str], float]:
+    """(completions of each status, those accepted, the longest seconds of one outside the pool)."""
+    status, accepted, longest, batch = Counter(), [], 0.0, []
+    for i, text in enumerate(hostile(count, seed)):
+        batch.append(text)
+        if len(batch) < (1 if verifier != "math" else 1000) and i < count - 1:
+            continue
+        began = time.perf_counter()
+        found = judge(verifier, pool, [("q", each, GOLD[verifier]) for each in batch])
+        longest = max(longest, (time.perf_counter() - began) / len(batch))
+        status.update(each.status for each in found)
+        right = rf"\boxed{{{GOLD[verifier]}}}"  # which noise, of all things, may begin with
+        accepted += [each for each, of in zip(batch, found, strict=True) if of.reward and right not in each]
+        batch = []
+        if i % 10_000 == 9_999:
+            print(f"  {verifier}: {i + 1:,} so far, {dict(status)}, accepted {accepted}", file=sys.stderr, flush=True)
+    assert status.total() == count
+    assert set(status) <= set(STATUSES)
+    return status, accepted, longest
+
+
+def read_golds(folder: Path) -> dict[str, list[str]]:
+    """The gold answers of each file that is there."""
+    golds = {}
+    for name in ("gsm8k_train", "gsm8k_test", "math500", "aime24", "amc23"):
+        if (path := folder / f"{name}.jsonl").is_file():
+            rows = [json.loads(line, parse_float=str, parse_int=str) for line in path.read_text().splitlines()]
+            golds[name] = [row["answer"] for row in rows]
+    return golds
+
+
+def check_golds(verifier: str, pool: Pool, golds: list[str]) -> tuple[list[str], list[tuple[str, str]], float]:
+    """(those that fail against themselves, (gold, neighbour's) accepted though they are not the same text, seconds)."""
+
+    def dressed(gold: str) -> str:
+        return gold if "####" in gold else rf"\boxed{{{gold}}}"
+
+    final = [gold.rpartition("####")[2].strip() for gold in golds]
+    neighbours = [*range(1, len(golds)), 0]
+    began = time.perf_counter()
+    own = judge(verifier, pool, [("q", dressed(gold), gold) for gold in golds])
+    other = judge(verifier, pool, [("q", dressed(golds[j]), gold) for gold, j in zip(golds, neighbours, strict=True)])
+    seconds = time.perf_counter() - began
+    failed = [gold for gold, each in zip(golds, own, strict=True) if each.status != RIGHT]
+    passed = [(final[i], final[j]) for i, j in enumerate(neighbours) if other[i].reward and final[i] != final[j]]
+    return failed, passed, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--count", type=int, default=100_000)
+    parser.add_argument("--data", type=Path, help="folder of the real data's files")
+    parser.add_argument("--verifiers", nargs="+", default=list(GOLD))
+    parser.add_argument(
+        "--seconds", type=float, default=0.5, help="limit of one answer of `math` (default: %(default)s)"
+    )
+    given = parser.parse_args()
+    golds = read_golds(given.data) if given.data else {}
+    os.chdir(tempfile.mkdtemp())  # what a string makes is seen
+    pool = Pool(MATHEMATICS, seconds=given.seconds)
+    for verifier in given.verifiers:
+        began = time.perf_counter()
+        status, accepted, longest = fuzz(verifier, pool, given.count)
+        print(f"{verifier}: {given.count:,} hostile strings in {time.perf_counter() - began:.0f} s: {dict(status)}")
+        print(
+            f"  accepted: {accepted or 'none'}; longest {1000 * longest:.1f} ms an answer"
+            + " on average of 1,000" * (verifier == "math")
+        )
+        for name, answers in golds.items():
+            if verifier not in (("final_number", "math") if name != "math500" else ("math",)):
+                continue
+            failed, passed, seconds = check_golds(verifier, pool, answers)
+            cores = pool.workers if verifier == "math" else 1
+            print(f"  {name}: {len(answers):,} golds, failing themselves: {failed or 'none'}; accepting another's:")
+            print(f"    {passed or 'none'}; {2 * len(answers) / seconds / cores:,.0f} verified answers a second a core")
+    made = os.listdir()
+    print(f"files made by a string: {made or 'none'}")
+    pool.close()
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    print(f"largest verifying process: {peak:,.0f} MiB (address space capped at {pool.memory_mb:,})")
+
+
+if __name__ == "__main__":
+    main()

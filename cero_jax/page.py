@@ -1,0 +1,71 @@
+"""A run as one HTML file that needs no network: curves, heat map, and every prompt with its history and samples."""
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from cero_jax import report
+from cero_jax.history import mean, read_samples, replay
+
+MAX_SAMPLES = 4  # the latest of each prompt
+MAX_CHARS = 1500  # of a text; the middle of a longer one is left out
+
+
+def write_page(run: report.Run, path: Path | str) -> None:
+    """Write the page. Raises OSError where it cannot be written."""
+    template = resources.files("cero_jax").joinpath("page.html").read_text(encoding="utf-8")
+    data = json.dumps(page_data(run), separators=(",", ":"))
+    # A completion may hold "</script>", and every text is put in as text, never as HTML.
+    Path(path).write_text(template.replace("/*DATA*/null", data.replace("<", "\\u003c")), encoding="utf-8")
+
+
+def page_data(run: report.Run) -> dict[str, Any]:
+    """What the page shows, in plain values."""
+    visits, posterior = replay(run)
+    samples, where, live = read_samples(run), report.allocation(run), report.live_curve([run])
+    names = sorted({name for row in run.evals for name in row.get("accuracy_by_label", {})})
+    curves = {"all": [[row["spent"], row["accuracy"]] for row in run.evals]}
+    if len(names) > 1:
+        curves |= {n: [[r["spent"], r["accuracy_by_label"][n]] for r in run.evals] for n in names}
+    prompts = [
+        {
+            "label": run.labels[i],
+            "question": _clip(run.questions[i]) if run.questions else "",
+            "answer": _clip(run.answers[i]) if run.answers else "",
+            "rollouts": sum(v.rollouts for v in visits[i]),
+            "correct": sum(v.correct for v in visits[i]),
+            "mean": round(float(posterior[0, i] / posterior[:, i].sum()), 4),
+            # epoch, spent, rollouts, right, timed out, posterior mean before and after
+            "visits": [[*v[:5], round(mean(v.before), 4), round(mean(v.after), 4)] for v in visits[i]],
+            "samples": [
+                {key: _clip(each[key]) for key in ("spent", "status", "length", "extracted", "completion")}
+                for each in samples.get(i, [])[-MAX_SAMPLES:]
+            ],
+        }
+        for i in range(len(run.labels))
+    ]
+    config = run.config
+    return {
+        "title": f"{config['name']}, {config['allocator']['name']}, seed {config['seed']}",
+        "spent": run.steps[-1]["spent"],
+        "budget": config["allocator"].get("total_budget"),
+        "scores": run.evals[-1].get("scores", {}),
+        "accuracy": curves,
+        "live": [[float(x), float(y)] for x, y in zip(live.spent, live.mean, strict=True)],
+        "reward": [[row["spent"], row["reward"]] for row in run.steps if "reward" in row],
+        "map": {
+            "labels": list(where.labels),
+            "first_epoch": where.first_epoch.tolist(),
+            "share": where.share.round(4).tolist(),
+            "of_rollouts": where.of_rollouts.tolist(),
+            "of_prompts": where.of_prompts.tolist(),
+        },
+        "prompts": prompts,
+    }
+
+
+def _clip(text: Any) -> Any:
+    if not isinstance(text, str) or len(text) <= MAX_CHARS:
+        return text
+    return f"{text[: MAX_CHARS // 2]} [...] {text[-MAX_CHARS // 2 :]}"

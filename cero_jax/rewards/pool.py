@@ -1,0 +1,188 @@
+"""Verifiers in processes of their own, where none of them can stop the run: whatever hangs, dies or eats is killed.
+
+Workers are spawned (forking a process in which JAX has started deadlocks), run no main module again and import no jax.
+The parent enforces the time limit by killing, and the kernel the memory limit. Built on pebble.
+"""
+
+import contextlib
+import importlib
+import logging
+import math
+import os
+import resource
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import CancelledError
+from concurrent.futures.process import BrokenProcessPool
+from importlib.machinery import ModuleSpec
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Any
+
+from cero_jax.rewards import ERROR, TIMED_OUT, Verdict, Verifier, verdict
+
+MAX_WORKERS = 16  # where nobody says: they share one pipe
+RENEWALS = 3  # times that a broken pool is made anew for the same batch
+OUT_OF_MEMORY = 77  # exit code of a worker that reached its limit: its memory may never come back, so it ends
+
+ORPHAN_SECONDS = 5.0  # beyond the limit, after which an answer ends its worker where no parent is left to do so
+
+_starting = threading.Lock()
+
+
+class Pool:
+    """The verifier `module:function` run in worker processes; what goes wrong there is a status, never an exception.
+
+    function: of (question, completion, answer), as `module:function`; the module is looked for as the caller would. Its
+      `warm_up()`, where it has one, is called before the first answer.
+    seconds: wall-clock limit of one answer; memory_mb: address space of a worker; workers: processes, None one
+      a core and at most 16.
+    The processes start with the first answer and end with this one. Raises ImportError without pebble.
+    """
+
+    def __init__(self, function: str, *, seconds: float = 3.0, memory_mb: int = 2048, workers: int | None = None):
+        if not seconds > 0 or memory_mb < 256 or (workers is not None and workers < 1):
+            raise ValueError(
+                f"verifier: seconds={seconds} must be positive, memory_mb={memory_mb} at least 256, workers={workers} "
+                "at least 1"
+            )
+        self.function, self.seconds, self.memory_mb = function, seconds, memory_mb
+        self.workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
+        self._logged = False
+        self._pool = self._new()
+
+    def __call__(self, question: str, completion: str, answer: str) -> Verdict:
+        """The verdict on one answer."""
+        return self.many([(question, completion, answer)])[0]
+
+    def many(self, asked: Sequence[tuple[str, str, str]]) -> list[Verdict]:
+        """The verdicts on (question, completion, answer) each, in order. Blocks until the last is there."""
+        verdicts: list[Verdict | None] = [None] * len(asked)
+        for _ in range(1 + RENEWALS):
+            waiting = [i for i, found in enumerate(verdicts) if found is None]
+            if not waiting:
+                break
+            if not self._pool.active:
+                self.close()
+                self._pool = self._new()
+            futures = [self._pool.schedule(_verify, args=asked[i], timeout=self.seconds) for i in waiting]
+            for i, future in zip(waiting, futures, strict=True):
+                verdicts[i] = _outcome(future, self.seconds)
+        found = [each or Verdict(0.0, ERROR, "the pool of verifiers broke again and again") for each in verdicts]
+        self._log_first_error(found)
+        return found
+
+    def check(self) -> None:
+        """Raise ValueError where the function cannot be imported."""
+        if failure := self._pool.schedule(_loaded).result():
+            raise ValueError(f"verifier={self.function!r} cannot be loaded: {failure}; memory_mb={self.memory_mb}")
+
+    def close(self) -> None:
+        """End the workers."""
+        self._pool.stop()
+        self._pool.join()
+
+    def _new(self):
+        from pebble import ProcessPool
+
+        settings = (self.function, self.memory_mb * 2**20, self.seconds + ORPHAN_SECONDS)
+        return ProcessPool(self.workers, initializer=_start, initargs=settings, context=_Spawn())
+
+    def _log_first_error(self, verdicts: list[Verdict]) -> None:
+        for each in verdicts:
+            if each.status == ERROR and not self._logged:
+                self._logged = True
+                logging.getLogger("cero_jax").warning(
+                    "verifier %s: %s (reward 0; later errors are only counted)", self.function, each.extracted
+                )
+
+
+def _outcome(future, seconds: float) -> Verdict | None:
+    """What became of an answer; None where it was not looked at, because the pool broke before."""
+    from pebble import ProcessExpired
+
+    try:
+        return future.result()
+    except TimeoutError:
+        return Verdict(0.0, TIMED_OUT, f"after {seconds:g} s")
+    except ProcessExpired as error:
+        why = "out of memory" if error.exitcode == OUT_OF_MEMORY else f"exit code {error.exitcode}"
+        return Verdict(0.0, ERROR, f"the worker died: {why}")
+    except (BrokenProcessPool, CancelledError):
+        return None
+    except Exception as error:  # it could not be sent over: an odd string or result
+        return Verdict(0.0, ERROR, f"{type(error).__name__}: {error}"[:500])
+
+
+class _Process(SpawnProcess):
+    """Spawned without the caller's main module, which would import jax and start a run in every worker."""
+
+    def start(self) -> None:
+        main: Any = sys.modules["__main__"]
+        with _starting:
+            kept = main.__spec__
+            main.__spec__ = ModuleSpec("__main__", None)  # the child takes it that there is nothing to import
+            try:
+                super().start()
+            finally:
+                main.__spec__ = kept
+
+
+class _Spawn(SpawnContext):
+    Process = _Process  # type: ignore[assignment]
+
+
+# From here on: in the worker.
+
+_function: Verifier | None = None
+_failure = ""  # why there is none
+_orphan_seconds = 0.0
+
+
+def _start(function: str, memory_bytes: int, orphan_seconds: float) -> None:
+    """Limits, then the verifier: its imports are not on any answer's clock."""
+    global _function, _failure, _orphan_seconds
+    _orphan_seconds = orphan_seconds
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else a loop in C holds the handler off, and the kill takes seconds
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    module, _, name = function.partition(":")
+    try:
+        imported = importlib.import_module(module)
+        getattr(imported, "warm_up", bool)()
+        _function = getattr(imported, name)
+    except BaseException as error:  # any exception: a worker that fails to start would break the whole pool
+        _failure = _one_line(error)
+
+
+def _verify(question: str, completion: str, answer: str) -> Verdict:
+    """In the worker: the verdict, or what was raised, in one line."""
+    if _function is None:
+        return Verdict(0.0, ERROR, _failure)
+    signal.setitimer(signal.ITIMER_REAL, _orphan_seconds)  # the kernel ends it then: SIGALRM has no handler
+    try:
+        result = verdict(_function(question, completion, answer))
+        if not math.isfinite(result.reward):
+            return Verdict(0.0, ERROR, f"it gave {result.reward}: a reward must be finite")
+        return Verdict(float(result.reward), str(result.status), str(result.extracted)[:500])
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+    except BaseException as error:  # SystemExit among them
+        return Verdict(0.0, ERROR, _one_line(error))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _loaded() -> str:
+    """In the worker: why there is no function; "" where there is."""
+    return _failure
+
+
+def _one_line(error: BaseException) -> str:
+    where = ""
+    with contextlib.suppress(Exception):
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f" ({frame.filename}:{frame.lineno})"
+    return f"{type(error).__name__}: {error}".replace("\n", " ")[:400] + where

@@ -1,0 +1,38 @@
+"""What a figure from a few prompts and samples is worth: pass@k without bias, and intervals over prompts."""
+
+import numpy as np
+from scipy import stats
+
+
+def pass_at_k(num_correct: np.ndarray, num_samples: int, k: int) -> np.ndarray:
+    """[N] probability that one of k samples of a prompt is right: 1 - C(n - c, k) / C(n, k), without bias for k <= n.
+
+    num_correct: [N] int, c of the n = num_samples that are right. Raises ValueError where k is not in 1..n.
+    Source: Chen et al. 2021 (arXiv 2107.03374), equation 1, as a product that does not overflow.
+    """
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"pass@{k} needs k in 1..{num_samples}, the samples a prompt")
+    wrong = num_samples - np.asarray(num_correct, int)
+    drawn = np.arange(k)  # the j-th draw without replacement is wrong too with (wrong - j) / (n - j)
+    all_wrong = np.prod(np.maximum(wrong[..., None] - drawn, 0) / (num_samples - drawn), axis=-1)
+    return 1 - all_wrong
+
+
+def bootstrap_interval(values: np.ndarray, confidence: float = 0.95, draws: int = 2000) -> tuple[float, float]:
+    """(low, high) for the mean of prompts like these: a bootstrap over prompts, fixed draws, so it is reproducible.
+
+    values: [N] each prompt's mean reward, or its pass@k. The percentiles are widened for small N, as Student's t is
+    (the expanded percentile interval; Hesterberg 2015, arXiv 1411.5279). Where all values are 0 or all are 1,
+    of which a bootstrap knows no spread, the exact binomial interval over prompts. N = 1 gives (0, 1).
+    """
+    values = np.asarray(values, float)
+    number, tail = len(values), (1 - confidence) / 2
+    if number < 2:
+        return 0.0, 1.0
+    if np.all(values == values[0]) and values[0] in (0, 1):
+        edge = tail ** (1 / number)
+        return (0.0, 1 - edge) if values[0] == 0 else (edge, 1.0)
+    times = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=draws)
+    tail = stats.norm.cdf(np.sqrt(number / (number - 1)) * stats.t.ppf(tail, number - 1))
+    low, high = np.quantile(times @ values / number, [tail, 1 - tail])
+    return float(low), float(high)

@@ -1,0 +1,134 @@
+"""Rows of JSONL and Parquet files, and the text in their fields; what is wrong is one line with file, row and field."""
+
+import glob
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def find_files(pattern: str) -> list[Path]:
+    """The files of a path or glob ("data/**/*.jsonl"), sorted. Raises FileNotFoundError, or ValueError at a folder."""
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return [path]
+    if path.exists():
+        raise ValueError(f"{pattern}: not a regular file: give the path of a file, or a glob of files")
+    found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+    if not found:
+        raise FileNotFoundError(f"{pattern}: no such file: give the path of a JSONL or Parquet file, or a glob")
+    return found
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("file:row", row) of each row, numbers as they are written; a file ending in .parquet is Parquet, others JSONL.
+
+    Raises ValueError naming what is wrong, and where.
+    """
+    return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A BOM, CRLF and blank lines are fine."""
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                line = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
+                if line.strip():
+                    yield f"{path}:{number}", _object(f"{path}:{number}", line)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
+
+
+def _object(source: str, line: bytes) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            key = next(key for i, (key, _) in enumerate(pairs) if key in [k for k, _ in pairs[:i]])
+            raise KeyError(key)
+        return row
+
+    try:
+        row = json.loads(line.decode("utf-8"), parse_float=str, parse_int=str, object_pairs_hook=once)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not UTF-8 at byte {error.start + 1} of the line: save it as UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{source}: broken JSON at column {error.colno} ({error.msg}): mend the line") from error
+    except RecursionError as error:
+        raise ValueError(f"{source}: JSON nested too deep: mend or drop the line") from error
+    except KeyError as error:
+        raise ValueError(f"{source}: field {error} is there twice in one object: keep one of them") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{source}: not a JSON object: expected {{...}} with the fields by name")
+    return row
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: Parquet needs pyarrow: pip install 'cero_jax[parquet]', or give JSONL") from error
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        why = str(error).partition("\n")[0][:200]
+        raise ValueError(f"{path}: broken Parquet after row {number} ({why}): write the file again") from error
+
+
+def pick(source: str, row: dict[str, Any], field: str) -> Any:
+    """The value of a field: a name, a path into nested ones ("a.b.0"), or several, "a|b": the first there is."""
+    for path in field.split("|"):
+        value, missing = row.get(path), path not in row
+        if missing:
+            value, missing = _descend(row, path.split("."))
+        if not missing:
+            return value
+    raise ValueError(f"{source}: no field {field!r} (there are {', '.join(map(repr, row))[:300]}): name the right one")
+
+
+def _descend(value: Any, path: list[str]) -> tuple[Any, bool]:
+    for part in path:
+        if isinstance(value, dict) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isascii() and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None, True
+    return value, False
+
+
+def text(source: str, field: str, value: Any) -> str:
+    """A field's value as text. Raises ValueError where it is empty, or neither text nor a finite number."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        value = str(value)  # Parquet's; JSON's numbers were kept as written
+    if not isinstance(value, str):
+        shown = json.dumps(value, default=repr)[:40]
+        raise ValueError(f"{source}: field {field!r} is {shown}, neither text nor a number: mend it")
+    if not value.strip():
+        raise ValueError(f"{source}: field {field!r} is empty: fill it or drop the row")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{source}: field {field!r} holds half a surrogate pair, which is no text: mend it") from error
+    return value
+
+
+def messages(source: str, field: str, value: Any) -> list[dict[str, str]]:
+    """A question as the messages of a chat: a list of {"role", "content"} as it is, text as one of the user's."""
+    if not isinstance(value, list):
+        return [{"role": "user", "content": text(source, field, value)}]
+    if not value or not all(isinstance(each, dict) and {"role", "content"} <= each.keys() for each in value):
+        shown = json.dumps(value, default=repr)[:40]
+        raise ValueError(
+            f"{source}: field {field!r} is {shown}, neither text nor a number nor a list of messages with role and "
+            "content: mend it"
+        )
+    return [{key: text(source, f"{field}.{i}.{key}", each[key]) for key in ("role", "content")}
+            for i, each in enumerate(value)]  # fmt: skip

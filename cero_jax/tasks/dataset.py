@@ -1,0 +1,180 @@
+"""Question and answer from JSONL or Parquet files: the rows of GSM8K, MATH, DAPO and AIME, and files of your own."""
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from cero_jax import tables
+from cero_jax.data import Prompts, Task, encode_prompts
+from cero_jax.rewards import RIGHT, Verifier, verdict
+from cero_jax.rewards.choice import choice
+from cero_jax.rewards.exact import exact
+from cero_jax.rewards.final_number import final_number
+from cero_jax.rewards.pool import Pool
+from cero_jax.tokenizer import ByteTokenizer, Tokenizer
+
+INLINE = {"final_number": final_number, "exact": exact, "choice": choice}  # cheap and linear: no process of their own
+POOLED = {"math": "cero_jax.rewards.mathematics:mathematics"}
+
+_STREAM = 3  # keeps this draw apart from other uses of the same seed
+
+
+class Row(NamedTuple):
+    source: str  # "file:row"
+    messages: list[dict[str, str]]  # role and content; the question is the last
+    answer: str
+    label: str
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Prompts and gold answers from files of rows."""
+
+    path: str
+    """The training file or a glob of files: JSONL, or Parquet where the name ends in .parquet."""
+    question_field: str = "question"
+    """Field of the question, text or messages; "reward_model.ground_truth" looks inside, "problem|question" at both."""
+    answer_field: str = "answer"
+    """Field of the gold answer, in the same way."""
+    template: str = "{question}"
+    """The prompt; {question} stands for the question, any other text for itself."""
+    system: str | None = None
+    """Text that goes before every prompt: the system message under `chat`, else a paragraph of its own."""
+    chat: bool = False
+    """Render the prompt by the chat template of the model folder's tokenizer."""
+    verifier: str = "final_number"
+    """final_number ("#### 72" is read), exact, choice (a letter), math (math-verify), or a function of your own as
+    module:function, (question, completion, answer) -> float."""
+    verifier_seconds: float = 3.0
+    """Wall-clock limit of one answer (math and your own)."""
+    verifier_memory_mb: int = 2048
+    """Address space of a verifying process (math and your own)."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt in tokens; longer ones are dropped and counted."""
+    heldout_paths: tuple[str, ...] = ()
+    """Held-out files or globs with the same fields, each a data set under its name; none holds rows of `path` out."""
+    num_heldout: int = 256
+    """Rows of `path` held out, drawn by the seed, where there is no held-out file."""
+
+    def build(self, seed: int, tokenizer: Tokenizer | None = None) -> Task:
+        """Read the task: a function of the files, these settings, `seed` and the tokenizer (None: bytes).
+
+        Raises FileNotFoundError at a missing file, ValueError at whatever else is wrong, naming file, row and field.
+        """
+        tokenizer = tokenizer or ByteTokenizer()
+        if "{question}" not in self.template:
+            raise ValueError(f"template={self.template!r} must hold {{question}}, where the question goes")
+        if self.chat and not hasattr(tokenizer, "chat"):
+            raise ValueError("chat=True needs the tokenizer of a model folder with a chat template: give model_folder")
+        verify = self._verifier()
+        rows = self._read(self.path, "all")
+        if self.heldout_paths:
+            several = len(self.heldout_paths) > 1
+            heldout = [
+                row for path in self.heldout_paths for row in self._read(path, _stem(path) if several else "all")
+            ]
+        elif not 1 <= self.num_heldout < len(rows):
+            raise ValueError(
+                f"num_heldout={self.num_heldout} must be at least 1 and leave a row of the {len(rows)} in {self.path} "
+                "to train on: change it, or name heldout_paths"
+            )
+        else:
+            order = np.random.default_rng((seed, _STREAM)).permutation(len(rows))
+            heldout = [rows[i] for i in order[-self.num_heldout :]]
+            rows = [rows[i] for i in sorted(order[: -self.num_heldout])]
+        self._check_gold(verify, rows + heldout)
+        train, held = (self._encode(part, tokenizer, name) for part, name in ((rows, "train"), (heldout, "held-out")))
+        _report_duplicates(train, held)
+        return Task(train, held, tokenizer, verify, None)
+
+    def _verifier(self) -> Verifier:
+        if self.verifier in INLINE:
+            return INLINE[self.verifier]
+        function = POOLED.get(self.verifier, self.verifier)
+        if ":" not in function:
+            names = ", ".join((*INLINE, *POOLED))
+            raise ValueError(f"verifier={self.verifier!r} is not one of {names}, nor module:function")
+        pool = Pool(function, seconds=self.verifier_seconds, memory_mb=self.verifier_memory_mb)
+        pool.check()
+        return pool
+
+    def _read(self, pattern: str, label: str) -> list[Row]:
+        rows = []
+        for file in tables.find_files(pattern):
+            for source, row in tables.read_rows(file):
+                question = tables.messages(source, self.question_field, tables.pick(source, row, self.question_field))
+                answer = tables.text(source, self.answer_field, tables.pick(source, row, self.answer_field))
+                rows.append(Row(source, question, answer, label))
+        if not rows:
+            raise ValueError(f"{pattern}: no row in it: expected one JSON object a line")
+        return rows
+
+    def _check_gold(self, verify: Verifier, rows: list[Row]) -> None:
+        """Each gold answer passes its verifier; a function of the user's may want more than the bare answer."""
+        if self.verifier not in INLINE and self.verifier not in POOLED:
+            return
+        asked = [
+            ("", rf"\boxed{{{row.answer}}}" if self._is_bare(row.answer) else row.answer, row.answer) for row in rows
+        ]
+        found = verify.many(asked) if isinstance(verify, Pool) else [verdict(verify(*each)) for each in asked]
+        for row, each in zip(rows, found, strict=True):
+            if each.status != RIGHT:
+                raise ValueError(
+                    f"{row.source}: the gold answer in {self.answer_field!r} fails verifier={self.verifier!r} itself "
+                    f"({each.status}): {row.answer[-60:]!r}: name another verifier, or mend or drop the row"
+                )
+
+    def _is_bare(self, answer: str) -> bool:
+        """Whether `math` would not find the answer in this text, which is nothing else."""
+        return self.verifier == "math" and "\\boxed{" not in answer and "####" not in answer
+
+    def _encode(self, rows: list[Row], tokenizer: Tokenizer, name: str) -> Prompts:
+        prompts = encode_prompts(
+            [self._prompt(row, tokenizer) for row in rows],
+            [row.answer for row in rows],
+            [row.label for row in rows],
+            tokenizer,
+            self.max_prompt_tokens,
+            [row.source for row in rows],
+            drop_long=True,
+        )
+        dropped = len(rows) - len(prompts.questions)
+        if not prompts.questions:
+            raise ValueError(
+                f"all {dropped} {name} prompts are longer than max_prompt_tokens={self.max_prompt_tokens}: raise it"
+            )
+        if dropped:
+            _log.warning(
+                "%d of %d %s prompts dropped: longer than %d tokens", dropped, len(rows), name, self.max_prompt_tokens
+            )
+        return prompts
+
+    def _prompt(self, row: Row, tokenizer: Tokenizer) -> str:
+        *before, last = row.messages
+        last = last | {"content": self.template.replace("{question}", last["content"])}
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        messages = [*system, *before, last]
+        if self.chat:
+            return tokenizer.chat(messages)  # type: ignore[attr-defined]
+        return "\n\n".join(message["content"] for message in messages)
+
+
+def _report_duplicates(train: Prompts, heldout: Prompts) -> None:
+    """Say what a user would want to know of before a run: they are kept."""
+    times = Counter(train.questions)
+    if again := len(train.questions) - len(times):
+        pairs = len(set(zip(train.questions, train.answers, strict=True)))
+        _log.warning("%d training prompts are duplicates of others; %d of them with another gold answer", again,
+                     pairs - len(times))  # fmt: skip
+    if leaked := sum(question in times for question in heldout.questions):
+        _log.warning("%d of %d held-out prompts are training prompts too", leaked, len(heldout.questions))
+
+
+def _stem(path: str) -> str:
+    return path.rpartition("/")[2].partition(".")[0]
+
+
+_log = logging.getLogger("cero_jax")

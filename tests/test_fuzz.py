@@ -1,0 +1,51 @@
+"""Hostile strings through every verifier, gold answers against their neighbours: benchmarks/fuzz.py made small."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import fuzz
+
+from cero_jax.rewards.pool import Pool
+
+GOLDS = {  # in the shape of GSM8K's, AIME's, AMC's and MATH-500's
+    "final_number": ["48/2 = <<48/2=24>>24\n#### 72", "#### 1,234", "#### -5", "204", "033", "27.0"],
+    "math": ["#### 72", "033", "27.0", r"\left( 3, \frac{\pi}{2} \right)",
+             "p - q", r"\frac{14}{3}", "9", r"\text{Evelyn}",
+             r"6 - 5i", r"\left(-\infty, 5\right]", r"\begin{pmatrix} -7 \\ 16 \end{pmatrix}", "10\\%", r"3\sqrt{13}"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = Pool(fuzz.MATHEMATICS, seconds=0.5)
+    yield pool
+    pool.close()
+
+
+# `math` takes some 20 ms for each: fewer here, 100,000 of them in benchmarks/fuzz.py
+@pytest.mark.parametrize(
+    ("verifier", "count"), [("exact", 2000), ("final_number", 2000), ("choice", 2000), ("math", 300)]
+)
+def test_hostile_strings_earn_nothing_and_none_is_executed(pool, tmp_path, monkeypatch, verifier, count):
+    monkeypatch.chdir(tmp_path)
+    status, accepted, longest = fuzz.fuzz(verifier, pool, count, seed=1)
+    assert accepted == []
+    assert status.total() == count
+    assert status["error"] == 0
+    assert longest < 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verifier", GOLDS)
+def test_gold_answers_verify_against_themselves_and_not_their_neighbours(pool, verifier):
+    failed, passed, _ = fuzz.check_golds(verifier, pool, GOLDS[verifier])
+    assert failed == []
+    assert passed == []
+
+
+def test_strings_are_a_function_of_the_seed():
+    assert list(fuzz.hostile(100, 3)) == list(fuzz.hostile(100, 3)) != list(fuzz.hostile(100, 4))

@@ -1,0 +1,150 @@
+"""Verifiers in processes of their own: each way to go wrong is made for real, and the other rows stand."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+from user_verifiers import misbehave
+
+from cero_jax.rewards import ERROR, RIGHT, TIMED_OUT, WRONG, Verdict
+from cero_jax.rewards.pool import Pool
+
+FOLDER = os.path.dirname(__file__)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    pool = Pool("user_verifiers:misbehave", seconds=1.0, memory_mb=512, workers=2)
+    yield pool
+    pool.close()
+
+
+def many(pool, *completions):
+    return pool.many([("q", completion, "gold") for completion in completions])
+
+
+def test_rewards_keep_their_order(pool):
+    texts = ["gold" if i % 3 == 0 else f"other {i}" for i in range(200)]
+    assert [each.status for each in many(pool, *texts)] == [RIGHT if i % 3 == 0 else WRONG for i in range(200)]
+    assert pool("q", "gold", "gold") == Verdict(1.0, RIGHT)
+    assert misbehave("q", "gold", "gold") == 1.0
+    assert pool.many([]) == []
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "why"),
+    [
+        ("raise", ERROR, r"KeyError: 'a bug\\nof mine' \("),
+        ("hang", TIMED_OUT, "after 1 s"),
+        ("compute", TIMED_OUT, "after 1 s"),
+        ("ignore", TIMED_OUT, "after 1 s"),
+        ("eat", ERROR, "the worker died: out of memory"),
+        ("die", ERROR, "the worker died: exit code -9"),
+        ("leave", ERROR, "SystemExit: 0"),
+        ("quit", ERROR, "the worker died: exit code 3"),
+        ("nan", ERROR, "it gave nan: a reward must be finite"),
+        ("text", ERROR, "ValueError: could not convert"),
+        ("none", ERROR, "TypeError"),
+    ],
+)
+def test_what_goes_wrong_is_a_status_and_the_other_rows_stand(pool, what, status, why):
+    started = time.monotonic()
+    verdicts = many(pool, "gold", what, "gold", "no", what, "gold")
+    assert time.monotonic() - started < 20  # the limit, the kill and two workers' start; the rest for a busy machine
+    assert [each.reward for each in verdicts] == [1, 0, 1, 0, 0, 1]
+    assert [each.status for each in verdicts] == [RIGHT, status, RIGHT, WRONG, status, RIGHT]
+    assert verdicts[1].extracted.startswith(why.replace(r"\\", "\\").replace(r"\(", "("))
+
+
+def test_a_verdict_of_the_users_own_comes_through(pool):
+    assert many(pool, "object") == [Verdict(0.25, "no answer", "seen")]
+
+
+def test_workers_import_no_jax_and_run_no_main_module_again(pool):
+    assert "jax" in sys.modules  # this process has it
+    _, _, rest = many(pool, "where")[0].extracted.partition("[")
+    assert rest == "] None"
+
+
+def test_a_worker_killed_from_outside_is_replaced(pool):
+    for _ in range(2):
+        before = {each.extracted.split()[0] for each in many(pool, *["where"] * 40)}
+        for pid in before:
+            os.kill(int(pid), signal.SIGKILL)
+        verdicts = many(pool, *["gold", "no"] * 10, "where")
+        assert [each.reward for each in verdicts] == [1.0, 0.0] * 10 + [0.0]
+        assert verdicts[-1].extracted.split()[0] not in before
+
+
+def test_the_first_error_is_logged_once(caplog):
+    pool = Pool("user_verifiers:misbehave", workers=1)
+    many(pool, "raise", "raise")
+    many(pool, "raise")
+    pool.close()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "user_verifiers:misbehave: KeyError" in line
+    assert "user_verifiers.py:" in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        ("no_such_module:f", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("user_verifiers:no_such", "AttributeError: module 'user_verifiers' has no attribute 'no_such'"),
+    ],
+)
+def test_a_function_that_is_not_there_is_refused(function, why):
+    pool = Pool(function, workers=1)
+    with pytest.raises(ValueError, match=f"verifier='{function}' cannot be loaded: {why}"):
+        pool.check()
+    assert many(pool, "gold")[0].status == ERROR
+    pool.close()
+
+
+@pytest.mark.parametrize("wrong", [{"seconds": 0}, {"memory_mb": 10}, {"workers": 0}])
+def test_limits_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match="=".join(map(str, *wrong.items()))):
+        Pool("user_verifiers:length", **wrong)
+
+
+def test_a_script_is_not_run_again_and_its_workers_end_with_it(tmp_path):
+    """As `python train.py` does it: a main module with no guard, jax imported, killed in the middle."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import sys, time
+            sys.path[:0] = [{FOLDER!r}, {os.path.dirname(FOLDER)!r}]
+            import jax
+            jax.numpy.zeros(2) + 1
+            print("main runs", flush=True)
+            from cero_jax.rewards.pool import Pool
+            pool = Pool("user_verifiers:misbehave", workers=2)
+            print(*(each.extracted for each in pool.many([("", "where", "")] * 40)), sep="\\n", flush=True)
+            if sys.argv[1:]:
+                pool.many([("", "hang", "")] * 8)
+            """
+        )
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, timeout=60)
+    lines = ended.stdout.splitlines()
+    assert lines.count("main runs") == 1
+    assert len(lines) == 41
+    assert all(line.endswith("[] None") for line in lines[1:])
+    assert ended.stderr == ""
+    killed = subprocess.Popen([sys.executable, script, "hang"], stdout=subprocess.PIPE, text=True)
+    assert killed.stdout is not None
+    lines = [killed.stdout.readline() for _ in range(41)]
+    killed.kill()
+    killed.wait()
+    killed.stdout.close()
+    for pids in ({line.split()[0] for line in lines[1:]}, {line.split()[0] for line in ended.stdout.splitlines()[1:]}):
+        deadline = time.monotonic() + 30
+        while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)

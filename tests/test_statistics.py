@@ -1,0 +1,71 @@
+"""pass@k against all subsets, and intervals that cover at their rate on simulated models."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from cero_jax.statistics import bootstrap_interval, pass_at_k
+
+
+@pytest.mark.parametrize("num_samples", range(1, 9))
+def test_avg_and_pass_at_k_equal_the_mean_over_all_subsets(num_samples):
+    rng = np.random.default_rng(num_samples)
+    outcomes = rng.random((20, num_samples)) < rng.random((20, 1))
+    for k in range(1, num_samples + 1):
+        chosen = [list(subset) for subset in combinations(range(num_samples), k)]
+        any_right = np.mean([outcomes[:, subset].any(axis=1) for subset in chosen], axis=0)
+        mean_right = np.mean([outcomes[:, subset].mean(axis=1) for subset in chosen], axis=0)
+        np.testing.assert_allclose(pass_at_k(outcomes.sum(axis=1), num_samples, k), any_right, atol=1e-12)
+        np.testing.assert_allclose(outcomes.mean(axis=1), mean_right)  # avg@n is without bias for every avg@k
+
+
+def test_pass_at_k_of_many_samples_does_not_overflow():
+    assert pass_at_k(np.array([0, 1, 5000, 10_000]), 10_000, 100).tolist() == pytest.approx(
+        [0, 0.01, 1 - 0.5**100, 1], abs=1e-9
+    )
+
+
+@pytest.mark.parametrize("k", [0, 5])
+def test_pass_at_k_needs_that_many_samples(k):
+    with pytest.raises(ValueError, match=rf"pass@{k} needs k in 1..4"):
+        pass_at_k(np.array([1]), 4, k)
+
+
+MODELS = {  # success rates of a data set's prompts
+    "solved or hopeless": lambda rng, n: rng.beta(0.3, 0.5, n),
+    "alike": lambda rng, n: np.full(n, 0.4),
+    "strong": lambda rng, n: rng.beta(4, 1, n),
+}
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+@pytest.mark.parametrize("num_prompts", [30, 100])
+@pytest.mark.parametrize("model", MODELS)
+def test_intervals_cover_at_their_nominal_rate(model, num_prompts, confidence):
+    """500 data sets of prompts like these, 4 samples each: the true mean lies inside as often as is said."""
+    rng = np.random.default_rng(0)
+    truth = MODELS[model](rng, 10**6).mean()
+    covered = 0
+    for _ in range(500):
+        rates = MODELS[model](rng, num_prompts)
+        low, high = bootstrap_interval(rng.binomial(4, rates) / 4, confidence, draws=300)
+        covered += low <= truth <= high
+    # three standard errors of 500 draws, and two points for what a bootstrap of 30 prompts may miss
+    assert abs(covered / 500 - confidence) < 3 * np.sqrt(confidence * (1 - confidence) / 500) + 0.02
+
+
+def test_all_alike_is_the_exact_binomial_interval():
+    low, high = bootstrap_interval(np.zeros(30))
+    assert low == 0
+    assert (1 - high) ** 30 == pytest.approx(0.025)  # at that rate, all wrong is as rare as this
+    assert bootstrap_interval(np.ones(30)) == (pytest.approx(1 - high), 1.0)
+    assert bootstrap_interval(np.full(30, 0.5)) == (0.5, 0.5)
+    assert bootstrap_interval(np.array([0.3])) == (0.0, 1.0)
+
+
+def test_intervals_are_reproducible_and_narrow_with_more_prompts():
+    values = np.random.default_rng(0).random(400)
+    assert bootstrap_interval(values) == bootstrap_interval(values)
+    widths = [np.subtract(*bootstrap_interval(values[:n])[::-1]) for n in (25, 100, 400)]
+    assert widths[0] > 1.6 * widths[1] > 1.6**2 * widths[2]
