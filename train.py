@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from cero_jax.checkpoint import Cursor, StopSignal
 from cero_jax.config import Config, from_command_line
-from cero_jax.evaluate import evaluate, table
+from cero_jax.evaluate import draw_verified, evaluate, table
 from cero_jax.learner import Batch, learning_rate
 from cero_jax.report import draw_report
 from cero_jax.rollout import (
@@ -26,13 +26,13 @@ from cero_jax.rollout import (
     pack_live,
     sampling_inputs,
     score,
+    step_of,
     step_row,
     step_samples,
     visit_rate_weights,
 )
 from cero_jax.rows import Rows
 from cero_jax.run import Run, State, start
-from cero_jax.sampler import Rollouts
 
 
 def main(config: Config) -> int:
@@ -77,24 +77,16 @@ def train(run: Run, state: State, at: Cursor) -> int:
 
 def draw(run: Run, state: State, at: Cursor, now: list[Rows]) -> list[Scored]:
     """Rollouts of the next optimiser steps, all from the policy as it is now, and their rewards."""
-    config, seed, began = run.config, np.uint32(run.config.seed), time.perf_counter()
+    config, began = run.config, time.perf_counter()
     size, num_steps = config.learner.rows_per_step, config.learner.steps_per_batch
     inputs = sampling_inputs(run.task.train, now, num_steps, np.asarray(state.mean_tokens))
     steps = at.step + np.repeat(np.arange(num_steps, dtype=np.uint32), size)
-    drawn = run.sample(state.policy.params, seed, steps, inputs)  # to the host: a verifier reads text
-    sampled = time.perf_counter()
-    scored = [
-        score(
-            run.task,
-            rows,
-            Rollouts(*(each[i * size :][:size] for each in drawn)),
-            config.truncated,
-            config.success_threshold,
-        )
+    drawn = draw_verified(run.sample, state.policy.params, config.seed, steps, inputs, run.task)
+    seconds = {"sample_seconds": (time.perf_counter() - began) / len(now)}
+    return [
+        score(run.task, rows, *step_of(i, size, *drawn), config.truncated, config.success_threshold, seconds)
         for i, rows in enumerate(now)
     ]
-    seconds = {"sample_seconds": sampled - began, "verify_seconds": time.perf_counter() - sampled}
-    return [each._replace(seconds={name: s / len(now) for name, s in seconds.items()}) for each in scored]
 
 
 def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waiting: list[Batch]) -> tuple[State, Cursor]:

@@ -80,18 +80,15 @@ class Verified(NamedTuple):
 PADDING = Verdict(0.0, "")
 
 
-def decode(task: Task, rollouts: Rollouts) -> list[str]:
-    """Text of each row; padding rows give the empty string. Reads the tokens from the device: a verifier needs text."""
-    tokens, lengths = np.asarray(rollouts.tokens), np.asarray(rollouts.lengths)
-    return [task.tokenizer.decode(row[:length].tolist()) for row, length in zip(tokens, lengths, strict=True)]
-
-
 def verify(task: Task, prompts: Prompts, prompt_ids: np.ndarray, rollouts: Rollouts, row_mask: np.ndarray) -> Verified:
-    """Judge each row. A completion that was cut before its end is "too long", unread; padding is not judged.
+    """Read and judge each row. One that was cut before its end is "too long", unread; padding is not judged.
 
     Raises ValueError where a verifier in this process gives a reward that is not finite (in a `Pool`: an error).
     """
-    completions = decode(task, rollouts)
+    completions = [
+        task.tokenizer.decode(tokens[:length].tolist()) if real else ""
+        for tokens, length, real in zip(rollouts.tokens, rollouts.lengths, row_mask, strict=True)
+    ]
     cut = np.asarray(rollouts.truncated)
     verdicts = [Verdict(0.0, TOO_LONG) if real else PADDING for real in row_mask]
     rows = np.flatnonzero(row_mask & ~cut).tolist()
@@ -104,6 +101,31 @@ def verify(task: Task, prompts: Prompts, prompt_ids: np.ndarray, rollouts: Rollo
             raise ValueError(f"the verifier gave {each.reward} to prompt {prompt_ids[row]}: a reward must be finite")
         verdicts[row] = each
     return Verified(completions, verdicts, np.array([each.reward for each in verdicts], np.float32))
+
+
+def draw_verified(
+    sample: Sampler, params: Params, seed: int, steps: np.ndarray, batch: dict[str, np.ndarray], task: Task
+) -> tuple[Rollouts, Verified]:
+    """Rollouts of training prompts, each verified as it ends, in a thread, while the others are still drawn.
+
+    seed, steps [R], batch: as the sampler takes them. Raises as `verify` does.
+    """
+    parts = []
+    with ThreadPoolExecutor(1) as judge:
+
+        def begin(rows: np.ndarray, rollouts: Rollouts) -> None:
+            mask = np.isin(np.arange(len(batch["row_mask"])), rows)
+            parts.append((rows, judge.submit(verify, task, task.train, batch["prompt_ids"], rollouts, mask)))
+
+        rollouts = sample(params, np.uint32(seed), steps, batch, begin)
+        num_rows = len(batch["row_mask"])
+        whole = Verified([""] * num_rows, [PADDING] * num_rows, np.zeros(num_rows, np.float32))
+        for rows, part in parts:
+            found = part.result()
+            for row in rows.tolist():
+                whole.completions[row], whole.verdicts[row] = found.completions[row], found.verdicts[row]
+                whole.reward[row] = found.reward[row]
+    return rollouts, whole
 
 
 def evaluate(

@@ -10,7 +10,7 @@ import numpy as np
 
 from cero_jax.allocator.base import AllocatorState
 from cero_jax.data import Prompts, Task
-from cero_jax.evaluate import verify
+from cero_jax.evaluate import Verified
 from cero_jax.learner import Batch
 from cero_jax.rewards import STATUSES, TIMED_OUT, Verdict
 from cero_jax.rows import Rows
@@ -26,7 +26,7 @@ class Scored(NamedTuple):
     truncated: np.ndarray  # [R] bool
     completions: list[str]  # [R] text, "" for padding
     verdicts: list[Verdict]  # [R]
-    seconds: dict[str, float]  # what drawing and verifying took
+    seconds: dict[str, float]  # what drawing and verifying took, for the log
 
 
 def sampling_inputs(
@@ -63,15 +63,28 @@ def observed_tokens(mean_tokens: np.ndarray, rows: Rows, lengths: np.ndarray) ->
     return mean_tokens
 
 
+def step_of(i: int, num_rows: int, rollouts: Rollouts, verified: Verified) -> tuple[Rollouts, Verified]:
+    """The rows of step `i` of those that were drawn together, num_rows [R] each."""
+    here = slice(i * num_rows, (i + 1) * num_rows)
+    completions, verdicts, reward = verified
+    return Rollouts(*(each[here] for each in rollouts)), Verified(completions[here], verdicts[here], reward[here])
+
+
 def score(
-    task: Task, rows: Rows, rollouts: Rollouts, truncated: Literal["wrong", "mask"], success_threshold: float
+    task: Task,
+    rows: Rows,
+    rollouts: Rollouts,
+    verified: Verified,
+    truncated: Literal["wrong", "mask"],
+    success_threshold: float,
+    seconds: dict[str, float],
 ) -> Scored:
-    """Verify each rollout. A truncated one has reward 0; under `mask` it is left out of the loss and its group as well.
+    """What a step's rollouts came to. A truncated one has reward 0; under `mask` it is out of the loss and its group.
 
     It is evidence all the same: a prompt whose completions never end in time would otherwise look untried for ever. One
     whose verification timed out has reward 0 and is none: that says nothing of the policy.
     """
-    completions, verdicts, reward = verify(task, task.train, rows.prompt_ids, rollouts, rows.row_mask)
+    completions, verdicts, reward = verified
     cut = np.asarray(rollouts.truncated) & rows.row_mask
     judged = rows.row_mask & np.array([each.status != TIMED_OUT for each in verdicts])
     success = judged & (reward >= success_threshold)
@@ -91,7 +104,7 @@ def score(
         row_mask=rows.row_mask & ~cut if truncated == "mask" else rows.row_mask,
         row_weight=np.ones(len(reward), np.float32),
     )
-    return Scored(batch, num_correct, num_evidence, cut, completions, verdicts, {})
+    return Scored(batch, num_correct, num_evidence, cut, completions, verdicts, seconds)
 
 
 def live_rows(batch: Batch) -> np.ndarray:

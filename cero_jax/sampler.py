@@ -254,6 +254,7 @@ def decode(
 
 
 Sampler = Callable[..., Rollouts]
+OnEnd = Callable[[np.ndarray, Rollouts], None]  # rows that have just ended, and all rollouts so far
 
 
 def cache_sizes(width: int, config: SamplerConfig) -> tuple[int, ...]:
@@ -272,7 +273,8 @@ def make_sampler(
     step: uint32, of the run, or one a row [R]. batch: a dict of NumPy arrays `prompt_tokens` [U, P] int32 padded on the
     left, `prompt_lengths` [U], `prompt_of_row` [R] in 0..U-1, `row_mask` [R] (nothing is drawn for a padding row),
     `prompt_ids` [R], `rollout_index` [R] and, where slots are refilled, `expected_tokens` [R]. A draw depends on (seed,
-    step, prompt id, rollout index, position) alone. Raises ValueError where the slots do not divide over the mesh.
+    step, prompt id, rollout index, position) alone. on_end: called between windows, so that a verifier need not wait
+    for the last row; it must not block. Raises ValueError where the slots do not divide over the mesh.
     """
     by_row = sharding.rows(mesh)
     heads = "tensor" if model_config.num_kv_heads % mesh.shape["tensor"] == 0 else None
@@ -315,7 +317,9 @@ def make_sampler(
     read_prompts = jax.jit(partial(prefill, config=model_config))
     compiled = set()
 
-    def sample(params: Params, seed: np.ndarray, step: np.ndarray, batch: dict[str, np.ndarray]) -> Rollouts:
+    def sample(
+        params: Params, seed: np.ndarray, step: np.ndarray, batch: dict[str, np.ndarray], on_end: OnEnd | None = None
+    ) -> Rollouts:
         (num_rows,), width = batch["prompt_of_row"].shape, batch["prompt_tokens"].shape[1]
         num_slots, sizes = min(config.slots or num_rows, num_rows), cache_sizes(width, config)
         if num_slots % sharding.row_shards(mesh):
@@ -369,6 +373,8 @@ def make_sampler(
                 tokens, log_probs, lengths, ended = (column[ready] for column in drawn)
                 out.tokens[taken], out.log_probs[taken], out.lengths[taken] = tokens, log_probs, lengths
                 out.truncated[taken] = ~ended
+                if on_end is not None:
+                    on_end(taken, out)
                 row_of_slot[ready] = -1
         return out
 

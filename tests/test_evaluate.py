@@ -8,7 +8,7 @@ import pytest
 
 from cero_jax import model, sharding
 from cero_jax.data import Task, encode_prompts
-from cero_jax.evaluate import EvaluationConfig, decode, evaluate, table, write_samples
+from cero_jax.evaluate import EvaluationConfig, evaluate, table, verify, write_samples
 from cero_jax.model import ModelConfig
 from cero_jax.rewards.pool import Pool
 from cero_jax.sampler import EVAL_STEP, Rollouts, SamplerConfig, make_sampler
@@ -107,7 +107,8 @@ def test_the_number_of_rows_does_not_change_what_a_policy_draws():
 def test_decode_reads_each_rows_own_length():
     tokens = np.array([[2, 3, 1], [4, 5, 6], [0, 0, 0]], np.int32)
     rollouts = Rollouts(tokens, np.zeros((3, 3), np.float32), np.array([3, 2, 0]), np.zeros(3, bool))
-    assert decode(make_task(verify_table), rollouts) == ["01", "23", ""]
+    task, real = make_task(lambda q, c, a: 0.0), np.array([True, True, False])
+    assert verify(task, task.heldout, np.zeros(3, int), rollouts, real).completions == ["01", "23", ""]
 
 
 def test_each_status_of_a_pool_and_a_cut_completion_is_counted():

@@ -1,5 +1,7 @@
 """Between sampler and learner: rewards, live rows, packed steps and visit rates, by hand and against grpo."""
 
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 import cero_jax
 from cero_jax import grpo
 from cero_jax.data import Prompts, Task, encode_prompts
+from cero_jax.evaluate import draw_verified, verify
 from cero_jax.learner import Batch
 from cero_jax.rewards import TIMED_OUT, Verdict
 from cero_jax.rollout import (
@@ -15,6 +18,7 @@ from cero_jax.rollout import (
     pack_live,
     sampling_inputs,
     score,
+    step_of,
     step_row,
     step_samples,
     visit_rate_weights,
@@ -57,8 +61,14 @@ REWARD = {"a": 1.0, "b": 0.5, "c": 0.49, "x": 0.0, "aab": 1.0}
 ROLLOUTS = make_rollouts(TEXTS, cut=(3,))
 
 
+def scored_by(verifier, truncated="wrong", threshold=0.5):
+    task, rows = make_task(verifier), make_rows()
+    verified = verify(task, task.train, rows.prompt_ids, ROLLOUTS, rows.row_mask)
+    return score(task, rows, ROLLOUTS, verified, truncated, threshold, {})
+
+
 def scored(truncated="wrong", threshold=0.5):
-    return score(make_task(lambda q, c, a: REWARD[c]), make_rows(), ROLLOUTS, truncated, threshold)
+    return scored_by(lambda q, c, a: REWARD[c], truncated, threshold)
 
 
 MEAN_TOKENS = np.array([5, 6, 7], np.float32)
@@ -103,11 +113,11 @@ def test_sampling_inputs_hold_each_prompt_once_and_point_to_it():
 def test_each_rollout_is_verified_against_its_own_prompt_and_padding_never():
     asked = []
 
-    def verify(question, completion, answer):
+    def judge(question, completion, answer):
         asked.append((question, completion, answer))
         return 0.0
 
-    score(make_task(verify), make_rows(), ROLLOUTS, "wrong", 0.5)
+    scored_by(judge)
     assert asked == [("cab", text, "3") for text in "abc"] + [("a", text, "1") for text in "axa"]  # row 3 is cut
 
 
@@ -121,6 +131,35 @@ def test_success_is_a_reward_of_at_least_the_threshold(threshold, num_correct):
     assert result.num_correct.dtype == np.int32
     np.testing.assert_array_equal(result.batch.reward, np.float32([1, 0.5, 0.49, 0, 1, 0, 1, 0]))
     assert result.completions == TEXTS
+
+
+def test_rollouts_verified_as_they_end_are_those_verified_together():
+    """The sampler tells of rows in three parts; the first are judged while the others are still to come."""
+    task, rows = make_task(lambda q, c, a: REWARD[c]), make_rows()
+    judged, slow = [], threading.Event()
+
+    def judge(question, completion, answer):
+        judged.append(completion)
+        slow.set()
+        return REWARD[completion]
+
+    def sample(params, seed, steps, batch, on_end):
+        on_end(np.array([4, 1]), ROLLOUTS)
+        assert slow.wait(10)  # verified before the last row is drawn
+        on_end(np.array([0, 2, 3]), ROLLOUTS)
+        on_end(np.array([5, 6]), ROLLOUTS)
+        return ROLLOUTS
+
+    batch = sampling_inputs(task.train, [rows], 1, MEAN_TOKENS)
+    rollouts, verified = draw_verified(sample, None, 0, np.zeros(ROWS), batch, make_task(judge))
+    whole = verify(task, task.train, rows.prompt_ids, ROLLOUTS, rows.row_mask)
+    assert rollouts is ROLLOUTS
+    assert verified.completions == whole.completions
+    assert verified.verdicts == whole.verdicts
+    np.testing.assert_array_equal(verified.reward, whole.reward)
+    assert judged[:2] == ["b", "a"]
+    _, second = step_of(1, 3, rollouts, verified)
+    assert second.completions == TEXTS[3:6]
 
 
 @pytest.mark.parametrize("truncated", ["wrong", "mask"])
@@ -138,8 +177,8 @@ def test_a_cut_completion_is_wrong_and_under_mask_no_part_of_its_group(truncated
 def test_a_verification_that_timed_out_is_charged_and_no_evidence():
     """Rows 1 (of prompt 2) and 4, 6 (of prompt 0) time out: reward 0, drawn, and left out of the posterior."""
     slow = {("cab", "b"), ("a", "a")}
-    verify = lambda q, c, a: Verdict(0.0, TIMED_OUT) if (q, c) in slow else REWARD[c]  # noqa: E731
-    result = score(make_task(verify), make_rows(), ROLLOUTS, "wrong", 0.5)
+    judge = lambda q, c, a: Verdict(0.0, TIMED_OUT) if (q, c) in slow else REWARD[c]  # noqa: E731
+    result = scored_by(judge)
     np.testing.assert_array_equal(result.num_evidence, [3, 1])
     np.testing.assert_array_equal(result.num_correct, [1, 0])
     np.testing.assert_array_equal(result.batch.reward, np.float32([1, 0, 0.49, 0, 0, 0, 0, 0]))
@@ -180,7 +219,7 @@ def test_the_batch_pairs_each_completion_with_its_prompt():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_reward_that_is_not_finite_is_refused_with_its_prompt(bad):
     with pytest.raises(ValueError, match=f"the verifier gave {bad} to prompt 0: a reward must be finite"):
-        score(make_task(lambda q, c, a: bad if q == "a" else 1.0), make_rows(), ROLLOUTS, "wrong", 0.5)
+        scored_by(lambda q, c, a: bad if q == "a" else 1.0)
 
 
 def random_batch(seed, num_rows=16, num_groups=5):
@@ -296,5 +335,5 @@ def test_step_row_says_who_was_drawn_and_what_came_of_it():
     assert row["fill"] == 7 / 8
     assert row["truncated_share"] == pytest.approx(1 / 7)
     assert row["completion_tokens"] == pytest.approx((2 + 2 + 2 + 3 + 2 + 2 + 2) / 7)
-    same = score(make_task(lambda q, c, a: float(q == "a" and c == "x")), make_rows(), ROLLOUTS, "wrong", 0.5)
+    same = scored_by(lambda q, c, a: float(q == "a" and c == "x"))
     assert step_row(make_rows(), same)["live_share"] == pytest.approx(3 / 7)
