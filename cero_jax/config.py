@@ -182,8 +182,11 @@ def _from_plain(kind: type, plain: dict) -> Any:
     hints = get_type_hints(kind)
     values = {}
     for key, value in plain.items():
-        if isinstance(value, dict) and dataclasses.is_dataclass(hints[key]):
-            value = _from_plain(hints[key], value)  # type: ignore[arg-type]
+        if isinstance(value, dict):  # of a dataclass, or of one that may be None
+            nested = next(
+                (each for each in (hints[key], *get_args(hints[key])) if dataclasses.is_dataclass(each)), None
+            )
+            value = value if nested is None else _from_plain(nested, value)  # type: ignore[arg-type]
         values[key] = tuple(value) if isinstance(value, list) else value
     return kind(**values)
 

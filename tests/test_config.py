@@ -12,7 +12,7 @@ from tiny_run import tiny_config
 from cero_jax import run as runs
 from cero_jax.config import from_command_line, from_json, to_json
 from cero_jax.learner import LearnerConfig
-from cero_jax.model import ModelConfig
+from cero_jax.model import ModelConfig, RopeScaling
 from cero_jax.sampler import SamplerConfig
 from cero_jax.sharding import MeshConfig
 from cero_jax.tasks.chain_sum import ChainSum
@@ -124,7 +124,8 @@ def test_the_saved_config_is_the_resolved_one(tmp_path):
     "task", [ChainSum(num_prompts=7), Dataset(path="a.jsonl", heldout_paths=("b", "c"), system="s")]
 )
 def test_a_saved_config_is_read_back(tmp_path, task):
-    config = tiny_config(tmp_path / "run", task=task)
+    scaling = RopeScaling("llama3", 8.0)
+    config = tiny_config(tmp_path / "run", task=task, model=ModelConfig(rope_scaling=scaling, sliding_layers=(0,)))
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
     for broken in ({}, to_json(config) | {"no_such": 1}, to_json(config) | {"task": {"kind": "Other"}}):
         with pytest.raises(ValueError, match="not the config of a run of this version"):
