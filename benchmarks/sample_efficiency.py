@@ -229,9 +229,14 @@ HEADER = (
 )
 
 
-def judge(best: dict[str, tuple], seeds: tuple[int, ...], wrong_share: float) -> dict[str, list[dict]]:
-    """Run each arm at its setting, print the table, return the runs."""
-    runs = {arm: run_all([cell(arm, best[arm], seed, wrong_share) for seed in seeds]) for arm in best}
+def judge(
+    best: dict[str, tuple], seeds: tuple[int, ...], wrong_share: float, flags: dict[str, dict] | None = None
+) -> dict[str, list[dict]]:
+    """Run each arm at its setting and with its own flags, print the table, return the runs."""
+    own = flags or {}
+    runs = {
+        arm: run_all([cell(arm, best[arm], seed, wrong_share, **own.get(arm, {})) for seed in seeds]) for arm in best
+    }
     print(f"\n{wrong_share:.0%} wrong gold answers, seeds {seeds[0]} to {seeds[-1]}\n{HEADER}")
     for arm, results in runs.items():
         print(row(arm, results, runs["uniform"]))
@@ -303,7 +308,10 @@ def main() -> None:
         effects(best["uniform"])
     elif args.allocators:
         names = ("cero", "uniform", "cero_dual", "variance", "knapsack")
-        judge({name: best["cero" if name in ("cero", "cero_dual") else "uniform"] for name in names}, MIX_SEEDS, 0.4)
+        settings = {name: best["cero" if name in ("cero", "cero_dual") else "uniform"] for name in names}
+        # an average group twice the smallest: at the smallest these two could only do as uniform does
+        room = {name: {"allocator.group-size": 2 * best["uniform"][2]} for name in ("variance", "knapsack")}
+        judge(settings, MIX_SEEDS, 0.4, room)
     else:
         draw({mix: judge(best, SEEDS, mix) for mix in (0.4, 0.6)}, HERE / "sample_efficiency.png")
 
