@@ -10,7 +10,7 @@ allocate: arguments + outputs + temporaries. A GPU, where there is one, is used 
 import argparse
 import time
 
-import cvxpy
+import cvxpy  # pyright: ignore[reportMissingImports]
 import jax
 import numpy as np
 
