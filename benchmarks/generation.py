@@ -2,7 +2,7 @@
 
     python benchmarks/generation.py --reference reference/bin/python       # tokens a second, both sides
     python benchmarks/generation.py --profile                              # where a decode step's time goes
-    python benchmarks/generation.py --step                                 # of the measured matmul peak
+    python benchmarks/generation.py --step --rows 16                       # of the measured matmul peak
     python benchmarks/generation.py --step --shape qwen2.5-0.5b --dtype bfloat16 --rows 64 --microbatch 8     # on a GPU
 
 `--reference` is the Python of an environment with torch and transformers (gemma_folder.py says how to make it). Both
@@ -14,12 +14,13 @@ sides read one folder, random weights of `--shape` unless `--folder` names anoth
 - long tail: log-normal lengths, cut and scaled so that the longest is 8 x the median; nobody knows them beforehand;
 - known: the same lengths, known to both: here the longest first, there batches of equals.
 
-Rows that wait for the longest of their batch are what `generate` has no mend for; here a slot that ends takes the next
-row. Sides alternate, each run in its own process, warmed up first, with `--threads` threads.
+Sides alternate, each run in its own process, warmed up first, on `--threads` cores; one gives the fairer ratio where
+other work runs beside: torch's threads wait for each other at every operation.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -50,9 +51,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--group", type=int, default=8, help="rollouts a prompt")
     parser.add_argument("--window", type=int, default=8, help="decode steps between two refills")
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--median", type=int, default=32, help="tokens of a completion")
+    parser.add_argument("--median", type=int, default=16, help="tokens of a completion")
     parser.add_argument("--microbatch", type=int, default=4, help="rows whose gradient is computed at once")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="cores that a side may use")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--side", choices=("ours", "transformers"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -76,8 +77,13 @@ def prompts(args: argparse.Namespace, vocab_size: int) -> np.ndarray:
     return np.random.default_rng(1).integers(10, vocab_size, shape, dtype=np.int32)
 
 
-def ours(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of each workload, by this project's sampler."""
+def clocks() -> np.ndarray:
+    """Wall and CPU seconds: other work on the machine lengthens the first, and hardly the second."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def ours(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Wall and CPU seconds of each workload, by this project's sampler."""
     import jax
 
     from cero_jax import sharding, weights
@@ -100,15 +106,15 @@ def ours(args: argparse.Namespace) -> dict[str, float]:
     seconds = {}
     for step, (name, wanted) in enumerate(lengths(args).items()):
         expected = {"expected_tokens": wanted} if name == "known" else {}
-        start = time.perf_counter()
+        start = clocks()
         drawn = sample(params, np.uint32(0), np.uint32(step), batch | {"max_tokens": wanted} | expected)
-        seconds[name] = time.perf_counter() - start
+        seconds[name] = (clocks() - start).tolist()
         assert (drawn.lengths == wanted).all()
     return seconds
 
 
-def transformers(args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of each workload, by `generate` on batches of `slots` rows."""
+def transformers(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Wall and CPU seconds of each workload, by `generate` on batches of `slots` rows."""
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM, StoppingCriteriaList  # pyright: ignore[reportMissingImports]
 
@@ -133,10 +139,10 @@ def transformers(args: argparse.Namespace) -> dict[str, float]:
     seconds = {}
     for name, wanted in lengths(args).items():
         order = np.argsort(-wanted, kind="stable") if name == "known" else np.arange(args.rows)
-        start = time.perf_counter()
+        start = clocks()
         for first in range(0, args.rows, args.slots):
             draw(order[first : first + args.slots], wanted)
-        seconds[name] = time.perf_counter() - start
+        seconds[name] = (clocks() - start).tolist()
     return seconds
 
 
@@ -156,13 +162,15 @@ def compare(args: argparse.Namespace) -> None:
             )
             seconds[side].append(json.loads(run.stdout.splitlines()[-1]))
             print(f"run {repeat} of {side}: {run.stdout.splitlines()[-1]}", file=sys.stderr)
-    print("| lengths | tokens | ours, tokens/s | transformers, tokens/s | ratio (range) | steps here / there |")
-    print("|---|---|---|---|---|---|")
+    print("| lengths | tokens | steps here / there | clock | ours, tokens/s | transformers, tokens/s | ratio (range) |")
+    print("|---|---|---|---|---|---|---|")
     for name, wanted in lengths(args).items():
-        here, there = (np.array([run[name] for run in seconds[side]]) for side in pythons)
-        ratio, total = there / here, wanted.sum()
-        print(f"| {name} | {total} | {total / np.median(here):.0f} | {total / np.median(there):.0f} | "
-              f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f}) | {steps(args, name, wanted)} |")  # fmt: skip
+        total, both = wanted.sum(), (np.array([run[name] for run in seconds[side]]).T for side in pythons)
+        for clock, here, there in zip(("wall", "CPU"), *both, strict=True):
+            ratio = there / here
+            speeds = f"{total / np.median(here):.0f} | {total / np.median(there):.0f}"
+            spread = f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})"
+            print(f"| {name} | {total} | {steps(args, name, wanted)} | {clock} | {speeds} | {spread} |")
 
 
 def steps(args: argparse.Namespace, name: str, wanted: np.ndarray) -> str:
@@ -180,8 +188,7 @@ def steps(args: argparse.Namespace, name: str, wanted: np.ndarray) -> str:
 
 def write_folder(args: argparse.Namespace, folder: Path) -> str:
     """Random weights of the shape as a Hugging Face folder."""
-    from cero_jax import model, weights
-    from cero_jax.families import read_config
+    from cero_jax import weights
 
     layers, width, heads, kv_heads, mlp, vocab = SHAPES[args.shape]
     (folder / "source").mkdir()
@@ -192,18 +199,9 @@ def write_folder(args: argparse.Namespace, folder: Path) -> str:
         "max_position_embeddings": 32_768, "torch_dtype": "float32",
     }  # fmt: skip
     (folder / "source" / "config.json").write_text(json.dumps(config))
-    shape, vocab_size = read_config(folder / "source")
-    weights.save(folder / "model", folder / "source", shape, on_mesh(model.init_params(shape, vocab_size, 0)))
+    shape, _, params = model_of(args)
+    weights.save(folder / "model", folder / "source", shape, params)
     return str(folder / "model")
-
-
-def on_mesh(params):
-    import jax
-
-    from cero_jax import sharding
-
-    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    return jax.device_put(params, sharding.shard_params(params, mesh))
 
 
 # --- where the time goes ---
@@ -211,7 +209,9 @@ def on_mesh(params):
 
 def model_of(args: argparse.Namespace):
     """The shape's config in the dtype, vocabulary size, and random parameters."""
-    from cero_jax import model
+    import jax
+
+    from cero_jax import model, sharding
     from cero_jax.model import ModelConfig
 
     layers, width, heads, kv_heads, mlp, vocab = SHAPES[args.shape]
@@ -219,11 +219,13 @@ def model_of(args: argparse.Namespace):
         num_layers=layers, width=width, num_heads=heads, num_kv_heads=kv_heads, head_dim=width // heads, mlp_width=mlp,
         qkv_bias=True, rope_base=1e6, param_dtype="float32", compute_dtype=args.dtype,
     )  # fmt: skip
-    return config, vocab, on_mesh(model.init_params(config, vocab, 0))
+    params = model.init_params(config, vocab, 0)
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    return config, vocab, jax.device_put(params, sharding.shard_params(params, mesh))
 
 
 def best_seconds(functions: dict, repeats: int = 7) -> dict[str, float]:
-    """The fastest of some calls of each, taken in turn: what other work on the machine disturbs least."""
+    """The fastest of some calls of each, in turn: what other work disturbs least."""
     import jax
 
     best = {}
@@ -261,8 +263,7 @@ def profile(args: argparse.Namespace) -> None:
         )
         return (token + log_prob)[:, None], cache
 
-    def forward(params, i, hidden, cache, token=None):
-        token = jnp.zeros((args.slots, 1), jnp.int32) if token is None else token
+    def forward(params, i, hidden, cache, token=jnp.int32(0)):
         token = token + (hidden[:, :1] > 1e9).astype(jnp.int32)  # hangs on the step before, so nothing is hoisted
         sees = jnp.arange(space, dtype=jnp.int32)[None, None] <= length[:, None, None] + i
         hidden, cache = model.forward(params, config, token, length[:, None] + i, sees, cache, length + i)
@@ -321,7 +322,7 @@ def profile(args: argparse.Namespace) -> None:
 
 
 def learner_step(args: argparse.Namespace) -> None:
-    """Print a step's model FLOPs a second beside those of a large matmul in the same dtype."""
+    """Print a step's model FLOPs a second beside those of a large matmul in its dtype."""
     import jax
     import jax.numpy as jnp
 
@@ -345,7 +346,7 @@ def learner_step(args: argparse.Namespace) -> None:
         row_mask=np.ones(rows, bool),
         row_weight=np.ones(rows, np.float32),
     )
-    num_params = sum(p.size for p in jax.tree.leaves(params))
+    millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
     side = 8192 if jax.default_backend() == "gpu" else 2048
     square, matmul = jnp.ones((side, side), args.dtype), jax.jit(jnp.matmul)
     state = learner.init(params)
@@ -357,7 +358,7 @@ def learner_step(args: argparse.Namespace) -> None:
 
     seconds = best_seconds({"step": step, "matmul": lambda: matmul(square, square)}, repeats=args.repeats)
     peak, flops = 2 * side**3 / seconds["matmul"], step_flops(config, vocab, rows, width, limit)
-    print(f"{num_params / 1e6:.0f}M parameters, {args.dtype}, {rows} rows of {width} + {limit} tokens, "
+    print(f"{millions:.0f}M parameters, {args.dtype}, {rows} rows of {width} + {limit} tokens, "
           f"{args.microbatch} at once: {seconds['step']:.2f} s a step, "
           f"{rows * (width + limit) / seconds['step']:.0f} tokens/s, {flops / seconds['step'] / 1e9:.0f} GFLOP/s, "
           f"{flops / seconds['step'] / peak:.0%} of the matmul peak, {peak / 1e9:.0f} GFLOP/s")  # fmt: skip
@@ -380,6 +381,7 @@ def step_flops(config, vocab: int, rows: int, width: int, limit: int) -> float:
 def main() -> None:
     args = arguments()
     if args.side:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
         print(json.dumps({"ours": ours, "transformers": transformers}[args.side](args)))
     elif args.profile:
         profile(args)
