@@ -7,7 +7,8 @@ benchmarks/gemma_folder.py makes the folder. A prompt is five solved equations a
 right number and nothing else on its line. No warm start, no chat template: the base model, as it comes, solves some
 kinds nearly always and others hardly ever.
 
-Each finished arm and seed is a line of real_model.jsonl and is not run again. Before and after are measured apart from
+Each finished arm and seed is a line of real_model.jsonl and is not run again; a run that was
+stopped (SIGTERM, SIGINT) goes on with the same command. Before and after are measured apart from
 the run, from the model's folder and from the one that the run exports, which transformers can read back:
 
     reference/bin/python benchmarks/real_model.py reference runs/real_model/cero-0/export-* reference.npz
@@ -20,7 +21,6 @@ import itertools
 import json
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -140,10 +140,10 @@ def run(folder: str, arm: Arm, seed: int, work_dir: str) -> dict:
     import train
 
     config = settings(folder, arm, seed, work_dir)
-    began = time.perf_counter()
     if status := train.main(config):
         sys.exit(status)
-    seconds = time.perf_counter() - began
+    timings = [json.loads(line) for line in (config.run_dir / "timings.jsonl").open()]
+    seconds = sum(value for row in timings for key, value in row.items() if key.endswith("_seconds"))
     rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").open()]
     labels = json.loads((config.run_dir / "prompts.json").read_text())["labels"]
     steps = [row for row in rows if row["kind"] == "step"]
