@@ -263,7 +263,7 @@ def profile(args: argparse.Namespace) -> None:
         )
         return (token + log_prob)[:, None], cache
 
-    def forward(params, i, hidden, cache, token=jnp.int32(0)):
+    def forward(params, i, hidden, cache, token=jnp.int32(0)):  # noqa: B008
         token = token + (hidden[:, :1] > 1e9).astype(jnp.int32)  # hangs on the step before, so nothing is hoisted
         sees = jnp.arange(space, dtype=jnp.int32)[None, None] <= length[:, None, None] + i
         hidden, cache = model.forward(params, config, token, length[:, None] + i, sees, cache, length + i)
