@@ -73,7 +73,7 @@ class Rollouts(NamedTuple):
     tokens: np.ndarray  # [R, T] int32, pad_id behind the end
     log_probs: np.ndarray  # [R, T] float32, of the full vocabulary at the sampling temperature; 0 behind the end
     lengths: np.ndarray  # [R] int32 tokens, the ending EOS counted; 0 for a padding row
-    truncated: np.ndarray  # [R] bool, cut at T without an EOS
+    truncated: np.ndarray  # [R] bool, cut at T, or at its own limit, without an EOS
 
 
 class Prefilled(NamedTuple):
@@ -91,6 +91,7 @@ class Slots(NamedTuple):
     hidden: Array  # [S, D] of the last token, which the next is drawn from
     length: Array  # [S] int32, tokens in the cache
     drawn: Array  # [S] int32, tokens drawn
+    limit: Array  # [S] int32, tokens that the row may have
     done: Array  # [S] bool
     ended: Array  # [S] bool, by an EOS
     tokens: Array  # [S, T] int32
@@ -178,14 +179,19 @@ def prefill(params: Params, config: ModelConfig, tokens: Array, lengths: Array) 
     return Prefilled(jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0], lengths, cache)
 
 
-def fill(slots: Slots, prompts: Prefilled, new: Array, prompt_of_slot: Array, keys: Array, pad_id: int) -> Slots:
-    """Let rollouts begin in the `new` slots [S] bool, with their prompts [S] int32 and keys [S]; the others go on."""
+def fill(
+    slots: Slots, prompts: Prefilled, new: Array, prompt_of_slot: Array, keys: Array, limit: Array, pad_id: int
+) -> Slots:
+    """Let rollouts begin in the `new` slots [S] bool, with their prompts [S] int32, keys [S] and limits [S] int32,
+    tokens; the others go on.
+    """
     width = prompts.cache.k.shape[2]
     begun = Slots(
         key=keys,
         hidden=prompts.hidden[prompt_of_slot],
         length=prompts.lengths[prompt_of_slot],
         drawn=jnp.zeros_like(slots.drawn),
+        limit=limit,
         done=jnp.zeros_like(slots.done),
         ended=jnp.zeros_like(slots.ended),
         tokens=jnp.full_like(slots.tokens, pad_id),
@@ -219,13 +225,13 @@ def decode(
     ask_each_step: stop as soon as every slot is done. Over several devices that would be an all-reduce a step.
     """
     eos = jnp.asarray(eos_ids, jnp.int32)
-    space, limit = slots.cache.k.shape[2], config.max_completion_tokens
+    space, width = slots.cache.k.shape[2], slots.tokens.shape[1]
 
     def step(carry):
         t, slots = carry
         logits = model.logits(params, model_config, slots.hidden)
         token, log_prob = draw(logits, jax.vmap(jax.random.fold_in)(slots.key, slots.drawn), config)
-        live, place = ~slots.done, jnp.arange(limit, dtype=jnp.int32)[None] == slots.drawn[:, None]
+        live, place = ~slots.done, jnp.arange(width, dtype=jnp.int32)[None] == slots.drawn[:, None]
         token = jnp.where(live, token, pad_id)
         here = place & live[:, None]
         ended = slots.ended | (live & (token[:, None] == eos[None, :]).any(axis=-1))
@@ -239,7 +245,7 @@ def decode(
             hidden=hidden[:, 0],
             length=slots.length + live.astype(jnp.int32),
             drawn=drawn,
-            done=ended | slots.done | (drawn == limit),
+            done=ended | slots.done | (drawn >= slots.limit),
             ended=ended,
             tokens=jnp.where(here, token[:, None], slots.tokens),
             log_probs=jnp.where(here, log_prob[:, None], slots.log_probs),
@@ -272,9 +278,10 @@ def make_sampler(
 
     step: uint32, of the run, or one a row [R]. batch: a dict of NumPy arrays `prompt_tokens` [U, P] int32 padded on the
     left, `prompt_lengths` [U], `prompt_of_row` [R] in 0..U-1, `row_mask` [R] (nothing is drawn for a padding row),
-    `prompt_ids` [R], `rollout_index` [R] and, where slots are refilled, `expected_tokens` [R]. A draw depends on (seed,
-    step, prompt id, rollout index, position) alone. on_end: called between windows, so that a verifier need not wait
-    for the last row; it must not block. Raises ValueError where the slots do not divide over the mesh.
+    `prompt_ids` [R], `rollout_index` [R] and, where slots are refilled, `expected_tokens` [R]; and, where rows are to
+    be cut before the common limit T, `max_tokens` [R] in 1..T. A draw depends on (seed, step, prompt id, rollout index,
+    position) alone. on_end: called between windows, so that a verifier need not wait for the last row; it must not
+    block. Raises ValueError where the slots do not divide over the mesh, or for limits outside 1..T.
     """
     by_row = sharding.rows(mesh)
     heads = "tensor" if model_config.num_kv_heads % mesh.shape["tensor"] == 0 else None
@@ -290,6 +297,7 @@ def make_sampler(
             hidden=jnp.zeros((num_slots, model_config.width), model_config.compute_dtype),
             length=zeros,
             drawn=zeros,
+            limit=zeros,
             done=jnp.ones(num_slots, bool),
             ended=jnp.zeros(num_slots, bool),
             tokens=jnp.full(shape, pad_id, jnp.int32),
@@ -306,7 +314,7 @@ def make_sampler(
     @on_slots
     def begin(slots: Slots, prompts: Prefilled, seed: Array, new: dict[str, Array]) -> Slots:
         keys = row_keys(seed, new["step"], new["prompt_ids"], new["rollout_index"])
-        return fill(slots, prompts, new["new"], new["prompt_of_row"], keys, pad_id)
+        return fill(slots, prompts, new["new"], new["prompt_of_row"], keys, new["max_tokens"], pad_id)
 
     @on_slots
     def run_window(slots: Slots, params: Params) -> Slots:
@@ -325,7 +333,13 @@ def make_sampler(
         if num_slots % sharding.row_shards(mesh):
             raise ValueError(f"{num_slots} slots must be a multiple of data x fsdp = {sharding.row_shards(mesh)}")
         rows = {name: batch[name] for name in ("prompt_of_row", "prompt_ids", "rollout_index")}
-        rows |= {"step": np.broadcast_to(step, num_rows), "new": np.ones(num_rows, bool)}
+        limit = config.max_completion_tokens
+        max_tokens = np.asarray(batch.get("max_tokens", np.full(num_rows, limit)), np.int32)
+        if max_tokens.min() < 1 or max_tokens.max() > limit:
+            raise ValueError(
+                f"max_tokens={max_tokens.min()}..{max_tokens.max()} must lie in 1..max_completion_tokens={limit}"
+            )
+        rows |= {"step": np.broadcast_to(step, num_rows), "new": np.ones(num_rows, bool), "max_tokens": max_tokens}
         waiting = np.flatnonzero(batch["row_mask"])
         if "expected_tokens" in batch:
             waiting = waiting[np.argsort(-batch["expected_tokens"][waiting], kind="stable")]
@@ -341,7 +355,6 @@ def make_sampler(
             compiled.add((num_rows, batch["prompt_tokens"].shape))
             slots = empty(num_slots, sizes[0])
 
-        limit = config.max_completion_tokens
         out = Rollouts(
             tokens=np.full((num_rows, limit), pad_id, np.int32),
             log_probs=np.zeros((num_rows, limit), np.float32),

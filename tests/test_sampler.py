@@ -171,6 +171,27 @@ def test_refilled_slots_draw_what_slots_of_their_own_do(slots, window, devices):
     same_but_for_near_ties(few(params(), SEED, STEP, longest_first), want)
 
 
+@pytest.mark.parametrize("slots", [None, 3])
+def test_a_row_is_cut_at_its_own_limit(slots):
+    batch, limits = make_batch(), np.array([1, 2, 3, 1, 1, 2, LIMIT, 1], np.int32)
+    want = sampler(slots=slots)(params(), SEED, STEP, batch)
+    got = sampler(slots=slots)(params(), SEED, STEP, batch | {"max_tokens": limits})
+    np.testing.assert_array_equal(got.lengths, np.minimum(want.lengths, limits))
+    np.testing.assert_array_equal(got.truncated, want.truncated | (want.lengths > limits))
+    assert got.truncated.sum() > want.truncated.sum()
+    np.testing.assert_array_equal(got.tokens, np.where(drawn(got), want.tokens, PAD))
+    np.testing.assert_array_equal(got.log_probs, np.where(drawn(got), want.log_probs, 0))
+
+
+@pytest.mark.parametrize("wrong", [0, LIMIT + 1])
+def test_limits_out_of_range_are_refused(wrong):
+    batch = make_batch() | {"max_tokens": np.full(ROWS, wrong)}
+    with pytest.raises(
+        ValueError, match=rf"max_tokens={wrong}\.\.{wrong} must lie in 1\.\.max_completion_tokens={LIMIT}"
+    ):
+        sampler()(params(), SEED, STEP, batch)
+
+
 def test_steps_of_one_policy_are_drawn_together():
     batch, steps = make_batch(), np.repeat(np.array([3, 4], np.uint32), ROWS // 2)
     both = sampler()(params(), SEED, steps, batch)

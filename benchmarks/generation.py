@@ -1,0 +1,399 @@
+"""How fast completions are drawn, beside transformers' `generate`, and how fast a learner's step is.
+
+    python benchmarks/generation.py --reference reference/bin/python       # tokens a second, both sides
+    python benchmarks/generation.py --profile                              # where a decode step's time goes
+    python benchmarks/generation.py --step --rows 16                       # of the measured matmul peak
+    python benchmarks/generation.py --step --shape qwen2.5-0.5b --dtype bfloat16 --rows 64 --microbatch 8     # on a GPU
+
+`--reference` is the Python of an environment with torch and transformers (gemma_folder.py says how to make it). Both
+sides read one folder, random weights of `--shape` unless `--folder` names another, and draw the same rows: prompts of
+`--prompt-tokens` tokens, `--group` rollouts of each, in `--slots` rows at once. Each row's length is imposed, by
+`max_tokens` here and by a StoppingCriteria there, so that both draw exactly the same number of tokens:
+
+- fixed: every completion has `--median` tokens;
+- long tail: log-normal lengths, cut and scaled so that the longest is 8 x the median; nobody knows them beforehand;
+- known: the same lengths, known to both: here the longest first, there batches of equals.
+
+Sides alternate, each run in its own process, warmed up first, on `--threads` cores; one gives the fairer ratio where
+other work runs beside: torch's threads wait for each other at every operation.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+TAIL = 8  # longest completion, in medians
+SHAPES = {  # Qwen2's config.json: layers, width, heads, key-value heads, MLP, vocabulary
+    "small": (12, 512, 8, 2, 2048, 32_768),  # 62M parameters
+    "qwen2.5-0.5b": (24, 896, 14, 2, 4864, 151_936),
+    "qwen2.5-1.5b": (28, 1536, 12, 2, 8960, 151_936),
+}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", help="Python with torch and transformers")
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--step", action="store_true")
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--folder", help="a Hugging Face folder, instead of random weights of --shape")
+    parser.add_argument("--dtype", default="float32", help="compute dtype of --profile and --step")
+    parser.add_argument("--rows", type=int, default=128, help="rollouts drawn, or of a learner's step")
+    parser.add_argument("--slots", type=int, default=16, help="rows decoded at once")
+    parser.add_argument("--group", type=int, default=8, help="rollouts a prompt")
+    parser.add_argument("--window", type=int, default=8, help="decode steps between two refills")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--median", type=int, default=16, help="tokens of a completion")
+    parser.add_argument("--microbatch", type=int, default=4, help="rows whose gradient is computed at once")
+    parser.add_argument("--threads", type=int, default=2, help="cores that a side may use")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--side", choices=("ours", "transformers"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# --- the work, the same for both sides ---
+
+
+def lengths(args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Tokens of each row's completion, a workload each."""
+    normal = np.random.default_rng(0).standard_normal(args.rows)
+    normal -= np.median(normal)
+    tail = np.exp(normal * np.log(TAIL) / normal.max())  # median 1, longest TAIL
+    tail = np.maximum(np.round(args.median * tail), 1).astype(np.int32)
+    return {"fixed": np.full(args.rows, args.median, np.int32), "long tail": tail, "known": tail}
+
+
+def prompts(args: argparse.Namespace, vocab_size: int) -> np.ndarray:
+    """[U, P] int32 random tokens; row r draws from prompt r // group."""
+    shape = (-(-args.rows // args.group), args.prompt_tokens)
+    return np.random.default_rng(1).integers(10, vocab_size, shape, dtype=np.int32)
+
+
+def clocks() -> np.ndarray:
+    """Wall and CPU seconds: other work on the machine lengthens the first, and hardly the second."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def ours(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Wall and CPU seconds of each workload, by this project's sampler."""
+    import jax
+
+    from cero_jax import sharding, weights
+    from cero_jax.sampler import SamplerConfig, make_sampler
+
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    config, params = weights.load(args.folder, mesh)
+    settings = SamplerConfig(TAIL * args.median, slots=args.slots, window=args.window)
+    sample = make_sampler(config, settings, (), 0, mesh)
+    tokens, rows = prompts(args, params["embed"].shape[0]), np.arange(args.rows, dtype=np.int32)
+    batch = {
+        "prompt_tokens": tokens,
+        "prompt_lengths": np.full(len(tokens), args.prompt_tokens, np.int32),
+        "prompt_of_row": rows // args.group,
+        "row_mask": np.ones(args.rows, bool),
+        "prompt_ids": rows // args.group,
+        "rollout_index": rows % args.group,
+    }
+    sample(params, np.uint32(0), np.uint32(0), batch | {"max_tokens": np.ones(args.rows, np.int32)})
+    seconds = {}
+    for step, (name, wanted) in enumerate(lengths(args).items()):
+        expected = {"expected_tokens": wanted} if name == "known" else {}
+        start = clocks()
+        drawn = sample(params, np.uint32(0), np.uint32(step), batch | {"max_tokens": wanted} | expected)
+        seconds[name] = (clocks() - start).tolist()
+        assert (drawn.lengths == wanted).all()
+    return seconds
+
+
+def transformers(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Wall and CPU seconds of each workload, by `generate` on batches of `slots` rows."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import AutoModelForCausalLM, StoppingCriteriaList  # pyright: ignore[reportMissingImports]
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(args.folder, dtype="float32").eval()
+    model.generation_config.eos_token_id = None
+    tokens = prompts(args, model.config.vocab_size)[np.arange(args.rows) // args.group]
+
+    @torch.inference_mode()
+    def draw(rows: np.ndarray, wanted: np.ndarray) -> None:
+        limit = torch.from_numpy(args.prompt_tokens + wanted[rows])
+        ids = torch.from_numpy(tokens[rows]).long()
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            pad_token_id=0, max_new_tokens=int(wanted[rows].max()),
+            stopping_criteria=StoppingCriteriaList([lambda so_far, _scores: so_far.shape[1] >= limit]),
+        )  # fmt: skip
+        assert out.shape[1] == limit.max()
+
+    draw(np.arange(args.slots), np.full(args.rows, 4))
+    seconds = {}
+    for name, wanted in lengths(args).items():
+        order = np.argsort(-wanted, kind="stable") if name == "known" else np.arange(args.rows)
+        start = clocks()
+        for first in range(0, args.rows, args.slots):
+            draw(order[first : first + args.slots], wanted)
+        seconds[name] = (clocks() - start).tolist()
+    return seconds
+
+
+# --- both sides, alternating ---
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print tokens a second of both sides, and the ratio of each pair of runs."""
+    options = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in (
+        "folder", "rows", "slots", "group", "window", "prompt_tokens", "median", "threads")]  # fmt: skip
+    pythons = {"ours": sys.executable, "transformers": args.reference}
+    seconds = {side: [] for side in pythons}
+    for repeat in range(args.repeats):
+        for side, python in pythons.items():
+            run = subprocess.run(
+                [python, __file__, f"--side={side}", *options], check=True, stdout=subprocess.PIPE, text=True
+            )
+            seconds[side].append(json.loads(run.stdout.splitlines()[-1]))
+            print(f"run {repeat} of {side}: {run.stdout.splitlines()[-1]}", file=sys.stderr)
+    print("| lengths | tokens | steps here / there | clock | ours, tokens/s | transformers, tokens/s | ratio (range) |")
+    print("|---|---|---|---|---|---|---|")
+    for name, wanted in lengths(args).items():
+        total, both = wanted.sum(), (np.array([run[name] for run in seconds[side]]).T for side in pythons)
+        for clock, here, there in zip(("wall", "CPU"), *both, strict=True):
+            ratio = there / here
+            speeds = f"{total / np.median(here):.0f} | {total / np.median(there):.0f}"
+            spread = f"{np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})"
+            print(f"| {name} | {total} | {steps(args, name, wanted)} | {clock} | {speeds} | {spread} |")
+
+
+def steps(args: argparse.Namespace, name: str, wanted: np.ndarray) -> str:
+    """Decode steps that each side takes, by arithmetic: slots refilled every window, and batches to their longest."""
+    rows = list(np.sort(wanted)[::-1] if name == "known" else wanted)
+    there = sum(max(rows[first : first + args.slots]) for first in range(0, len(rows), args.slots))
+    here, slots = 0, np.zeros(args.slots, int)
+    while rows or slots.any():
+        for slot in np.flatnonzero(slots == 0):
+            slots[slot] = rows.pop(0) if rows else 0
+        took = min(args.window, slots.max())
+        here, slots = here + took, np.maximum(slots - took, 0)
+    return f"{here} / {there}"
+
+
+def write_folder(args: argparse.Namespace, folder: Path) -> str:
+    """Random weights of the shape as a Hugging Face folder."""
+    from cero_jax import weights
+
+    layers, width, heads, kv_heads, mlp, vocab = SHAPES[args.shape]
+    (folder / "source").mkdir()
+    config = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": layers,
+        "hidden_size": width, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "intermediate_size": mlp,
+        "vocab_size": vocab, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "hidden_act": "silu",
+        "max_position_embeddings": 32_768, "torch_dtype": "float32",
+    }  # fmt: skip
+    (folder / "source" / "config.json").write_text(json.dumps(config))
+    shape, _, params = model_of(args)
+    weights.save(folder / "model", folder / "source", shape, params)
+    return str(folder / "model")
+
+
+# --- where the time goes ---
+
+
+def model_of(args: argparse.Namespace):
+    """The shape's config in the dtype, vocabulary size, and random parameters."""
+    import jax
+
+    from cero_jax import model, sharding
+    from cero_jax.model import ModelConfig
+
+    layers, width, heads, kv_heads, mlp, vocab = SHAPES[args.shape]
+    config = ModelConfig(
+        num_layers=layers, width=width, num_heads=heads, num_kv_heads=kv_heads, head_dim=width // heads, mlp_width=mlp,
+        qkv_bias=True, rope_base=1e6, param_dtype="float32", compute_dtype=args.dtype,
+    )  # fmt: skip
+    params = model.init_params(config, vocab, 0)
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    return config, vocab, jax.device_put(params, sharding.shard_params(params, mesh))
+
+
+def best_seconds(functions: dict, repeats: int = 7) -> dict[str, float]:
+    """The fastest of some calls of each, in turn: what other work disturbs least."""
+    import jax
+
+    best = {}
+    for _ in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function())
+            taken = time.perf_counter() - start
+            best[name] = min(best.get(name, np.inf), taken) if name in best else np.inf  # the first call compiles
+    return best
+
+
+def profile(args: argparse.Namespace) -> None:
+    """Print milliseconds of a decode step, and of its parts, each alone in a loop of as many steps."""
+    import jax
+    import jax.numpy as jnp
+
+    from cero_jax import model
+    from cero_jax.sampler import SamplerConfig, draw
+
+    config, _, params = model_of(args)
+    params, num_steps = model.cast(params, config.compute_dtype), 16
+    space = args.prompt_tokens + TAIL * args.median
+    keys = jax.random.split(jax.random.key(0), args.slots)
+    length = jnp.full(args.slots, args.prompt_tokens, jnp.int32)
+    hidden = jnp.ones((args.slots, config.width), config.compute_dtype)
+    cache = model.init_cache(config, args.slots, space)
+
+    def logits(params, i, hidden, cache):
+        return model.logits(params, config, hidden), cache
+
+    def drawn(params, i, hidden, cache):
+        token, log_prob = draw(
+            logits(params, i, hidden, cache)[0], jax.vmap(jax.random.fold_in)(keys, length + i), SamplerConfig()
+        )
+        return (token + log_prob)[:, None], cache
+
+    def forward(params, i, hidden, cache, token=jnp.int32(0)):  # noqa: B008
+        token = token + (hidden[:, :1] > 1e9).astype(jnp.int32)  # hangs on the step before, so nothing is hoisted
+        sees = jnp.arange(space, dtype=jnp.int32)[None, None] <= length[:, None, None] + i
+        hidden, cache = model.forward(params, config, token, length[:, None] + i, sees, cache, length + i)
+        return hidden[:, 0], cache
+
+    def forward_alone(params, i, hidden, cache):
+        token = (hidden[:, :1] > 1e9).astype(jnp.int32)
+        sees = jnp.ones((args.slots, 1, 1), bool)
+        return model.forward(params, config, token, length[:, None], sees)[0][:, 0], cache
+
+    def write(params, i, hidden, cache):
+        new = jnp.zeros((args.slots, 1, config.num_kv_heads, config.head_dim), config.compute_dtype) + hidden[0, 0]
+        rows = jnp.arange(args.slots, dtype=jnp.int32)[:, None]
+
+        def layer(cache, index):
+            return jax.tree.map(lambda c: c.at[index, rows, (length + i)[:, None]].set(new), cache), None
+
+        return hidden, jax.lax.scan(layer, cache, jnp.arange(config.num_layers, dtype=jnp.int32))[0]
+
+    def whole(params, i, hidden, cache):
+        token = drawn(params, i, hidden, cache)[0].astype(jnp.int32)
+        return forward(params, i, hidden, cache, token)
+
+    def loop(part):
+        @partial(jax.jit, donate_argnums=1)
+        def run(params, cache):
+            def step(i, carry):
+                hidden, cache = carry
+                out, cache = part(params, i, hidden, cache)
+                return hidden + 1e-30 * out[:, :1].astype(hidden.dtype), cache
+
+            return jax.lax.fori_loop(jnp.int32(0), jnp.int32(num_steps), step, (hidden, cache))
+
+        def call():
+            nonlocal cache
+            out, cache = run(params, cache)
+            return out
+
+        return call
+
+    parts = (whole, logits, drawn, forward, forward_alone, write)
+    ms = {name: 1e3 * s / num_steps for name, s in best_seconds({f.__name__: loop(f) for f in parts}).items()}
+    split = {
+        "layers, no cache": ms["forward_alone"],
+        "cache write": ms["write"],
+        "attention to the cache": ms["forward"] - ms["forward_alone"] - ms["write"],
+        "logits": ms["logits"],
+        "draw": ms["drawn"] - ms["logits"],
+    }
+    print(f"a decode step of {args.slots} slots, cache of {space} places: {ms['whole']:.1f} ms")
+    for name, value in split.items():
+        print(f"  {name:24s} {value:6.1f} ms  {value / sum(split.values()):4.0%}")
+
+
+# --- a learner's step ---
+
+
+def learner_step(args: argparse.Namespace) -> None:
+    """Print a step's model FLOPs a second beside those of a large matmul in its dtype."""
+    import jax
+    import jax.numpy as jnp
+
+    from cero_jax import sharding
+    from cero_jax.learner import Batch, LearnerConfig, make_learner
+
+    config, vocab, params = model_of(args)
+    rows, width, limit = args.rows, args.prompt_tokens, TAIL * args.median
+    settings = LearnerConfig(rows_per_step=rows, rows_per_microbatch=args.microbatch)
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    learner = make_learner(config, vocab, settings, 1.0, mesh)
+    rng = np.random.default_rng(0)
+    batch = Batch(
+        prompt_tokens=rng.integers(0, vocab, (rows, width), dtype=np.int32),
+        prompt_lengths=np.full(rows, width, np.int32),
+        tokens=rng.integers(0, vocab, (rows, limit), dtype=np.int32),
+        lengths=np.full(rows, limit, np.int32),
+        log_probs=np.full((rows, limit), -np.log(vocab), np.float32),
+        reward=(np.arange(rows) % 2).astype(np.float32),
+        group_ids=(np.arange(rows) // 2).astype(np.int32),
+        row_mask=np.ones(rows, bool),
+        row_weight=np.ones(rows, np.float32),
+    )
+    millions = sum(p.size for p in jax.tree.leaves(params)) / 1e6
+    side = 8192 if jax.default_backend() == "gpu" else 2048
+    square, matmul = jnp.ones((side, side), args.dtype), jax.jit(jnp.matmul)
+    state = learner.init(params)
+
+    def step():
+        nonlocal state
+        state, metrics = learner.step(state, None, batch, np.float32(1e-4), np.ones(rows, bool))
+        return metrics
+
+    seconds = best_seconds({"step": step, "matmul": lambda: matmul(square, square)}, repeats=args.repeats)
+    peak, flops = 2 * side**3 / seconds["matmul"], step_flops(config, vocab, rows, width, limit)
+    print(f"{millions:.0f}M parameters, {args.dtype}, {rows} rows of {width} + {limit} tokens, "
+          f"{args.microbatch} at once: {seconds['step']:.2f} s a step, "
+          f"{rows * (width + limit) / seconds['step']:.0f} tokens/s, {flops / seconds['step'] / 1e9:.0f} GFLOP/s, "
+          f"{flops / seconds['step'] / peak:.0%} of the matmul peak, {peak / 1e9:.0f} GFLOP/s")  # fmt: skip
+
+
+def step_flops(config, vocab: int, rows: int, width: int, limit: int) -> float:
+    """Model FLOPs of a step, forward and backward: what is computed again in the backward pass does not count.
+
+    Three times the forward pass, of which a parameter that multiplies costs 2 a token, and a causal score and its use
+    4 x heads x head size a pair of tokens; logits are for completion tokens alone.
+    """
+    c, tokens = config, width + limit - 1
+    heads = 2 * c.num_heads + 2 * c.num_kv_heads
+    layer = c.width * (heads * c.head_dim + 3 * c.mlp_width)
+    pairs = tokens * (tokens + 1) / 2
+    forward = c.num_layers * (2 * layer * tokens + 4 * c.num_heads * c.head_dim * pairs)
+    return 3 * rows * (forward + 2 * c.width * vocab * limit)
+
+
+def main() -> None:
+    args = arguments()
+    if args.side:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+        print(json.dumps({"ours": ours, "transformers": transformers}[args.side](args)))
+    elif args.profile:
+        profile(args)
+    elif args.step:
+        learner_step(args)
+    elif args.reference:
+        with tempfile.TemporaryDirectory() as scratch:
+            args.folder = args.folder or write_folder(args, Path(scratch))
+            compare(args)
+    else:
+        sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
