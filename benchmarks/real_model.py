@@ -5,9 +5,9 @@
 
 benchmarks/gemma_folder.py makes the folder. A prompt is five solved equations and one to solve; the reward is 1 for the
 right number and nothing else on its line. No warm start, no chat template: the base model, as it comes, solves some
-kinds mostly and others never. An arm took 14 minutes on two mostly idle cores, and 33 where other work held them for the
-first quarter of the run, evaluations included; before and after, 1 to 6 minutes each and more on busy cores. Short runs
-peaked at 8 GB of memory.
+kinds mostly and others never. An arm took 14 minutes on two mostly idle cores, and 33 where other work held them for
+the first quarter of the run, evaluations included; before and after, 1 to 6 minutes each, more on busy cores. Short
+runs peaked at 8 GB of memory.
 
 Seed 0: uniform rose by 10.0 points (4.3 to 15.8), cero by 3.9 (-2.1 to 10.0), fewer. The intervals are over held-out
 prompts and not over runs: of one run an arm they say whether that run learned, not which rule learns faster. Nothing
