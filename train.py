@@ -115,6 +115,7 @@ def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waitin
     run.log("step", at, row, scored.seconds | {"learn_seconds": time.perf_counter() - began})
     run.metrics.write_samples("train", at.spent, step_samples(rows, scored))
     run.progress.update(at.spent, epoch=at.epoch, reward=row["reward"], accuracy=at.accuracy, live=row["live_share"])
+    # [N] numbers through the host, which orders the rollouts by them; kept in the state for a resume to order alike.
     mean_tokens = observed_tokens(np.asarray(state.mean_tokens), rows, scored.batch.lengths)
     return State(policy, allocation, state.num_rollouts, jax.device_put(mean_tokens, state.mean_tokens.sharding)), at
 

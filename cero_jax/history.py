@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cero_jax.allocator.posterior import ROLLOUTS_PER_PASS
 from cero_jax.report import Run
-
-PASS_ROLLOUTS = 8  # a pass, the unit of `discount`, is 8 rollouts a prompt
 
 
 class Visit(NamedTuple):
@@ -34,7 +33,7 @@ def replay(run: Run) -> tuple[list[list[Visit]], np.ndarray]:
     for row in run.steps:
         ids, rollouts, correct = (np.array(row[key], int) for key in ("prompt_ids", "num_rollouts", "num_correct"))
         evidence = np.array(row.get("num_evidence", rollouts), int)
-        keep = settings["discount"] ** (rollouts.sum() / (PASS_ROLLOUTS * number))
+        keep = settings["discount"] ** (rollouts.sum() / (ROLLOUTS_PER_PASS * number))
         before = posterior
         posterior = prior + keep * (posterior - prior)
         posterior[0, ids] += correct  # a prompt has one visit a step

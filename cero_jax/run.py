@@ -152,7 +152,7 @@ def _model_and_task(config: Config) -> tuple[Config, Task]:
     dtypes = {"param_dtype": config.model.param_dtype, "compute_dtype": config.model.compute_dtype}
     model_config, _ = read_config(config.model_folder, **dtypes)
     task = config.task.build(config.seed, FolderTokenizer(config.model_folder))
-    return dataclasses.replace(config, model=model_config), task
+    return dataclasses.replace(config, model=dataclasses.replace(model_config, remat=config.model.remat)), task
 
 
 def start(config: Config) -> tuple[Run, State, Cursor]:

@@ -182,9 +182,7 @@ def prefill(params: Params, config: ModelConfig, tokens: Array, lengths: Array) 
 def fill(
     slots: Slots, prompts: Prefilled, new: Array, prompt_of_slot: Array, keys: Array, limit: Array, pad_id: int
 ) -> Slots:
-    """Let rollouts begin in the `new` slots [S] bool, with their prompts [S] int32, keys [S] and limits [S] int32,
-    tokens; the others go on.
-    """
+    """Let rollouts begin in the `new` slots [S] bool, each with its prompt, key and limit in tokens; others go on."""
     width = prompts.cache.k.shape[2]
     begun = Slots(
         key=keys,
@@ -271,6 +269,22 @@ def cache_sizes(width: int, config: SamplerConfig) -> tuple[int, ...]:
     return tuple(width + min(size, limit) for size in sizes)
 
 
+def _to_draw(batch: dict[str, np.ndarray], step: np.ndarray, limit: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What each row [R] brings to its slot, and the rows to draw, longest expected first. Raises as `make_sampler`."""
+    num_rows = len(batch["row_mask"])
+    max_tokens = np.asarray(batch.get("max_tokens", np.full(num_rows, limit)), np.int32)
+    if max_tokens.min() < 1 or max_tokens.max() > limit:
+        raise ValueError(
+            f"max_tokens={max_tokens.min()}..{max_tokens.max()} must lie in 1..max_completion_tokens={limit}"
+        )
+    rows = {name: batch[name] for name in ("prompt_of_row", "prompt_ids", "rollout_index")}
+    rows |= {"step": np.broadcast_to(step, num_rows), "new": np.ones(num_rows, bool), "max_tokens": max_tokens}
+    waiting = np.flatnonzero(batch["row_mask"])
+    if "expected_tokens" in batch:
+        waiting = waiting[np.argsort(-batch["expected_tokens"][waiting], kind="stable")]
+    return rows, waiting
+
+
 def make_sampler(
     model_config: ModelConfig, config: SamplerConfig, eos_ids: tuple[int, ...], pad_id: int, mesh: Mesh
 ) -> Sampler:
@@ -332,18 +346,7 @@ def make_sampler(
         num_slots, sizes = min(config.slots or num_rows, num_rows), cache_sizes(width, config)
         if num_slots % sharding.row_shards(mesh):
             raise ValueError(f"{num_slots} slots must be a multiple of data x fsdp = {sharding.row_shards(mesh)}")
-        rows = {name: batch[name] for name in ("prompt_of_row", "prompt_ids", "rollout_index")}
-        limit = config.max_completion_tokens
-        max_tokens = np.asarray(batch.get("max_tokens", np.full(num_rows, limit)), np.int32)
-        if max_tokens.min() < 1 or max_tokens.max() > limit:
-            raise ValueError(
-                f"max_tokens={max_tokens.min()}..{max_tokens.max()} must lie in 1..max_completion_tokens={limit}"
-            )
-        rows |= {"step": np.broadcast_to(step, num_rows), "new": np.ones(num_rows, bool), "max_tokens": max_tokens}
-        waiting = np.flatnonzero(batch["row_mask"])
-        if "expected_tokens" in batch:
-            waiting = waiting[np.argsort(-batch["expected_tokens"][waiting], kind="stable")]
-
+        rows, waiting = _to_draw(batch, step, config.max_completion_tokens)
         if jnp.dtype(model_config.param_dtype) != jnp.dtype(model_config.compute_dtype):
             params = cast(params)  # once a call, which is once a policy update
         prompts = read_prompts(params, tokens=batch["prompt_tokens"], lengths=batch["prompt_lengths"])
@@ -355,9 +358,10 @@ def make_sampler(
             compiled.add((num_rows, batch["prompt_tokens"].shape))
             slots = empty(num_slots, sizes[0])
 
+        shape = (num_rows, config.max_completion_tokens)
         out = Rollouts(
-            tokens=np.full((num_rows, limit), pad_id, np.int32),
-            log_probs=np.zeros((num_rows, limit), np.float32),
+            tokens=np.full(shape, pad_id, np.int32),
+            log_probs=np.zeros(shape, np.float32),
             lengths=np.zeros(num_rows, np.int32),
             truncated=np.zeros(num_rows, bool),
         )

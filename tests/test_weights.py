@@ -1,5 +1,6 @@
 """Model folders against transformers: tests/fixtures holds tiny models of each family and what make_fixtures.py saw."""
 
+import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
@@ -284,6 +285,15 @@ def test_a_run_starts_from_a_folder_and_ends_with_one(tmp_path):
     before = (exported / "model.safetensors").stat()
     assert run.export(state, at) == exported
     assert (exported / "model.safetensors").stat() == before  # not written again
+
+
+def test_what_a_folder_does_not_say_stays_as_set(tmp_path):
+    """The shape is the folder's; how to compute it is the run's."""
+    chosen = ModelConfig(param_dtype="bfloat16", compute_dtype="bfloat16", remat=True)
+    run, _, _ = runs.start(folder_config(tmp_path, model=chosen))
+    run.close()
+    shape = dataclasses.replace(loaded("qwen2")[0], param_dtype="bfloat16", compute_dtype="bfloat16", remat=True)
+    assert run.config.model == shape
 
 
 @pytest.mark.parametrize(
