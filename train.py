@@ -81,7 +81,7 @@ def draw(run: Run, state: State, at: Cursor, now: list[Rows]) -> list[Scored]:
     size, num_steps = config.learner.rows_per_step, config.learner.steps_per_batch
     inputs = sampling_inputs(run.task.train, now, num_steps, np.asarray(state.mean_tokens))
     steps = at.step + np.repeat(np.arange(num_steps, dtype=np.uint32), size)
-    drawn = draw_verified(run.sample, state.policy.params, config.seed, steps, inputs, run.task)
+    drawn = draw_verified(run.sample, run.policy(state), config.seed, steps, inputs, run.task)
     seconds = {"sample_seconds": (time.perf_counter() - began) / len(now)}
     return [
         score(run.task, rows, *step_of(i, size, *drawn), config.truncated, config.success_threshold, seconds)
@@ -105,7 +105,7 @@ def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waitin
     if full and (live.any() or config.learner.kl_coef):  # without variance and without KL there is no gradient
         waiting.clear()
         rate = learning_rate(config.learner, at.spent, config.allocator.total_budget)
-        policy, measured = run.learner.step(policy, run.ref_params, batch, np.float32(rate), live)
+        policy, measured = run.learner.step(policy, run.fixed, batch, np.float32(rate), live)
         # Read at once: the next rollouts need this step, so the host has nothing else to do meanwhile.
         figures |= {name: float(value) for name, value in measured.items()} | {"learning_rate": rate}
         if not np.isfinite(figures["loss"] + figures["grad_norm"]):
@@ -124,9 +124,7 @@ def log_evaluation(run: Run, state: State, at: Cursor) -> Cursor:
     """Measure held-out accuracy, and show one completion."""
     began = time.perf_counter()
     config = run.config
-    result = evaluate(
-        run.sample, state.policy.params, run.task, config.evaluation, config.seed, config.success_threshold
-    )
+    result = evaluate(run.sample, run.policy(state), run.task, config.evaluation, config.seed, config.success_threshold)
     at = at._replace(accuracy=result.accuracy, evaluated=at.spent)
     run.log("eval", at, result.figures(), {"eval_seconds": time.perf_counter() - began})
     run.metrics.write_samples("eval", at.spent, [each for each in result.samples if each["sample"] == 0])

@@ -327,7 +327,7 @@ def learner_step(args: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
     from cero_jax import sharding
-    from cero_jax.learner import Batch, LearnerConfig, make_learner
+    from cero_jax.learner import Batch, Fixed, LearnerConfig, make_learner
 
     config, vocab, params = model_of(args)
     rows, width, limit = args.rows, args.prompt_tokens, TAIL * args.median
@@ -353,7 +353,7 @@ def learner_step(args: argparse.Namespace) -> None:
 
     def step():
         nonlocal state
-        state, metrics = learner.step(state, None, batch, np.float32(1e-4), np.ones(rows, bool))
+        state, metrics = learner.step(state, Fixed({}, None), batch, np.float32(1e-4), np.ones(rows, bool))
         return metrics
 
     seconds = best_seconds({"step": step, "matmul": lambda: matmul(square, square)}, repeats=args.repeats)

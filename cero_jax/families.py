@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cero_jax.model import ModelConfig, RopeScaling
+from cero_jax.model import ModelConfig
+from cero_jax.rope import RopeScaling
 
 FAMILIES: dict[str, dict[str, Any]] = {  # model_type -> what is fixed by it
     "qwen2": {"qkv_bias": True},

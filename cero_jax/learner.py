@@ -15,7 +15,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from cero_jax import grpo, model, sharding
+from cero_jax import grpo, lora, model, sharding
 from cero_jax.grpo import AdvantageKind, Aggregation
 from cero_jax.model import ModelConfig, Params
 
@@ -71,9 +71,16 @@ class LearnerConfig:
 class TrainState(NamedTuple):
     """What an optimiser step moves."""
 
-    params: Params
+    params: Params  # what is trained: adapters where the model has them, else all of it
     opt_state: optax.OptState
     step: Array  # [] int32, optimiser steps taken
+
+
+class Fixed(NamedTuple):
+    """Parameters that an optimiser step reads and leaves as they are."""
+
+    frozen: Params  # of a model with adapters, all but those; else {}
+    ref_params: Params | None  # what was trained, as RL started from it, where there is a KL term
 
 
 Rows = Any  # a NumPy array on its way to the devices, or a JAX array there
@@ -217,7 +224,7 @@ class Learner(NamedTuple):
     """The functions that make and move a TrainState, jitted for one set of shapes and one mesh."""
 
     init: Callable[[Params], TrainState]  # fresh optimiser around parameters
-    step: Callable[..., tuple[TrainState, dict[str, Array]]]  # (state, ref_params, batch, learning_rate, live [R])
+    step: Callable[..., tuple[TrainState, dict[str, Array]]]  # (state, fixed, batch, learning_rate, live [R])
     supervised_step: Callable[..., tuple[TrainState, Array]]  # (state, batch, learning_rate) -> loss
     shardings: Any  # a NamedSharding for each part of a TrainState
 
@@ -249,7 +256,7 @@ def make_learner(
             f"{shards}"
         )
     optimizer = make_optimizer(config)
-    abstract = jax.eval_shape(lambda: model.init_params(model_config, vocab_size, 0))
+    _, abstract = lora.split(jax.eval_shape(lambda: model.init_params(model_config, vocab_size, 0)))
     param_shardings = sharding.shard_params(abstract, mesh)
     opt_shardings = optax.tree_utils.tree_map_params(
         optimizer,
@@ -280,12 +287,14 @@ def make_learner(
         return zeros, dict.fromkeys(names, jnp.float32(0))
 
     @partial(jax.jit, static_argnames="limit", donate_argnames="so_far", out_shardings=(param_shardings, None))
-    def add(so_far, params: Params, ref_params: Params | None, batch: Batch, weighed: Weighed, rows, used, limit: int):
+    def add(so_far, params: Params, fixed: Fixed, batch: Batch, weighed: Weighed, rows, used, limit: int):
         batch, weighed = jax.tree.map(lambda x: x[rows], (batch, weighed))
         batch = batch._replace(tokens=batch.tokens[:, :limit], log_probs=batch.log_probs[:, :limit])
         weighed = weighed._replace(weights=jnp.where(used[:, None], weighed.weights[:, :limit], 0.0))
         batch, weighed = jax.lax.with_sharding_constraint((batch, weighed), row_sharding)
-        (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, ref_params, batch, weighed)
+        ref = None if fixed.ref_params is None else lora.join(fixed.frozen, fixed.ref_params)
+        of_trained = lambda params: loss(lora.join(fixed.frozen, params), ref, batch, weighed)  # noqa: E731
+        (_, metrics), grads = jax.value_and_grad(of_trained, has_aux=True)(params)
         return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), so_far, (grads, metrics))
 
     @partial(jax.jit, donate_argnames="state", out_shardings=(shardings, None))
@@ -304,17 +313,17 @@ def make_learner(
 
     compiled = {}
 
-    def step(state: TrainState, ref_params: Params | None, batch: Batch, learning_rate, live: np.ndarray):
+    def step(state: TrainState, fixed: Fixed, batch: Batch, learning_rate, live: np.ndarray):
         limits, lengths = token_limits(batch.tokens.shape[1]), batch.lengths
         wanted = batch.row_mask if config.kl_coef else live  # a KL term has a gradient on every row
         parts = microbatches(wanted, lengths, size, limits)
         batch = jax.device_put(batch, row_sharding)
         weighed, summed = weigh_rows(batch), nothing(state.params)
         if not compiled:  # all lengths at the first call, so that none compiles in the middle of a run
-            inputs = (summed, state.params, ref_params, batch, weighed, *parts[0][:2])
+            inputs = (summed, state.params, fixed, batch, weighed, *parts[0][:2])
             compiled.update({limit: add.lower(*inputs, limit=limit).compile() for limit in limits})
         for part in parts:
-            inputs = (summed, state.params, ref_params, batch, weighed, part.rows, part.used)
+            inputs = (summed, state.params, fixed, batch, weighed, part.rows, part.used)
             summed = compiled[part.limit](*inputs)
         return finish(state, summed, learning_rate)
 

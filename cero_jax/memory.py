@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from cero_jax import model, sharding
+from cero_jax import lora, model, sharding
 from cero_jax.learner import LearnerConfig, microbatch_rows
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig
@@ -52,7 +52,8 @@ def estimate(
     abstract = jax.eval_shape(lambda: model.init_params(c, vocab_size, 0))
     layout = sharding.shard_params(abstract, mesh)
     on_device = jax.tree.map(lambda p, s: math.prod(s.shard_shape(p.shape)), abstract, layout)
-    num_params, size = sum(jax.tree.leaves(on_device)), jnp.dtype(c.compute_dtype).itemsize
+    num_params, num_trained = (sum(jax.tree.leaves(tree)) for tree in (on_device, lora.split(on_device)[1]))
+    size = jnp.dtype(c.compute_dtype).itemsize
     tensor, length = mesh.shape["tensor"], prompt_tokens + sampler.max_completion_tokens
 
     rows = learner.rows_per_step * learner.steps_per_batch
@@ -69,9 +70,9 @@ def estimate(
     chunk = min(learner.logit_chunk_tokens, sampler.max_completion_tokens)
     return Estimate(
         parameters=num_params * jnp.dtype(c.param_dtype).itemsize,
-        optimizer=2 * num_params * 4,
-        gradients=2 * num_params * 4,
-        reference=num_params * jnp.dtype(c.param_dtype).itemsize if learner.kl_coef else 0,
+        optimizer=2 * num_trained * 4,
+        gradients=2 * num_trained * 4,
+        reference=num_trained * jnp.dtype(c.param_dtype).itemsize if learner.kl_coef else 0,
         cache=in_cache * (slots * length + rows // min_group * prompt_tokens),
         activations=int(kept),
         logits=3 * here * chunk * vocab_size * 4 // tensor,

@@ -9,7 +9,6 @@ F hidden size of the MLP, V vocabulary, L layers.
 """
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -19,22 +18,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from cero_jax import rope
+from cero_jax.lora import Adapter
+from cero_jax.rope import RopeScaling
+
 Params = dict  # a nested dict of arrays, as nnx.to_pure_dict gives it
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Rotary frequencies stretched for contexts longer than those trained on first."""
-
-    kind: Literal["linear", "llama3"]
-    """linear: all are divided by `factor` (Gemma 3); llama3: the slow ones are, with a ramp between."""
-    factor: float
-    low_freq_factor: float = 1.0
-    """Wavelengths above original_max_positions / this are divided by `factor` (llama3)."""
-    high_freq_factor: float = 4.0
-    """Wavelengths below original_max_positions / this stay (llama3)."""
-    original_max_positions: int = 8192
-    """Tokens of the context trained on first (llama3)."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +63,10 @@ class ModelConfig:
     """Tokens."""
     sliding_rope_base: float | None = None
     """Rotary base of the sliding layers, unscaled; None rotates them as the others."""
+    lora_rank: int | None = None
+    """Rank of the adapters that are trained beside every linear layer of a frozen model (LoRA); None trains it all."""
+    lora_alpha: float = 32.0
+    """Adapters count lora_alpha / lora_rank times."""
     remat: bool = False
     """Compute each layer again in the backward pass instead of keeping what is inside it."""
     param_dtype: str = "float32"
@@ -87,6 +79,8 @@ class ModelConfig:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"lora_rank={self.lora_rank} must be at least 1, or None")
         if any(not 0 <= layer < self.num_layers for layer in self.sliding_layers) or self.sliding_window < 1:
             raise ValueError(
                 f"sliding_layers={self.sliding_layers} must lie in 0..num_layers-1={self.num_layers - 1}, and "
@@ -116,34 +110,6 @@ def rms_norm(x: Array, scale: Array, config: ModelConfig) -> Array:
     return jnp.einsum("...d,d->...d", normed, scale.astype(jnp.float32) + config.norm_offset).astype(x.dtype)
 
 
-def rope_frequencies(config: ModelConfig, sliding: bool) -> Array:
-    """[K/2] float32, radians a position, of the sliding or of the full layers.
-
-    Source: Su et al. 2021; "llama3" as in Meta's release of Llama 3.1.
-    """
-    half, base, scaling = config.head_dim // 2, config.rope_base, config.rope_scaling
-    if sliding and config.sliding_rope_base is not None:
-        base, scaling = config.sliding_rope_base, None
-    frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if scaling is None:
-        return frequency
-    stretched = frequency / scaling.factor
-    if scaling.kind == "linear":
-        return stretched
-    turns = scaling.original_max_positions * frequency / (2 * math.pi)  # that the first context's length makes
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1 - keep) * stretched + keep * frequency
-
-
-def rope(x: Array, positions: Array, frequency: Array) -> Array:
-    """Rotate x [B, T, heads, K] by its positions [B, T] (Su et al. 2021, half-split pairs as Llama has them)."""
-    angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def _normal(key: Array, shape: tuple[int, ...], fan_in: int, dtype: str) -> nnx.Param:
     return nnx.Param((jax.random.normal(key, shape, jnp.float32) * fan_in**-0.5).astype(dtype))
 
@@ -166,10 +132,16 @@ class Attention(nnx.Module):
             self.q_bias, self.k_bias, self.v_bias = (nnx.Param(jnp.zeros((n, k), dtype)) for n in (h, g, g))
         if config.qk_norm:
             self.q_norm, self.k_norm = _scale(k, config), _scale(k, config)
+        if config.lora_rank:
+            adapter = functools.partial(Adapter, rank=config.lora_rank, alpha=config.lora_alpha, rngs=rngs)
+            self.q_lora, self.o_lora = adapter(d, h * k), adapter(h * k, d)
+            self.k_lora, self.v_lora = adapter(d, g * k), adapter(d, g * k)
 
     def _heads(self, x: Array, name: str) -> Array:
         """The projection `name` of x [B, T, D] -> [B, T, heads, K], with its bias and norm where the model has them."""
         heads = jnp.einsum("btd,dhk->bthk", x, getattr(self, name)[...].astype(x.dtype))
+        if self.config.lora_rank:
+            heads = heads + getattr(self, f"{name}_lora")(x).reshape(heads.shape)
         if self.config.qkv_bias:
             heads = heads + getattr(self, f"{name}_bias")[...].astype(x.dtype)[None, None]
         if self.config.qk_norm and name != "v":
@@ -178,7 +150,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, view: View, cache: Cache | None, layer: Array, start: Array):
         """Inputs x [B, T, D] -> [B, T, D] and the cache with this call's tokens written from `start` [B]."""
-        q, k = (rope(self._heads(x, name), view.positions, view.frequency) for name in ("q", "k"))
+        q, k = (rope.rotate(self._heads(x, name), view.positions, view.frequency) for name in ("q", "k"))
         v = self._heads(x, "v")
         if cache is not None:
             # Written in place in the scan's carry: the cache is never copied whole.
@@ -192,7 +164,10 @@ class Attention(nnx.Module):
             out = _attend_one(q, k, v, view.mask, scale)
         else:
             out = jax.nn.dot_product_attention(q, k, v, mask=view.mask[:, None], scale=scale)
-        return jnp.einsum("bthk,hkd->btd", out, self.o[...].astype(x.dtype)), cache
+        half = jnp.einsum("bthk,hkd->btd", out, self.o[...].astype(x.dtype))
+        if self.config.lora_rank:
+            half = half + self.o_lora(out.reshape(*out.shape[:2], -1))
+        return half, cache
 
 
 def _attend_one(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
@@ -214,14 +189,21 @@ class GatedMLP(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         d, f, dtype = config.width, config.mlp_width, config.param_dtype
+        self.config = config
         self.activation = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}[config.activation]
         self.gate = _normal(rngs.params(), (d, f), d, dtype)
         self.up = _normal(rngs.params(), (d, f), d, dtype)
         self.down = _normal(rngs.params(), (f, d), f * 2 * config.num_layers, dtype)
+        if config.lora_rank:
+            adapter = functools.partial(Adapter, rank=config.lora_rank, alpha=config.lora_alpha, rngs=rngs)
+            self.gate_lora, self.up_lora, self.down_lora = adapter(d, f), adapter(d, f), adapter(f, d)
+
+    def _linear(self, x: Array, name: str) -> Array:
+        out = x @ getattr(self, name)[...].astype(x.dtype)
+        return out + getattr(self, f"{name}_lora")(x) if self.config.lora_rank else out
 
     def __call__(self, x: Array) -> Array:
-        gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
-        return (self.activation(x @ gate) * (x @ up)) @ down
+        return self._linear(self.activation(self._linear(x, "gate")) * self._linear(x, "up"), "down")
 
 
 class Block(nnx.Module):
@@ -267,10 +249,13 @@ class Transformer(nnx.Module):
         x = self.embed[...][tokens].astype(config.compute_dtype)
         if config.scaled_embeddings:
             x = x * jnp.asarray(config.width**0.5, x.dtype)
-        full = View(positions, mask, rope_frequencies(config, sliding=False))
+        frequency = rope.frequencies(config.head_dim, config.rope_base, config.rope_scaling)
+        full = View(positions, mask, frequency)
         if config.sliding_layers:
             near = _last_seen(mask, config.sliding_window)
-            sliding = View(positions, near, rope_frequencies(config, sliding=True))
+            if config.sliding_rope_base is not None:
+                frequency = rope.frequencies(config.head_dim, config.sliding_rope_base)
+            sliding = View(positions, near, frequency)
 
         def layer_step(carry, layer_and_flags):
             (x, cache), (layer, index, is_sliding) = carry, layer_and_flags

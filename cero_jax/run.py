@@ -13,13 +13,13 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from cero_jax import memory, sharding, weights
+from cero_jax import lora, memory, sharding, weights
 from cero_jax.allocator.base import AllocatorState
 from cero_jax.checkpoint import Checkpoints, Cursor
 from cero_jax.config import Config, check_resumable, from_json, open_run_dir, to_json
 from cero_jax.data import Task, pass_order, prompts_hash
 from cero_jax.families import read_config
-from cero_jax.learner import Learner, TrainState, make_learner
+from cero_jax.learner import Fixed, Learner, TrainState, make_learner
 from cero_jax.metrics import MetricsWriter, Progress
 from cero_jax.model import Params, init_params
 from cero_jax.rows import Rows, plan
@@ -48,10 +48,14 @@ class Run(NamedTuple):
     learner: Learner
     allocate: Callable  # jitted: AllocatorState -> (num_rollouts [N], AllocatorState)
     update: Callable  # jitted: (AllocatorState, prompt_ids [U], num_rollouts [U], num_correct [U]) -> AllocatorState
-    ref_params: Params | None  # the policy that RL started from, where there is a KL term
+    fixed: Fixed
     checkpoints: Checkpoints
     metrics: MetricsWriter
     progress: Progress
+
+    def policy(self, state: State) -> Params:
+        """The policy's parameters, those that are frozen among them."""
+        return lora.join(self.fixed.frozen, state.policy.params)
 
     def plan(self, num_rollouts: Array, epoch: int) -> list[Rows]:
         """The steps of a round. Reads [N] counts from the device, once a round: they decide how rows are laid."""
@@ -78,7 +82,8 @@ class Run(NamedTuple):
             return None
         folder = self.directory / f"export-{at.spent}"
         if not folder.exists():
-            weights.save(folder, self.config.model_folder, self.config.model, state.policy.params)
+            merged = lora.merge(self.policy(state), self.config.model.lora_alpha)
+            weights.save(folder, self.config.model_folder, self.config.model, merged)
         return folder
 
     def close(self) -> None:
@@ -127,7 +132,8 @@ def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -
         raise ValueError(f"{path.parent}: no checkpoint in it yet: let the run go on")
     num_prompts = len(json.loads((path.parent / "prompts.json").read_text())["labels"])
     learner = make_learner(config.model, tokenizer.vocab_size, config.learner, 1.0, mesh)
-    shapes = jax.eval_shape(learner.init, jax.eval_shape(lambda: init_params(config.model, tokenizer.vocab_size, 0)))
+    _, trained = lora.split(jax.eval_shape(lambda: init_params(config.model, tokenizer.vocab_size, 0)))
+    shapes = jax.eval_shape(learner.init, trained)
     policy = jax.tree.map(
         lambda x, placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed), shapes, learner.shardings
     )
@@ -137,7 +143,8 @@ def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -
     )
     state = checkpoints.restore(at, like=State(policy, allocation, *counts))
     sample = make_sampler(config.model, config.sampler, tokenizer.eos_ids, tokenizer.pad_id, mesh)
-    return Policy(config, task, sample, state.policy.params, at.spent)
+    frozen = starting_policy(config, task, mesh, path.parent.parent / ".cache") if config.model.lora_rank else {}
+    return Policy(config, task, sample, lora.join(frozen, state.policy.params), at.spent)
 
 
 def _model_and_task(config: Config) -> tuple[Config, Task]:
@@ -149,10 +156,38 @@ def _model_and_task(config: Config) -> tuple[Config, Task]:
             f"model_folder={config.model_folder} brings a tokenizer, and ChainSum has its own: give it a task of text, "
             "like Dataset"
         )
-    dtypes = {"param_dtype": config.model.param_dtype, "compute_dtype": config.model.compute_dtype}
-    model_config, _ = read_config(config.model_folder, **dtypes)
+    kept = {name: getattr(config.model, name) for name in ("lora_rank", "lora_alpha", "remat")}
+    model_config, _ = read_config(config.model_folder, **_dtypes(config))
     task = config.task.build(config.seed, FolderTokenizer(config.model_folder))
-    return dataclasses.replace(config, model=dataclasses.replace(model_config, remat=config.model.remat)), task
+    return dataclasses.replace(config, model=dataclasses.replace(model_config, **kept)), task
+
+
+def _dtypes(config: Config) -> dict[str, str]:
+    return {"param_dtype": config.model.param_dtype, "compute_dtype": config.model.compute_dtype}
+
+
+def starting_policy(config: Config, task: Task, mesh: Mesh, cache_dir: Path) -> Params:
+    """The policy that RL starts from, without adapters: the model folder's, or one warm-started here."""
+    if config.model_folder is not None:
+        return weights.load(config.model_folder, mesh, **_dtypes(config))[1]
+    return warm_start(
+        config.warm_start,
+        dataclasses.replace(config.model, lora_rank=None),
+        task,
+        seed=config.seed,
+        max_tokens=config.sampler.max_completion_tokens,
+        mesh=mesh,
+        cache_dir=cache_dir,
+    )
+
+
+def fresh_adapters(config: Config, vocab_size: int, learner: Learner) -> Params:
+    """Adapters with which the policy is what it is without; the jitted function computes nothing else."""
+
+    def adapters() -> Params:
+        return lora.split(init_params(config.model, vocab_size, config.seed))[1]
+
+    return jax.jit(adapters, out_shardings=learner.shardings.params)()
 
 
 def start(config: Config) -> tuple[Run, State, Cursor]:
@@ -177,19 +212,9 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     at = checkpoints.cursor() or fresh
     check_resumable(at, config, fresh.prompts_hash)
 
-    if config.model_folder is not None:
-        dtypes = {"param_dtype": config.model.param_dtype, "compute_dtype": config.model.compute_dtype}
-        _, params = weights.load(config.model_folder, mesh, **dtypes)
-    else:
-        params = warm_start(
-            config.warm_start,
-            config.model,
-            task,
-            seed=config.seed,
-            max_tokens=config.sampler.max_completion_tokens,
-            mesh=mesh,
-            cache_dir=cache_dir,
-        )
+    frozen, params = {}, starting_policy(config, task, mesh, cache_dir)
+    if config.model.lora_rank:
+        frozen, params = params, fresh_adapters(config, tokenizer.vocab_size, learner)
     # A copy: the step donates the parameters it is given.
     ref_params = jax.tree.map(jnp.copy, params) if config.learner.kl_coef else None
     mean_tokens = jnp.full(num_prompts, config.sampler.max_completion_tokens, jnp.float32)
@@ -213,7 +238,7 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         allocate=jax.jit(allocator.allocate, out_shardings=everywhere),
         # Every rollout of a round is drawn: release=False keeps the rest of a group cut over two steps reserved.
         update=jax.jit(partial(allocator.update, release=False), out_shardings=everywhere),
-        ref_params=ref_params,
+        fixed=Fixed(frozen, ref_params),
         checkpoints=checkpoints,
         metrics=MetricsWriter(directory, position=at.metrics),
         progress=Progress(total=config.allocator.total_budget, initial=at.spent),

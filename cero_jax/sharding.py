@@ -34,6 +34,12 @@ RULES: dict[str, P] = {  # path of the parameter -> spec
     "layers/mlp/up": P(None, "fsdp", "tensor"),  # [L, D, F]
     "layers/mlp/down": P(None, "tensor", "fsdp"),  # [L, F, D]
 }
+for _layer in ("attn/q", "attn/k", "attn/v", "mlp/gate", "mlp/up"):
+    RULES[f"layers/{_layer}_lora/lora_a"] = P(None, "fsdp", None)  # [L, D, rank]
+    RULES[f"layers/{_layer}_lora/lora_b"] = P(None, None, "tensor")  # [L, rank, H K or F]
+for _layer in ("attn/o", "mlp/down"):
+    RULES[f"layers/{_layer}_lora/lora_a"] = P(None, "tensor", None)  # [L, H K or F, rank]
+    RULES[f"layers/{_layer}_lora/lora_b"] = P(None, None, "fsdp")  # [L, rank, D]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from tiny_run import tiny_config
 from cero_jax import run as runs
 from cero_jax.config import from_command_line, from_json, to_json
 from cero_jax.learner import LearnerConfig
-from cero_jax.model import ModelConfig, RopeScaling
+from cero_jax.model import ModelConfig
+from cero_jax.rope import RopeScaling
 from cero_jax.sampler import SamplerConfig
 from cero_jax.sharding import MeshConfig
 from cero_jax.tasks.chain_sum import ChainSum

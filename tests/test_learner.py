@@ -12,6 +12,7 @@ import pytest
 from cero_jax import model, sharding
 from cero_jax.learner import (
     Batch,
+    Fixed,
     LearnerConfig,
     completion_log_probs,
     grpo_loss,
@@ -87,7 +88,9 @@ def accumulated_gradient(config, batch, live, ref=None, **changes):
     """What a step adds up over its micro-batches, and its metrics: read from Adam's first moment."""
     config = dataclasses.replace(config, max_grad_norm=1e9, **changes)
     learner = make_learner(CONFIG, VOCAB, config, TEMPERATURE, one_device())
-    state, metrics = learner.step(learner.init(jax.tree.map(jnp.copy, params())), ref, batch, np.float32(0), live)
+    state, metrics = learner.step(
+        learner.init(jax.tree.map(jnp.copy, params())), Fixed({}, ref), batch, np.float32(0), live
+    )
     return jax.tree.map(lambda m: m / (1 - config.adam_b1), optax.tree.get(state.opt_state, "mu")), metrics
 
 
@@ -249,7 +252,7 @@ def test_steps_equal_adam_by_hand_whatever_was_left_out_and_compile_at_the_first
         assert norm > 0.05  # so that it is scaled down
         caplog.clear()
         with jax.log_compiles():
-            state, metrics = learner.step(state, None, batch, np.float32(rate), live_in(batch))
+            state, metrics = learner.step(state, Fixed({}, None), batch, np.float32(rate), live_in(batch))
             jax.block_until_ready(state)
         assert (num_compiled(caplog) > 0) == (step == 1)
         assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from cero_jax import model
-from cero_jax.model import ModelConfig, RopeScaling
+from cero_jax.model import ModelConfig
+from cero_jax.rope import RopeScaling
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 

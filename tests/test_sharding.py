@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import cero_jax
 from cero_jax import model, sharding
-from cero_jax.learner import Batch, LearnerConfig, make_learner
+from cero_jax.learner import Batch, Fixed, LearnerConfig, make_learner
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig, make_sampler, row_keys
 from cero_jax.sharding import MeshConfig
@@ -153,7 +153,9 @@ def step_on(mesh):
     """Loss, gradient (by Adam's first moment: mu = (1 - b1) g after one step) and the state of one step."""
     learner = make_learner(CONFIG, VOCAB, LEARNER, 1.0, mesh)
     state = learner.init(jax.device_put(params(), learner.shardings.params))
-    state, metrics = learner.step(state, None, batch(), np.float32(1e-3), batch().row_mask)  # every real row is live
+    state, metrics = learner.step(
+        state, Fixed({}, None), batch(), np.float32(1e-3), batch().row_mask
+    )  # every real row is live
     gradient = jax.tree.map(lambda m: np.asarray(m) / (1 - B1), optax.tree.get(state.opt_state, "mu"))
     return float(metrics["loss"]), gradient, state
 

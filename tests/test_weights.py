@@ -279,8 +279,8 @@ def test_a_run_starts_from_a_folder_and_ends_with_one(tmp_path):
     shape, params = weights.load(exported, one_device())
     assert shape == run.config.model == loaded("qwen2")[0]
     jax.tree.map(np.testing.assert_array_equal, params, state.policy.params)
-    jax.tree.map(np.testing.assert_array_equal, run.ref_params, loaded("qwen2")[1])
-    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), params, run.ref_params)
+    jax.tree.map(np.testing.assert_array_equal, run.fixed.ref_params, loaded("qwen2")[1])
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), params, run.fixed.ref_params)
     assert min(jax.tree.leaves(moved)) > 0  # biases too
     before = (exported / "model.safetensors").stat()
     assert run.export(state, at) == exported

@@ -12,6 +12,11 @@ def length(question, completion, answer):
     return len(completion) / 10
 
 
+def even_length(question, completion, answer):
+    """What an untaught policy gets right now and then."""
+    return float(len(completion) % 2 == 0)
+
+
 def by_prompt(question, completion, answer):
     """Does what the gold answer says."""
     if answer == "hang":
