@@ -4,6 +4,8 @@ Needs, by formula and not measured: 137 GB for weights and optimiser (7.62e9 par
 gradients and two Adam moments, and a bfloat16 copy to sample with), 5 GB of KV cache (57,344 bytes a token x 64 rows x
 1,344 tokens), and activations on top. Four 80 GB devices, parameters and optimiser split over them. Its 28 heads over 4
 of keys and values: --mesh.tensor may be 2 or 4. Not run at this size yet.
+On one 80 GB device, by the estimate that a run prints: 34 GB with LoRA and a bfloat16 model, --mesh.fsdp=1
+--model.lora-rank=16 --model.param-dtype=bfloat16 --model.remat=True --learner.learning-rate=1e-5 (whose rate is a guess).
 Get: the model's folder from Hugging Face (Qwen/Qwen2.5-Math-7B), gsm8k_train.jsonl.
 Command: python train.py configs/qwen2_5_math_7b.py --model-folder=DIR --task.path=gsm8k_train.jsonl
 """
