@@ -1,9 +1,8 @@
 """DeepSeek-R1-Distill-Qwen-1.5B on GSM8K's training questions.
 
-Needs, by formula and not measured: 32 GB for weights and optimiser (1.78e9 parameters x 18 bytes: float32 parameters,
-gradients and two Adam moments, and a bfloat16 copy to sample with), 4 GB of KV cache (28,672 bytes a token x 64 rows x
-2,368 tokens), and activations on top. One 80 GB device, or N with --mesh.fsdp=N, which splits parameters and optimiser.
-Not run at this size yet.
+Needs, by the estimate that a run prints and not measured: 54 GB on one 80 GB device, 14 of them the optimiser's and 15
+activations, each layer computed again in the backward pass; less with --mesh.fsdp=N on N devices. Not run at this size
+yet.
 Get: the model's folder from Hugging Face (deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B), gsm8k_train.jsonl.
 Command: python train.py configs/deepseek_r1_distill_qwen_1_5b.py --model-folder=DIR --task.path=gsm8k_train.jsonl
 """
@@ -18,7 +17,7 @@ from cero_jax.tasks.dataset import Dataset
 config = Config(
     name="deepseek_r1_distill_qwen_1_5b",
     model_folder="DeepSeek-R1-Distill-Qwen-1.5B",
-    model=ModelConfig(compute_dtype="bfloat16"),
+    model=ModelConfig(compute_dtype="bfloat16", remat=True),
     task=Dataset(
         path="gsm8k_train.jsonl",
         # The folder's chat template for one question, as text; the tokenizer puts the BOS before it.

@@ -1,7 +1,10 @@
 """The estimate of memory against the arrays themselves and the compiler's own account of a step."""
 
 import dataclasses
+import re
+import runpy
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -50,6 +53,31 @@ def test_activations_and_logits_are_near_the_compilers_account(remat):
     compiled = step.lower(jax.eval_shape(partial(model.init_params, config, VOCAB, 0)), batch).compile()
     needed, held = estimate(config), compiled.memory_analysis().temp_size_in_bytes
     assert 0.6 < (needed.activations + needed.logits) / held < 1.7
+
+
+PUBLISHED = {  # shapes and vocabularies of the models' own config.json
+    "deepseek_r1_distill_qwen_1_5b": (28, 1536, 12, 2, 128, 8960, False, 151_936),
+    "llama3_2_1b": (16, 2048, 32, 8, 64, 8192, True, 128_256),
+    "qwen2_5_math_7b": (28, 3584, 28, 4, 128, 18_944, False, 152_064),
+    "qwen3_4b": (36, 2560, 32, 8, 128, 9728, True, 151_936),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_of_large_models_say_what_they_need_and_fit(name):
+    """On 80 GB devices, as many as the config splits parameters over."""
+    path = Path(__file__).parent.parent / "configs" / f"{name}.py"
+    loaded, (*sizes, tied, vocab) = runpy.run_path(str(path)), PUBLISHED[name]
+    config, fields = loaded["config"], ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
+    shape = dataclasses.replace(config.model, tied_embeddings=tied, **dict(zip(fields, sizes, strict=True)))
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[: config.mesh.fsdp])
+    needed = memory.estimate(
+        shape, vocab, config.learner, config.sampler, mesh,
+        prompt_tokens=config.task.max_prompt_tokens, min_group=config.allocator.min_group,
+    )  # fmt: skip
+    said = re.search(r"(\d+) GB on", loaded["__doc__"])
+    assert said
+    assert round(needed.total / memory.GB) == int(said[1]) < 70
 
 
 def test_too_much_is_said_with_what_to_change():
