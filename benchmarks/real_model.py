@@ -41,7 +41,7 @@ COLOURS = {"cero": "#0072B2", "uniform": "#D55E00"}
 SOLVED = ("3 + 4 = 7", "8 - 5 = 3", "2 * 6 = 12", "23 + 14 = 37", "9 + 8 = 17")
 KINDS = ("1 + 1", "2 + 1", "2 + 2", "3 + 3", "1 - 1", "2 - 2", "1 * 1", "2 * 1")  # digits of either side
 MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 55, 6  # tokens; a space, four digits, the newline
-SETTINGS = {"budget": 1152, "rounds": 12, "rows": 16, "group": 4, "learning_rate": 2e-6}  # of both arms
+SETTINGS = {"budget": 2304, "rounds": 24, "rows": 16, "group": 4, "learning_rate": 2e-6}  # of both arms
 SAMPLES, EVALUATION_ROWS = 4, 128  # a held-out prompt, before and after; drawn at once
 _STREAM = 4  # keeps the task's draws apart from other uses of the same seed
 
@@ -50,7 +50,7 @@ _STREAM = 4  # keeps the task's draws apart from other uses of the same seed
 class Equations:
     """Equations of eight kinds, as many of each, none of them twice."""
 
-    train_of_kind: int = 12
+    train_of_kind: int = 24
     heldout_of_kind: int = 16
 
     def build(self, seed: int, tokenizer):
@@ -109,7 +109,7 @@ def settings(folder: str, arm: Arm, seed: int, work_dir: str):
         ),
         sampler=SamplerConfig(max_completion_tokens=MAX_COMPLETION_TOKENS, window=MAX_COMPLETION_TOKENS),
         learner=LearnerConfig(
-            rows_per_step=SETTINGS["rows"], learning_rate=SETTINGS["learning_rate"], rows_per_microbatch=8
+            rows_per_step=SETTINGS["rows"], learning_rate=SETTINGS["learning_rate"], rows_per_microbatch=4
         ),
         evaluation=EvaluationConfig(every_rollouts=SETTINGS["budget"] // 4, samples=1, rows=EVALUATION_ROWS),
         checkpoint_every_steps=1_000_000,  # a checkpoint holds 3.2 GB; the one at the end is deleted
