@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import cero_jax
-from cero_jax import report
-from cero_jax.history import describe, read_samples, replay
+from cero_jax.history import describe, read_run, read_samples, replay
 from cero_jax.page import page_data, write_page
 
 N, DISCOUNT = 6, 0.8
@@ -62,7 +61,7 @@ def run(tmp_path):
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in samples) + '{"kind": "tr')
-    return report.read_run(tmp_path), state
+    return read_run(tmp_path), state
 
 
 def test_the_replayed_posterior_is_the_allocators(run):

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from cero_jax import report
+from cero_jax import history, report
 from cero_jax.metrics import MetricsWriter
 
 LABELS = ["wrong gold", "length 13-18", "length 2-4", "length 2-4"]
@@ -53,7 +53,7 @@ def make_run(tmp_path):
 
 
 def test_allocation_by_hand(make_run):
-    where = report.allocation(report.read_run(make_run()))
+    where = history.allocation(history.read_run(make_run()))
     assert where.labels == ("length 2-4", "length 13-18", "wrong gold")
     np.testing.assert_array_equal(where.first_epoch, [0, 1, 2])
     np.testing.assert_allclose(where.share, [[12 / 16, 0], [0, 1], [4 / 16, 0]])
@@ -64,7 +64,7 @@ def test_allocation_by_hand(make_run):
 @pytest.mark.parametrize("num_epochs", [1, 7, 60, 61, 200])
 def test_many_epochs_fit_in_sixty_columns(make_run, num_epochs):
     steps = [step_row(e, e, 4 * (e + 1), [e % 4], [4], [0]) for e in range(num_epochs)]
-    where = report.allocation(report.read_run(make_run([*steps, eval_row(0, 0, 0.5)])))
+    where = history.allocation(history.read_run(make_run([*steps, eval_row(0, 0, 0.5)])))
     assert where.share.shape[1] == min(num_epochs, 60)
     assert (where.first_epoch[0], where.first_epoch[-1]) == (0, num_epochs)
     widths = np.diff(where.first_epoch)
@@ -75,15 +75,15 @@ def test_many_epochs_fit_in_sixty_columns(make_run, num_epochs):
 
 
 def test_prompts_without_labels_are_told_apart_by_their_first_visit(make_run):
-    run = report.read_run(make_run(labels=["all"] * 5))
-    assert report.success_labels(run) == [
+    run = history.read_run(make_run(labels=["all"] * 5))
+    assert history.success_labels(run) == [
         "0 % right at first",
         "34-66 % right at first",
         "100 % right at first",
         "1-33 % right at first",
         "never visited",
     ]
-    where = report.allocation(run)
+    where = history.allocation(run)
     assert [label.split(" ")[0] for label in where.labels] == ["0", "1-33", "34-66", "100", "never"]
     np.testing.assert_allclose(where.of_rollouts, np.array([4, 4, 8, 8, 0]) / 24)
 
@@ -95,9 +95,9 @@ def test_seeds_share_a_curve_and_other_settings_do_not(make_run):
         make_run(allocator="uniform"),
         make_run(allocator="uniform", learner={"clip": 0.3}),
     ]
-    groups = report.group_runs([report.read_run(path) for path in paths])
+    groups = history.group_runs([history.read_run(path) for path in paths])
     assert list(groups) == ["cero", "uniform", f"uniform ({paths[3].name})"]
-    curve = report.accuracy_curve(groups["cero"])
+    curve = history.accuracy_curve(groups["cero"])
     np.testing.assert_array_equal(curve.spent, [0, 12])  # no further than the shorter one
     np.testing.assert_allclose(curve.mean, [0.3, 0.4])
     np.testing.assert_allclose(curve.low, [0.2, 0.4])  # the first crosses 0.4 half-way to 24
@@ -105,19 +105,19 @@ def test_seeds_share_a_curve_and_other_settings_do_not(make_run):
 
 
 def test_names_enter_the_legend_where_they_differ(make_run):
-    runs = [report.read_run(make_run(name=name)) for name in ("chain_sum", "gsm8k")]
-    assert list(report.group_runs(runs)) == ["chain_sum, cero", "gsm8k, cero"]
+    runs = [history.read_run(make_run(name=name)) for name in ("chain_sum", "gsm8k")]
+    assert list(history.group_runs(runs)) == ["chain_sum, cero", "gsm8k, cero"]
 
 
 def test_live_curve_keeps_the_mean(make_run):
     rng = np.random.default_rng(0)
     live = rng.random(600)
     steps = [step_row(i, 0, 8 * (i + 1), [0], [8], [0], live=x) for i, x in enumerate(live)]
-    curve = report.live_curve([report.read_run(make_run([*steps, eval_row(0, 0, 0.5)]))])
+    curve = history.live_curve([history.read_run(make_run([*steps, eval_row(0, 0, 0.5)]))])
     assert len(curve.spent) == 30
     assert curve.mean.mean() == pytest.approx(live.mean())
     assert curve.mean[0] == pytest.approx(live[:20].mean())
-    short = report.live_curve([report.read_run(make_run())])
+    short = history.live_curve([history.read_run(make_run())])
     np.testing.assert_array_equal(short.spent, [8, 16, 24])
     np.testing.assert_array_equal(short.mean, [0, 1, 0.5])
 
