@@ -49,14 +49,15 @@ def train(run: Run, state: State, at: Cursor) -> int:
         return 0
     stop = StopSignal()
     waiting: list[Batch] = []  # rollouts that dynamic sampling holds until they fill a step; no checkpoint until then
-    if at.step == 0:
+    if at.accuracy is None:
         at = log_evaluation(run, state, at)
     while not at.finished and not (stop.number and not waiting):
         if at.epoch_step == 0:  # a new round gets its share of what is left of the budget
             num_rollouts, allocation = run.allocate(state.allocation)
             state = state._replace(allocation=allocation, num_rollouts=num_rollouts)
         steps = run.plan(state.num_rollouts, at.epoch)
-        while at.epoch_step < len(steps) and not (stop.number and not waiting):
+        # A round that is allocated is begun: allocated again after a resume, its rollouts would be reserved twice.
+        while at.epoch_step < len(steps) and (at.epoch_step == 0 or not (stop.number and not waiting)):
             now = steps[at.epoch_step :][: config.learner.steps_per_batch]
             for rows, rollouts in zip(now, draw(run, state, at, now), strict=True):
                 state, at = learn(run, state, at, rows, rollouts, waiting)
@@ -69,6 +70,10 @@ def train(run: Run, state: State, at: Cursor) -> int:
             finished = not steps and at.epoch + 1 >= config.allocator.num_epochs
             at = at._replace(epoch=at.epoch + 1, epoch_step=0, finished=finished)
     stop.close()
+    if waiting:
+        tqdm.write(
+            f"{len(waiting)} batches of dynamic sampling fill no step: they are not learned from", file=sys.stderr
+        )
     if at.finished and at.evaluated < at.spent:
         at = log_evaluation(run, state, at)
     close(run, state, run.save(state, at))
@@ -102,7 +107,8 @@ def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waitin
         waiting.append(batch)
         batch, full = pack_live(waiting, config.allocator.min_group)
     live = live_rows(batch)
-    if full and (live.any() or config.learner.kl_coef):  # without variance and without KL there is no gradient
+    wanted = batch.row_mask if config.learner.kl_coef else live  # without variance and without KL there is no gradient
+    if full and wanted.any():
         waiting.clear()
         rate = learning_rate(config.learner, at.spent, config.allocator.total_budget)
         policy, measured = run.learner.step(policy, run.fixed, batch, np.float32(rate), live)

@@ -30,6 +30,7 @@ class Cursor(NamedTuple):
     finished: bool = False
     accuracy: float | None = None  # held out, when last measured
     evaluated: int = 0  # rollouts spent by then
+    start_hash: str = ""  # of the parameters that RL started from, where resuming reads them again
     metrics: dict | None = None  # how far the metrics files reach
     save: int = 0  # number of this checkpoint
     saved_step: int = 0
@@ -69,7 +70,9 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        return Cursor(**self._manager.restore(step, args=ocp.args.Composite(cursor=ocp.args.JsonRestore()))["cursor"])
+        with self._damage_named(step):
+            saved = self._manager.restore(step, args=ocp.args.Composite(cursor=ocp.args.JsonRestore()))["cursor"]
+            return Cursor(**saved)
 
     def restore(self, cursor: Cursor, like: Any) -> Any:
         """The state saved with `cursor`, laid out (dtype, shape, sharding) as `like` is."""
@@ -77,7 +80,8 @@ class Checkpoints:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), _pack(like)
         )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(packed))
-        restored = self._manager.restore(cursor.save, args=args)["state"]
+        with self._damage_named(cursor.save):
+            restored = self._manager.restore(cursor.save, args=args)["state"]
         return _unpack(restored, like)
 
     def save(self, cursor: Cursor, state: Any) -> Cursor:
@@ -95,6 +99,17 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         self._manager.close()
+
+    @contextmanager
+    def _damage_named(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of whatever kind Orbax's readers met
+            why = str(error).partition("\n")[0][:200]
+            raise ValueError(
+                f"{self._directory / str(step)}: a checkpoint that cannot be read ({type(error).__name__}: {why}): "
+                "move it away, and the same command goes on from the one before"
+            ) from error
 
     @contextmanager
     def _failures_named(self) -> Iterator[None]:

@@ -23,7 +23,16 @@ from cero_jax.tasks.chain_sum import ChainSum
 from cero_jax.tasks.dataset import Dataset
 from cero_jax.warm_start import WarmStartConfig
 
-FREE = ("work_dir", "mesh", "evaluation", "checkpoint_every_steps", "extend", "task.path", "task.heldout_path")
+FREE = (
+    "work_dir",
+    "mesh",
+    "evaluation",
+    "checkpoint_every_steps",
+    "extend",
+    "model_folder",
+    "task.path",
+    "task.heldout_path",
+)
 
 
 @dataclass(frozen=True)
@@ -218,8 +227,8 @@ def check_resumable(cursor: Cursor, config: Config, prompts_hash: str) -> None:
         raise ValueError(f"extend: total_budget may only grow, from {cursor.config['allocator']['total_budget']}")
 
 
-def open_run_dir(config: Config, task: Task) -> tuple[Path, Path]:
-    """The run directory, with the resolved config and the prompts' labels in it, and the cache beside it for all runs.
+def open_run_dir(config: Config) -> tuple[Path, Path]:
+    """The run directory, and the cache beside it for all runs.
 
     Turns on JAX's persistent compilation cache there: a restart is quick. Raises ValueError where it cannot be written.
     """
@@ -228,12 +237,25 @@ def open_run_dir(config: Config, task: Task) -> tuple[Path, Path]:
     try:
         for directory in (run_dir, cache_dir / "jax"):
             directory.mkdir(parents=True, exist_ok=True)
-        if not (run_dir / "config.json").exists():
-            (run_dir / "config.json").write_text(json.dumps(to_json(config), indent=2))
-            prompts = {"labels": task.train.labels, "questions": task.train.questions, "answers": task.train.answers}
-            (run_dir / "prompts.json").write_text(json.dumps(prompts))
     except OSError as error:
-        raise ValueError(f"cannot write to the work directory {run_dir}: {error}: choose another --work-dir") from error
+        raise _unwritable(run_dir, error) from error
     jax.config.update("jax_compilation_cache_dir", str(cache_dir / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return run_dir, cache_dir
+
+
+def write_settings(run_dir: Path, config: Config, task: Task) -> None:
+    """What a reader of the run needs, as it is now: the resolved config, and the prompts with their labels.
+
+    Raises ValueError where they cannot be written.
+    """
+    prompts = {"labels": task.train.labels, "questions": task.train.questions, "answers": task.train.answers}
+    try:
+        (run_dir / "config.json").write_text(json.dumps(to_json(config), indent=2))
+        (run_dir / "prompts.json").write_text(json.dumps(prompts))
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
+
+
+def _unwritable(run_dir: Path, error: OSError) -> ValueError:
+    return ValueError(f"cannot write to the work directory {run_dir}: {error}: choose another --work-dir")

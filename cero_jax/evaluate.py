@@ -245,7 +245,10 @@ def main(args: Sequence[str] | None = None) -> None:
     given = vars(parser.parse_args(args))
     task_changes = {key: given[key] for key in ("question_field", "answer_field", "template", "verifier") if given[key]}
     if given["data"]:
-        task_changes["heldout_paths"] = tuple(given["data"])
+        task_changes |= {
+            "path": given["data"][0],
+            "heldout_paths": tuple(given["data"]),
+        }  # what it trained on is not read
     sampler_changes = {key: given[key] for key in ("temperature", "max_completion_tokens") if given[key] is not None}
     try:
         policy = restore_policy(Path(given["run"]), task_changes, sampler_changes)

@@ -114,7 +114,9 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for group in groups.values():
         config = group[0].config
         name = config["allocator"]["name"] if one_name else f"{config['name']}, {config['allocator']['name']}"
-        names[name if name not in names else f"{name} ({group[0].path.name})"] = group
+        if name in names:
+            name = f"{name} ({group[0].path})"
+        names[name] = group
     return names
 
 

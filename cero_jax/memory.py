@@ -5,7 +5,7 @@ An estimate: XLA fuses, pads and reuses. Tests hold it against the compiler's ow
 
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ class Estimate(NamedTuple):
     """Bytes on each device."""
 
     parameters: int
+    sampling_copy: int  # in the dtype that is multiplied in, where parameters are kept in another
     optimizer: int  # Adam's two moments, float32
     gradients: int  # float32: the sum, and what is added to it
     reference: int  # the frozen policy of a KL term
@@ -34,7 +35,7 @@ class Estimate(NamedTuple):
     def total(self) -> int:
         """Bytes held at once at the worst moment: in a step, or while drawing."""
         held = self.parameters + self.optimizer + self.reference
-        return held + max(self.gradients + self.activations + self.logits, self.cache)
+        return held + max(self.gradients + self.activations + self.logits, self.sampling_copy + self.cache)
 
 
 def estimate(
@@ -51,9 +52,9 @@ def estimate(
     c, shards = model_config, sharding.row_shards(mesh)
     abstract = jax.eval_shape(lambda: model.init_params(c, vocab_size, 0))
     layout = sharding.shard_params(abstract, mesh)
-    on_device = jax.tree.map(lambda p, s: math.prod(s.shard_shape(p.shape)), abstract, layout)
-    num_params, num_trained = (sum(jax.tree.leaves(tree)) for tree in (on_device, lora.split(on_device)[1]))
-    size = jnp.dtype(c.compute_dtype).itemsize
+    number = jax.tree.map(lambda p, s: math.prod(s.shard_shape(p.shape)), abstract, layout)
+    stored = jax.tree.map(lambda n, p: n * p.dtype.itemsize, number, abstract)
+    size, same = jnp.dtype(c.compute_dtype).itemsize, c.param_dtype == c.compute_dtype
     tensor, length = mesh.shape["tensor"], prompt_tokens + sampler.max_completion_tokens
 
     rows = learner.rows_per_step * learner.steps_per_batch
@@ -69,14 +70,19 @@ def estimate(
     kept = here * length * c.width * size * c.num_layers + layer if c.remat else layer * c.num_layers
     chunk = min(learner.logit_chunk_tokens, sampler.max_completion_tokens)
     return Estimate(
-        parameters=num_params * jnp.dtype(c.param_dtype).itemsize,
-        optimizer=2 * num_trained * 4,
-        gradients=2 * num_trained * 4,
-        reference=num_trained * jnp.dtype(c.param_dtype).itemsize if learner.kl_coef else 0,
+        parameters=_sum(stored),
+        sampling_copy=0 if same else size * _sum(number),
+        optimizer=2 * 4 * _sum(lora.split(number)[1]),
+        gradients=2 * 4 * _sum(lora.split(number)[1]),
+        reference=_sum(lora.split(stored)[1]) if learner.kl_coef else 0,
         cache=in_cache * (slots * length + rows // min_group * prompt_tokens),
         activations=int(kept),
         logits=3 * here * chunk * vocab_size * 4 // tensor,
     )
+
+
+def _sum(tree: Any) -> int:
+    return sum(jax.tree.leaves(tree))
 
 
 def device_bytes() -> int:
@@ -94,7 +100,8 @@ def describe(needed: Estimate, available: int) -> str:
     if needed.total <= available:
         return line
     advice = {
-        "parameters": "raise mesh.fsdp or mesh.tensor",
+        "parameters": "raise mesh.fsdp or mesh.tensor, or train adapters (model.lora_rank) of a bfloat16 model",
+        "sampling_copy": "set model.param_dtype to model.compute_dtype",
         "optimizer": "raise mesh.fsdp",
         "gradients": "raise mesh.fsdp",
         "reference": "set learner.kl_coef=0, or raise mesh.fsdp",

@@ -79,8 +79,10 @@ class ModelConfig:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs")
-        if self.lora_rank is not None and self.lora_rank < 1:
-            raise ValueError(f"lora_rank={self.lora_rank} must be at least 1, or None")
+        if self.lora_rank is not None and (self.lora_rank < 1 or not self.lora_alpha > 0):
+            raise ValueError(
+                f"lora_rank={self.lora_rank} must be at least 1, or None, and lora_alpha={self.lora_alpha} positive"
+            )
         if any(not 0 <= layer < self.num_layers for layer in self.sliding_layers) or self.sliding_window < 1:
             raise ValueError(
                 f"sliding_layers={self.sliding_layers} must lie in 0..num_layers-1={self.num_layers - 1}, and "

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from cero_jax import lora, memory, sharding, weights
 from cero_jax.allocator.base import AllocatorState
 from cero_jax.checkpoint import Checkpoints, Cursor
-from cero_jax.config import Config, check_resumable, from_json, open_run_dir, to_json
+from cero_jax.config import Config, check_resumable, from_json, open_run_dir, to_json, write_settings
 from cero_jax.data import Task, pass_order, prompts_hash
 from cero_jax.families import read_config
 from cero_jax.learner import Fixed, Learner, TrainState, make_learner
@@ -82,8 +82,7 @@ class Run(NamedTuple):
             return None
         folder = self.directory / f"export-{at.spent}"
         if not folder.exists():
-            merged = lora.merge(self.policy(state), self.config.model.lora_alpha)
-            weights.save(folder, self.config.model_folder, self.config.model, merged)
+            weights.save(folder, self.config.model_folder, self.config.model, self.policy(state))
         return folder
 
     def close(self) -> None:
@@ -116,6 +115,7 @@ def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -
     unknown = sorted(task_changes.keys() - {field.name for field in dataclasses.fields(config.task)})
     if unknown:
         raise ValueError(f"the run's task is {type(config.task).__name__}, which has no {', '.join(unknown)}")
+    drawn_under = config.sampler
     config = dataclasses.replace(
         config,
         task=dataclasses.replace(config.task, **task_changes),
@@ -124,7 +124,10 @@ def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -
     if not (path.parent / "checkpoints").is_dir():
         raise ValueError(f"{path.parent}: no checkpoint in it yet: let the run go on")
     config, task = _model_and_task(config)
-    mesh = sharding.make_mesh(config.mesh)
+    try:
+        mesh = sharding.make_mesh(config.mesh)
+    except ValueError:  # of a run on other devices than those here
+        mesh = sharding.make_mesh(sharding.MeshConfig())
     tokenizer = task.tokenizer
     checkpoints = Checkpoints(path.parent / "checkpoints", read_only=True)
     at = checkpoints.cursor()
@@ -143,7 +146,11 @@ def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -
     )
     state = checkpoints.restore(at, like=State(policy, allocation, *counts))
     sample = make_sampler(config.model, config.sampler, tokenizer.eos_ids, tokenizer.pad_id, mesh)
-    frozen = starting_policy(config, task, mesh, path.parent.parent / ".cache") if config.model.lora_rank else {}
+    frozen: Params = {}
+    if config.model.lora_rank:
+        as_started = dataclasses.replace(config, sampler=drawn_under)
+        frozen = starting_policy(as_started, task, mesh, path.parent.parent / ".cache")
+        _same_start(at, frozen, config)
     return Policy(config, task, sample, lora.join(frozen, state.policy.params), at.spent)
 
 
@@ -181,6 +188,15 @@ def starting_policy(config: Config, task: Task, mesh: Mesh, cache_dir: Path) -> 
     )
 
 
+def _same_start(at: Cursor, params: Params, config: Config) -> Cursor:
+    """The cursor with the hash of the parameters that RL started from. Raises ValueError where they were others."""
+    found = weights.fingerprint(params)
+    if at.start_hash not in ("", found):
+        source = config.model_folder or "the warm start in the cache beside the run"
+        raise ValueError(f"{source}: not the weights that this run started from, which it still needs: put those back")
+    return at._replace(start_hash=found)
+
+
 def fresh_adapters(config: Config, vocab_size: int, learner: Learner) -> Params:
     """Adapters with which the policy is what it is without; the jitted function computes nothing else."""
 
@@ -197,22 +213,26 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     config.check(num_prompts)
     mesh = sharding.make_mesh(config.mesh)
     everywhere = sharding.replicated(mesh)
-    if config.evaluation.rows % sharding.row_shards(mesh):
+    rows, slots, shards = config.evaluation.rows, config.sampler.slots, sharding.row_shards(mesh)
+    if rows % shards or (slots or 0) % shards:
         raise ValueError(
-            f"evaluation.rows={config.evaluation.rows} must be a multiple of data x fsdp = {sharding.row_shards(mesh)}"
+            f"evaluation.rows={rows} and sampler.slots={slots} must be multiples of data x fsdp = {shards}"
         )
     allocator = config.allocator.build()
     learner = make_learner(config.model, tokenizer.vocab_size, config.learner, config.sampler.temperature, mesh)
     sample = make_sampler(config.model, config.sampler, tokenizer.eos_ids, tokenizer.pad_id, mesh)
     print(memory_needed(config, task, mesh))
-    directory, cache_dir = open_run_dir(config, task)
+    directory, cache_dir = open_run_dir(config)
 
     checkpoints = Checkpoints(directory / "checkpoints")
     fresh = Cursor(config=to_json(config), prompts_hash=prompts_hash(task.train))
     at = checkpoints.cursor() or fresh
     check_resumable(at, config, fresh.prompts_hash)
+    write_settings(directory, config, task)
 
     frozen, params = {}, starting_policy(config, task, mesh, cache_dir)
+    if config.model.lora_rank or config.learner.kl_coef:
+        at = _same_start(at, params, config)
     if config.model.lora_rank:
         frozen, params = params, fresh_adapters(config, tokenizer.vocab_size, learner)
     # A copy: the step donates the parameters it is given.

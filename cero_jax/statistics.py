@@ -22,16 +22,18 @@ def bootstrap_interval(values: np.ndarray, confidence: float = 0.95, draws: int 
     """(low, high) for the mean of prompts like these: a bootstrap over prompts, fixed draws, so it is reproducible.
 
     values: [N] each prompt's mean reward, or its pass@k. The percentiles are widened for small N, as Student's t is
-    (the expanded percentile interval; Hesterberg 2015, arXiv 1411.5279). Where all values are 0 or all are 1,
-    of which a bootstrap knows no spread, the exact binomial interval over prompts. N = 1 gives (0, 1).
+    (the expanded percentile interval; Hesterberg 2015, arXiv 1411.5279). Where all values are the same, of which a
+    bootstrap knows no spread, the exact binomial interval (Clopper and Pearson's) over prompts. N = 1 gives (0, 1).
     """
     values = np.asarray(values, float)
     number, tail = len(values), (1 - confidence) / 2
     if number < 2:
         return 0.0, 1.0
-    if np.all(values == values[0]) and values[0] in (0, 1):
-        edge = tail ** (1 / number)
-        return (0.0, 1 - edge) if values[0] == 0 else (edge, 1.0)
+    if np.all(values == values[0]):
+        right, wrong = number * values[0], number * (1 - values[0])
+        low = stats.beta.ppf(tail, right, wrong + 1) if right else 0.0
+        high = stats.beta.ppf(1 - tail, right + 1, wrong) if wrong else 1.0
+        return float(low), float(high)
     times = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=draws)
     tail = stats.norm.cdf(np.sqrt(number / (number - 1)) * stats.t.ppf(tail, number - 1))
     low, high = np.quantile(times @ values / number, [tail, 1 - tail])

@@ -83,13 +83,17 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def pick(source: str, row: dict[str, Any], field: str) -> Any:
-    """The value of a field: a name, a path into nested ones ("a.b.0"), or several, "a|b": the first there is."""
+    """The value of a field: a name, a path into nested ones ("a.b.0"), or several, "a|b": the first not null."""
+    found = False
     for path in field.split("|"):
         value, missing = row.get(path), path not in row
         if missing:
             value, missing = _descend(row, path.split("."))
-        if not missing:
+        if value is not None:
             return value
+        found |= not missing
+    if found:
+        return None
     raise ValueError(f"{source}: no field {field!r} (there are {', '.join(map(repr, row))[:300]}): name the right one")
 
 

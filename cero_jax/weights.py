@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cero_jax import model, sharding
+from cero_jax import lora, model, sharding
 from cero_jax.families import read_config, read_json
 from cero_jax.model import ModelConfig, Params
 
@@ -191,7 +192,7 @@ def save(
     Args:
       folder: to be made; it appears when it is complete.
       source: the folder that the model came from; config.json, tokenizer and licence files are copied from it.
-      config, params: as `load` gave them, or as trained since.
+      config, params: as `load` gave them, or as trained since; adapters are merged into the weights beside them.
       max_shard_bytes: a file holds at most this, or one tensor; above it there are several, with an index. That much
         host memory is needed.
 
@@ -211,7 +212,7 @@ def save(
     for number, shard in enumerate(shards, 1):
         one = "model.safetensors"
         file = one if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = dict(_fetch(shard))
+        tensors = dict(_fetch(shard, config.lora_alpha))
         total += sum(tensor.nbytes for tensor in tensors.values())
         weight_map |= dict.fromkeys(tensors, file)
         if writes:
@@ -229,34 +230,59 @@ def save(
     scratch.rename(folder)
 
 
-Piece = tuple[str, Array, int | None, Stored]  # name in the file, parameter, layer of it
+class Piece(NamedTuple):
+    """A tensor to write."""
+
+    name: str  # in the file
+    leaf: Array
+    adapter: dict[str, Array]  # beside it, or {}
+    layer: int | None  # of the leaf
+    stored: Stored
 
 
 def _shards(config: ModelConfig, params: Params, max_bytes: int) -> list[list[Piece]]:
     """The tensors to write, cut in order into files of at most `max_bytes`."""
     shards: list[list[Piece]] = [[]]
     room = max_bytes
-    for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    frozen, trained = lora.split(params)
+    adapters: Any = flatten_dict(trained, is_leaf=lambda _, node: "lora_a" in node) if frozen else {}
+    for key_path, leaf in jax.tree_util.tree_leaves_with_path(frozen or params):
         stored = _stored(key_path, leaf, config)
+        *above, last = (key.key for key in key_path)
+        adapter = adapters.get((*above, f"{last}_lora"), {})
         size = math.prod(stored.shape) * leaf.dtype.itemsize
         for i, name in enumerate(stored.names):
             if size > room and shards[-1]:
                 shards.append([])
                 room = max_bytes
-            shards[-1].append((name, leaf, i if stored.stacked else None, stored))
+            shards[-1].append(Piece(name, leaf, adapter, i if stored.stacked else None, stored))
             room -= size
     return shards
 
 
-@partial(jax.jit, static_argnames="where")
-def _gather(leaf: Array, layer: Array | None, where: NamedSharding) -> Array:
-    array = leaf if layer is None else jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False)
+@partial(jax.jit, static_argnames=("alpha", "where"))
+def _gather(leaf: Array, adapter: dict[str, Array], layer: Array | None, alpha: float, where: NamedSharding) -> Array:
+    if layer is not None:
+        take = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
+        leaf, adapter = jax.tree.map(take, (leaf, adapter))
+    array = lora.merge(leaf, **adapter, alpha=alpha) if adapter else leaf
     return jax.lax.with_sharding_constraint(array, where)
 
 
-def _fetch(shard: list[Piece]) -> Iterator[tuple[str, np.ndarray]]:
+def _fetch(shard: list[Piece], alpha: float) -> Iterator[tuple[str, np.ndarray]]:
     """Each tensor in the file's axes, on the host, gathered one by one from the devices that hold it."""
-    for name, leaf, layer, stored in shard:
+    for name, leaf, adapter, layer, stored in shard:
         everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
-        array = _gather(leaf, None if layer is None else jnp.int32(layer), everywhere)
+        array = _gather(leaf, adapter, None if layer is None else jnp.int32(layer), alpha, everywhere)
         yield name, np.ascontiguousarray(_as_stored(np.asarray(array), stored))
+
+
+def fingerprint(params: Params) -> str:
+    """Tells other parameters from these, whatever they are sharded over: the sum of their bits."""
+    return f"{int(_sum_of_bits(params)):08x}"
+
+
+@jax.jit
+def _sum_of_bits(params: Params) -> Array:
+    words = (jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") for x in jax.tree.leaves(params))
+    return sum((jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32) for x in words), jnp.uint32(0))

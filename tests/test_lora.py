@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from functools import cache, partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file, save_file
 from tiny_run import tiny_config
 
 import train
@@ -106,29 +108,31 @@ def test_joining_undoes_the_split_without_a_copy():
     assert lora.join({}, frozen) is frozen
 
 
-def test_merged_it_is_the_same_policy():
-    """Each weight by float64, and the whole by its logits."""
+def merged():
+    """The plain model that the adapted one equals, by float64."""
     frozen, adapters = parameters()
-    whole = lora.join(frozen, adapters)
-    merged = lora.merge(whole, ADAPTED.lora_alpha)
-    assert jax.tree.structure(merged) == jax.tree.structure(frozen)
+    whole = jax.tree.map(np.copy, frozen)
     for name in LINEAR:
-        weight, beside = at(frozen, f"layers/{name}"), at(adapters, f"layers/{name}_lora")
-        low_rank = beside["lora_a"].astype(np.float64) @ beside["lora_b"].astype(np.float64)
-        np.testing.assert_allclose(
-            at(merged, f"layers/{name}"), weight + SCALE * low_rank.reshape(weight.shape), atol=1e-5
-        )
-    np.testing.assert_allclose(logits(PLAIN, merged), logits(ADAPTED, whole), atol=2e-4)
-    assert np.abs(logits(PLAIN, merged) - logits(PLAIN, frozen)).max() > 0.1
-    jax.tree.map(np.testing.assert_array_equal, lora.merge(frozen, 6.0), frozen)
+        weight, beside = at(whole, f"layers/{name}"), at(adapters, f"layers/{name}_lora")
+        weight += SCALE * (beside["lora_a"].astype(float) @ beside["lora_b"]).reshape(weight.shape).astype(np.float32)
+    return whole
+
+
+def test_merged_it_is_the_same_policy():
+    frozen, adapters = parameters()
+    np.testing.assert_allclose(logits(PLAIN, merged()), logits(ADAPTED, lora.join(frozen, adapters)), atol=2e-4)
+    assert np.abs(logits(PLAIN, merged()) - logits(PLAIN, frozen)).max() > 0.1
+    for name in LINEAR:
+        of_layer = [at(tree, f"layers/{name}{end}")[1] for tree, end in ((frozen, ""), (merged(), ""))]
+        beside = jax.tree.map(lambda x: x[1], at(adapters, f"layers/{name}_lora"))
+        np.testing.assert_allclose(lora.merge(of_layer[0], **beside, alpha=ADAPTED.lora_alpha), of_layer[1], atol=1e-5)
 
 
 def test_gradient_is_the_full_one_by_the_chain_rule():
     """W + s A B: dA = s dW B^T and dB = s A^T dW, where dW is the gradient of the merged model. With a KL term."""
     frozen, adapters = parameters()
     settings = dataclasses.replace(LEARNER, kl_coef=0.3)
-    merged = lora.merge(lora.join(frozen, adapters), ADAPTED.lora_alpha)
-    full, _, want = gradient(PLAIN, merged, {}, frozen, learner=settings)
+    full, _, want = gradient(PLAIN, merged(), {}, frozen, learner=settings)
     got, state, metrics = gradient(ADAPTED, adapters, frozen, fresh(5), learner=settings)
     assert jax.tree.structure(got) == jax.tree.structure(adapters)  # nothing else has a gradient, nor is moved
     assert jax.tree.structure(state.params) == jax.tree.structure(adapters)
@@ -167,9 +171,10 @@ def test_memory_is_asked_for_what_is_trained():
     assert of(ADAPTED).parameters == of(PLAIN).parameters + 4 * number
 
 
-def test_a_rank_must_be_a_rank():
-    with pytest.raises(ValueError, match="lora_rank=0 must be at least 1, or None"):
-        ModelConfig(lora_rank=0)
+@pytest.mark.parametrize("wrong", [{"lora_rank": 0}, {"lora_rank": 2, "lora_alpha": 0.0}])
+def test_a_rank_must_be_a_rank(wrong):
+    with pytest.raises(ValueError, match="must be at least 1, or None, and lora_alpha="):
+        ModelConfig(**wrong)
 
 
 def adapted(work_dir, **changes):
@@ -235,3 +240,10 @@ def test_a_folder_is_exported_with_its_adapters_merged(tmp_path):
     np.testing.assert_allclose(of["export"], of["run"], atol=1e-4)
     before, _ = model.forward(weights.load(folder, one_device())[1], shape, tokens, positions, mask)
     assert np.abs(np.asarray(model.logits(exported, shape, before)) - of["run"]).max() > 1e-3
+
+    changed = shutil.copytree(folder, tmp_path / "changed")
+    tensors = load_file(changed / "model.safetensors")
+    tensors["model.norm.weight"][3] += 0.5
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="changed: not the weights that this run started from"):
+        runs.start(dataclasses.replace(config, model_folder=str(changed)))

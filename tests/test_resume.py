@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_run import runs_end, tiny_config
+from tiny_run import FirstDigit, runs_end, tiny_config
 
 import train
 from cero_jax import run as runs
@@ -46,12 +47,19 @@ def test_the_run_is_worth_interrupting(whole):
 def test_kill_and_resume_is_bit_identical(whole):
     cut = whole.parent / "cut"
     # Before anything is saved, in the middle of a line, of a checkpoint, of an evaluation, of a round's beginning.
-    ends = [("step", 3), ("half_line", 6), ("checkpoint_write", 1), ("before_checkpoint", 1), ("evaluation", 1),
-            ("sigterm", 2), ("plan", 2), ("checkpoint_write", 2)]  # fmt: skip
+    ends = [
+        ("evaluation_sigterm", 1), ("plan_sigterm", 1), ("step", 3), ("half_line", 6), ("checkpoint_write", 1),
+        ("before_checkpoint", 1), ("evaluation", 1), ("sigterm", 2), ("plan", 2), ("checkpoint_write", 2),
+    ]  # fmt: skip
     for point, count in ends:
         done = run_in_process(cut, point, count)
-        assert done.returncode == (143 if point == "sigterm" else -9), (point, count, done.returncode, done.stderr)
-        if point == "sigterm":
+        assert done.returncode == (143 if point.endswith("sigterm") else -9), (
+            point,
+            count,
+            done.returncode,
+            done.stderr,
+        )
+        if point.endswith("sigterm"):
             assert "the same command goes on" in done.stdout
     done = run_in_process(cut)
     assert done.returncode == 0, done.stderr
@@ -112,6 +120,32 @@ def test_a_finished_run_says_so_and_an_extended_one_goes_on(whole, capsys):
     assert at.finished
     assert at.spent == int(state.allocation.ledger.spent) == 320
     assert int(state.allocation.ledger.reserved) == 0
+
+
+def test_what_is_read_of_a_run_is_what_it_ran_under(whole):
+    """Also where an earlier start, under other settings, died before it saved anything."""
+    work_dir = whole.parent / "twice"
+    done = run_in_process(work_dir, "evaluation", 1)
+    assert done.returncode == -9
+    config = tiny_config(work_dir, task=FirstDigit(num_prompts=20, num_heldout=8), seed=1)
+    run, _, _ = runs.start(config)
+    run.close()
+    assert json.loads((work_dir / "config.json").read_text())["seed"] == 1
+    assert len(json.loads((work_dir / "prompts.json").read_text())["labels"]) == 20
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(whole, tmp_path):
+    work_dir = tmp_path / "damaged"
+    shutil.copytree(whole, work_dir)
+    newest = max((work_dir / "checkpoints").iterdir(), key=lambda path: int(path.name))
+    for path in newest.rglob("*"):
+        if path.is_file() and "state" in str(path.relative_to(newest)):
+            path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(ValueError, match=rf"{newest.name}: a checkpoint that cannot be read .*move it away"):
+        runs.start(tiny_config(work_dir))
+    shutil.move(newest, tmp_path)
+    assert train.main(tiny_config(work_dir)) == 0
+    assert (work_dir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
 def test_other_settings_or_prompts_are_refused(whole):

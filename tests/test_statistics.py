@@ -4,6 +4,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from cero_jax.statistics import bootstrap_interval, pass_at_k
 
@@ -60,7 +61,9 @@ def test_all_alike_is_the_exact_binomial_interval():
     assert low == 0
     assert (1 - high) ** 30 == pytest.approx(0.025)  # at that rate, all wrong is as rare as this
     assert bootstrap_interval(np.ones(30)) == (pytest.approx(1 - high), 1.0)
-    assert bootstrap_interval(np.full(30, 0.5)) == (0.5, 0.5)
+    low, high = bootstrap_interval(np.full(30, 0.5))
+    assert stats.binom.sf(14, 30, low) == pytest.approx(0.025)  # 15 of 30 or more
+    assert stats.binom.cdf(15, 30, high) == pytest.approx(0.025)
     assert bootstrap_interval(np.array([0.3])) == (0.0, 1.0)
 
 

@@ -1,6 +1,6 @@
 """A run small enough to be killed and resumed many times: `python tests/tiny_run.py WORK_DIR [POINT COUNT]`.
 
-With a POINT, the process ends itself there, at the COUNT-th time it passes: by SIGKILL, or for `sigterm` by SIGTERM.
+With a POINT, the process ends itself there, at the COUNT-th time it passes: by SIGKILL, or by SIGTERM at one so named.
 """
 
 import os
@@ -67,6 +67,8 @@ def end_at(point: str, count: int) -> None:
         "before_checkpoint": (checkpoint.Checkpoints, "save", True),
         "evaluation": (train, "evaluate", True),
         "plan": (run.Run, "plan", False),  # a round is allocated and nothing of it drawn
+        "plan_sigterm": (run.Run, "plan", False),
+        "evaluation_sigterm": (train, "evaluate", False),
     }[point]
     original, passed = getattr(owner, name), 0
 
@@ -80,7 +82,7 @@ def end_at(point: str, count: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         result = original(*args, **kwargs)
         if passed == count:
-            os.kill(os.getpid(), signal.SIGTERM if point == "sigterm" else signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGTERM if point.endswith("sigterm") else signal.SIGKILL)
         return result
 
     setattr(owner, name, passing)

@@ -16,7 +16,9 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)?)\}")
 _PHRASE = re.compile(r"(?:answer|choice)(?: is|:|\*\*:|:\*\*)[ \t]*([^\n]{0,80})", re.IGNORECASE)
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")
 _LETTER = re.compile(
-    r"[\s(\[*$:]*([A-Za-z])(?![A-Za-z0-9'’])(?:[)\].:*$]+(?=\s|$)|,(?=\s[A-Za-z]{3})|\s*$|\s*\n)(.*)", re.DOTALL
+    r"[\s(\[*$:]*([A-Za-z])(?![A-Za-z0-9'’])(?:[)\].:*$]+(?=\s|$)|,(?=\s[A-Za-z]{3})|\s*$|\s*\n"
+    r"|(?=\s+(?:because|since|as|[-\u2013\u2014])\s))(.*)",
+    re.DOTALL,
 )
 _ANOTHER = re.compile(r"[\s*]*(?:or|and|,|/|&)[\s(\[*]*[A-Za-z](?![A-Za-z0-9])")
 

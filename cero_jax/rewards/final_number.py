@@ -33,7 +33,17 @@ _NUMBER = re.compile(
 _MIXED = re.compile(r"(?<=[0-9])(?=\\[dt]?frac)")
 _FRACTION = re.compile(r"(?<!-)\\[dt]?frac\{(-?[0-9]+)\}\{([0-9]+)\}|\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 # LaTeX and typography around a number, as plain characters
-_PLAIN = (("\u2212", "-"), ("\\$", "$"), ("{,}", ","), ("\\!", ""), ("^\\circ", ""), ("^{\\circ}", ""), ("$-", "-$"))
+_PLAIN = (
+    ("\u2212", "-"),
+    ("\u2013", "-"),
+    ("\u2012", "-"),
+    ("\\$", "$"),
+    ("{,}", ","),
+    ("\\!", ""),
+    ("^\\circ", ""),
+    ("^{\\circ}", ""),
+    ("$-", "-$"),
+)
 
 
 def final_number(question: str, completion: str, answer: str) -> Verdict:

@@ -6,6 +6,7 @@ The parent enforces the time limit by killing, and the kernel the memory limit. 
 
 import contextlib
 import importlib
+import inspect
 import logging
 import math
 import os
@@ -25,6 +26,7 @@ from cero_jax.rewards import ERROR, TIMED_OUT, Verdict, Verifier, verdict
 
 MAX_WORKERS = 16  # where nobody says: they share one pipe
 RENEWALS = 3  # times that a broken pool is made anew for the same batch
+START_SECONDS = 120  # for a worker's imports
 OUT_OF_MEMORY = 77  # exit code of a worker that reached its limit: its memory may never come back, so it ends
 
 ORPHAN_SECONDS = 5.0  # beyond the limit, after which an answer ends its worker where no parent is left to do so
@@ -75,8 +77,15 @@ class Pool:
         return found
 
     def check(self) -> None:
-        """Raise ValueError where the function cannot be imported."""
-        if failure := self._pool.schedule(_loaded).result():
+        """Raise ValueError where the function cannot be imported, or takes other arguments."""
+        try:
+            failure = self._pool.schedule(_loaded).result(START_SECONDS)
+        except TimeoutError:
+            failure = f"its import has not ended after {START_SECONDS} s"
+        except BrokenProcessPool:
+            failure = "its import ends the process"
+        if failure:
+            self.close()
             raise ValueError(f"verifier={self.function!r} cannot be loaded: {failure}; memory_mb={self.memory_mb}")
 
     def close(self) -> None:
@@ -152,7 +161,9 @@ def _start(function: str, memory_bytes: int, orphan_seconds: float) -> None:
     try:
         imported = importlib.import_module(module)
         getattr(imported, "warm_up", bool)()
-        _function = getattr(imported, name)
+        found = getattr(imported, name)
+        inspect.signature(found).bind("question", "completion", "answer")
+        _function = found
     except BaseException as error:  # any exception: a worker that fails to start would break the whole pool
         _failure = _one_line(error)
 

@@ -2,7 +2,9 @@
 
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -72,9 +74,9 @@ class Dataset:
         verify = self._verifier()
         rows = self._read(self.path, "all")
         if self.heldout_paths:
-            several = len(self.heldout_paths) > 1
+            names = _names(self.heldout_paths) if len(self.heldout_paths) > 1 else ["all"]
             heldout = [
-                row for path in self.heldout_paths for row in self._read(path, _stem(path) if several else "all")
+                row for path, name in zip(self.heldout_paths, names, strict=True) for row in self._read(path, name)
             ]
         elif not 1 <= self.num_heldout < len(rows):
             raise ValueError(
@@ -173,8 +175,14 @@ def _report_duplicates(train: Prompts, heldout: Prompts) -> None:
         _log.warning("%d of %d held-out prompts are training prompts too", leaked, len(heldout.questions))
 
 
-def _stem(path: str) -> str:
-    return path.rpartition("/")[2].partition(".")[0]
+def _names(paths: Sequence[str]) -> list[str]:
+    """Of several data sets: as much of the end of each path as tells it from the others, without its suffix."""
+    parts = [Path(path).with_suffix("").parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-length:]) for each in parts]
+        if len({*names, "all"}) == len(names) + 1:
+            return names
+    raise ValueError(f"heldout_paths={tuple(paths)}: one stands twice, or is named all as their mean is: rename it")
 
 
 _log = logging.getLogger("cero_jax")
