@@ -158,6 +158,9 @@ if __name__ == "__main__":
         started = start(from_command_line(sys.argv[1:]))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped before the first step: the same command starts again", file=sys.stderr)
+        sys.exit(130)
     try:
         status = train(*started)
     except Exception:

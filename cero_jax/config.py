@@ -1,6 +1,7 @@
 """Every setting of a run, gathered from the dataclass of each piece; and which of them a resumed run may change."""
 
 import dataclasses
+import difflib
 import json
 import runpy
 import sys
@@ -117,6 +118,10 @@ class Config:
     extend: bool = False
     """Go on with a run under a larger total_budget than it was started with."""
 
+    def __post_init__(self):
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
+
     @property
     def run_dir(self) -> Path:
         """The work directory, resolved."""
@@ -126,6 +131,13 @@ class Config:
         """Raise ValueError for settings that do not fit each other, before any work is done."""
         allocator, learner = self.allocator, self.learner
         self.sampler.check_for_training()
+        if self.checkpoint_every_steps < 1 or allocator.num_epochs < 1:
+            raise ValueError(
+                f"checkpoint_every_steps={self.checkpoint_every_steps} and allocator.num_epochs="
+                f"{allocator.num_epochs} must be at least 1"
+            )
+        if not 0 < self.success_threshold <= 1:
+            raise ValueError(f"success_threshold={self.success_threshold} must lie in (0, 1]")
         if allocator.max_group > learner.rows_per_step:
             raise ValueError(
                 f"allocator.max_group={allocator.max_group} must be at most learner.rows_per_step="
@@ -165,8 +177,22 @@ def from_command_line(args: list[str]) -> Config:
     default = runpy.run_path(args[0]).get("config")
     if not isinstance(default, Config):
         sys.exit(f"{args[0]} must set `config` to a cero_jax.config.Config")
+    _refuse_unknown(args[1:], default)
     markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     return tyro.cli(Config, default=default, args=args[1:], prog=f"train.py {args[0]}", config=markers)
+
+
+def _refuse_unknown(args: list[str], config: Config) -> None:
+    """Exit at a key that no field has, with the nearest there are."""
+    known = [key.replace("_", "-") for key in _flat(dataclasses.asdict(config))]
+    for arg in args:
+        key = arg.removeprefix("--").partition("=")[0].replace("_", "-")
+        if not arg.startswith("--") or key == "help" or any(f"{key}.".startswith(f"{each}.") for each in known):
+            continue
+        last = key.rpartition(".")[2]
+        near = difflib.get_close_matches(key, known, 3, 0.6) + [each for each in known if last in each]
+        shown = ", ".join(f"--{each}" for each in dict.fromkeys(near[:4]))
+        sys.exit(f"error: no field --{key}; {f'nearest: {shown}; ' if near else ''}--help lists all")
 
 
 def to_json(config: Config) -> dict:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cero_jax.model import ModelConfig
+from cero_jax.model import Dtype, ModelConfig
 from cero_jax.rope import RopeScaling
 
 FAMILIES: dict[str, dict[str, Any]] = {  # model_type -> what is fixed by it
@@ -73,7 +73,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(
-    folder: str | Path, *, param_dtype: str = "float32", compute_dtype: str = "float32"
+    folder: str | Path, *, param_dtype: Dtype = "float32", compute_dtype: Dtype = "float32"
 ) -> tuple[ModelConfig, int]:
     """The model's shape and its vocabulary size, from the folder's config.json, as written by any transformers from 4.
 
@@ -111,6 +111,7 @@ def read_config(
         sliding_layers=_sliding_layers(raw),
         sliding_window=raw["sliding_window"],
         sliding_rope_base=sliding_base,
+        max_positions=raw.get("max_position_embeddings"),
         param_dtype=param_dtype,
         compute_dtype=compute_dtype,
         **FAMILIES[family],

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from cero_jax.allocator.posterior import ROLLOUTS_PER_PASS
+from cero_jax.allocator.posterior import ROLLOUTS_PER_PASS, fitted_prior
 
 MAX_COLUMNS = 60  # of a heat map
 MAX_STRETCHES = 30  # of steps, each a point of a curve: one step alone is noise
@@ -114,9 +115,8 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for group in groups.values():
         config = group[0].config
         name = config["allocator"]["name"] if one_name else f"{config['name']}, {config['allocator']['name']}"
-        if name in names:
-            name = f"{name} ({group[0].path})"
-        names[name] = group
+        alike = (name, f"{name} ({group[0].path.name})", f"{name} ({group[0].path})")
+        names[next(each for each in alike if each not in names)] = group
     return names
 
 
@@ -193,15 +193,22 @@ def _by_number(label: str) -> tuple:
 
 
 class Visit(NamedTuple):
-    """Rollouts of a prompt in one step, and the posterior Beta(alpha, beta) of its success before and after them."""
+    """Rollouts of a prompt in one step, and two posteriors Beta(alpha, beta) of its success.
+
+    expected: what the round was allocated by, for `cero` under the prior fitted to the population. after: these
+    rollouts counted, under the configured prior, which is what the state keeps.
+    """
 
     epoch: int
     spent: int  # rollouts of the run, these included
     rollouts: int
     correct: int
     timed_out: int  # rollouts that were charged and are no evidence
-    before: tuple[float, float]
+    expected: tuple[float, float]
     after: tuple[float, float]
+
+
+_fitted_prior = jax.jit(fitted_prior)
 
 
 def replay(run: Run) -> tuple[list[list[Visit]], np.ndarray]:
@@ -210,16 +217,21 @@ def replay(run: Run) -> tuple[list[list[Visit]], np.ndarray]:
     prior = np.array(settings["prior"], float)[:, None]
     posterior = np.repeat(prior, number, axis=1)
     visits: list[list[Visit]] = [[] for _ in range(number)]
+    epoch, expected = -1, posterior
     for row in run.steps:
+        if row["epoch"] != epoch:  # a round begins
+            epoch, expected = row["epoch"], posterior
+            if settings["name"] == "cero":
+                fitted = _fitted_prior(*(posterior - prior), tuple(settings["prior"]))
+                expected = posterior - prior + np.array(fitted, float)[:, None]
         ids, rollouts, correct = (np.array(row[key], int) for key in ("prompt_ids", "num_rollouts", "num_correct"))
         evidence = np.array(row.get("num_evidence", rollouts), int)
         keep = settings["discount"] ** (rollouts.sum() / (ROLLOUTS_PER_PASS * number))
-        before = posterior
         posterior = prior + keep * (posterior - prior)
         posterior[0, ids] += correct  # a prompt has one visit a step
         posterior[1, ids] += evidence - correct
         for i, drawn, right, counted in zip(ids.tolist(), rollouts, correct, evidence, strict=True):
-            pairs = ((float(x[0, i]), float(x[1, i])) for x in (before, posterior))
+            pairs = ((float(x[0, i]), float(x[1, i])) for x in (expected, posterior))
             visits[i].append(Visit(row["epoch"], row["spent"], int(drawn), int(right), int(drawn - counted), *pairs))
     return visits, posterior
 
@@ -253,12 +265,12 @@ def describe(run: Run, prompt: int, max_samples: int = 4) -> str:
     for v in visits:
         late = f"  {v.timed_out} timed out" if v.timed_out else ""
         lines.append(
-            f"{v.epoch:>6} {v.spent:>10,} {v.rollouts:>9} {v.correct:>6} {mean(v.before):>9.2f} "
+            f"{v.epoch:>6} {v.spent:>10,} {v.rollouts:>9} {v.correct:>6} {mean(v.expected):>9.2f} "
             f"{mean(v.after):>8.2f} ± {deviation(v.after):.2f}{late}"
         )
     for sample in samples[-max_samples:]:
         lines.append(f"--- after {sample['spent']:,} rollouts, {sample['status']}, {sample['length']} tokens")
-        lines.append(sample["completion"])
+        lines.append("".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in sample["completion"]))
     return "\n".join(line for line in lines if line)
 
 

@@ -60,6 +60,20 @@ class LearnerConfig:
                 f"rows_per_step={self.rows_per_step} must be at least 2, "
                 f"steps_per_batch={self.steps_per_batch} at least 1"
             )
+        if not (self.learning_rate > 0 and 0 <= self.final_learning_rate_share <= 1 and self.max_grad_norm > 0):
+            raise ValueError(
+                f"learner.learning_rate={self.learning_rate} and max_grad_norm={self.max_grad_norm} must be positive, "
+                f"final_learning_rate_share={self.final_learning_rate_share} in [0, 1]"
+            )
+        if not (0 <= self.adam_b1 < 1 and 0 <= self.adam_b2 < 1 and min(self.kl_coef, self.weight_decay) >= 0):
+            raise ValueError(
+                f"learner.adam_b1={self.adam_b1} and adam_b2={self.adam_b2} must lie in [0, 1), kl_coef={self.kl_coef} "
+                f"and weight_decay={self.weight_decay} not be negative"
+            )
+        if not (0 < self.clip_low < 1 and self.clip_high > 0):
+            raise ValueError(
+                f"learner.clip_low={self.clip_low} must lie in (0, 1), clip_high={self.clip_high} be positive"
+            )
         microbatch = self.rows_per_microbatch or 1
         if min(self.logit_chunk_tokens, self.visit_rate_clip, microbatch) < 1 or microbatch > self.rows_per_step:
             raise ValueError(

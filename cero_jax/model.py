@@ -22,6 +22,7 @@ from cero_jax import rope
 from cero_jax.lora import Adapter
 from cero_jax.rope import RopeScaling
 
+Dtype = Literal["float32", "bfloat16", "float16"]
 Params = dict  # a nested dict of arrays, as nnx.to_pure_dict gives it
 
 
@@ -67,14 +68,18 @@ class ModelConfig:
     """Rank of the adapters that are trained beside every linear layer of a frozen model (LoRA); None trains it all."""
     lora_alpha: float = 32.0
     """Adapters count lora_alpha / lora_rank times."""
+    max_positions: int | None = None
+    """Tokens of the longest context that the model is made for; None: of any."""
     remat: bool = False
     """Compute each layer again in the backward pass instead of keeping what is inside it."""
-    param_dtype: str = "float32"
-    """What parameters and optimiser keep."""
-    compute_dtype: str = "float32"
+    param_dtype: Dtype = "float32"
+    """What parameters keep; optimiser and adapters are float32."""
+    compute_dtype: Dtype = "float32"
     """What the forward pass multiplies in; norms, softmax and log-probabilities are float32 always."""
 
     def __post_init__(self):
+        if min(self.num_layers, self.width, self.num_heads, self.num_kv_heads, self.mlp_width) < 1:
+            raise ValueError("num_layers, width, num_heads, num_kv_heads and mlp_width of a model must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
         if self.head_dim % 2:

@@ -35,8 +35,8 @@ def page_data(run: Run) -> dict[str, Any]:
             "rollouts": sum(v.rollouts for v in visits[i]),
             "correct": sum(v.correct for v in visits[i]),
             "mean": round(float(posterior[0, i] / posterior[:, i].sum()), 4),
-            # epoch, spent, rollouts, right, timed out, posterior mean before and after
-            "visits": [[*v[:5], round(mean(v.before), 4), round(mean(v.after), 4)] for v in visits[i]],
+            # epoch, spent, rollouts, right, timed out, success that was expected, posterior mean after
+            "visits": [[*v[:5], round(mean(v.expected), 4), round(mean(v.after), 4)] for v in visits[i]],
             "samples": [
                 {key: _clip(each[key]) for key in ("spent", "status", "length", "extracted", "completion")}
                 for each in samples.get(i, [])[-MAX_SAMPLES:]

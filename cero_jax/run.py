@@ -21,7 +21,7 @@ from cero_jax.data import Task, pass_order, prompts_hash
 from cero_jax.families import read_config
 from cero_jax.learner import Fixed, Learner, TrainState, make_learner
 from cero_jax.metrics import MetricsWriter, Progress
-from cero_jax.model import Params, init_params
+from cero_jax.model import Dtype, Params, init_params
 from cero_jax.rows import Rows, plan
 from cero_jax.sampler import Sampler, make_sampler
 from cero_jax.tasks.chain_sum import ChainSum
@@ -169,7 +169,7 @@ def _model_and_task(config: Config) -> tuple[Config, Task]:
     return dataclasses.replace(config, model=dataclasses.replace(model_config, **kept)), task
 
 
-def _dtypes(config: Config) -> dict[str, str]:
+def _dtypes(config: Config) -> dict[str, Dtype]:
     return {"param_dtype": config.model.param_dtype, "compute_dtype": config.model.compute_dtype}
 
 
@@ -186,6 +186,17 @@ def starting_policy(config: Config, task: Task, mesh: Mesh, cache_dir: Path) -> 
         mesh=mesh,
         cache_dir=cache_dir,
     )
+
+
+def _check_context(config: Config, task: Task) -> None:
+    """Raise ValueError where a prompt and its completion may be longer than the model's context."""
+    longest = int(max(task.train.lengths.max(), task.heldout.lengths.max()))
+    limit, completion = config.model.max_positions, config.sampler.max_completion_tokens
+    if limit is not None and longest + completion > limit:
+        raise ValueError(
+            f"prompts of up to {longest} tokens and sampler.max_completion_tokens={completion} exceed the model's "
+            f"context of {limit} tokens: lower task.max_prompt_tokens to {max(limit - completion, 1)}, or the other"
+        )
 
 
 def _same_start(at: Cursor, params: Params, config: Config) -> Cursor:
@@ -211,6 +222,7 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     config, task = _model_and_task(config)
     num_prompts, tokenizer = len(task.train.questions), task.tokenizer
     config.check(num_prompts)
+    _check_context(config, task)
     mesh = sharding.make_mesh(config.mesh)
     everywhere = sharding.replicated(mesh)
     rows, slots, shards = config.evaluation.rows, config.sampler.slots, sharding.row_shards(mesh)
@@ -262,6 +274,11 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         checkpoints=checkpoints,
         metrics=MetricsWriter(directory, position=at.metrics),
         progress=Progress(total=config.allocator.total_budget, initial=at.spent),
+    )
+    held, total = len(task.heldout.questions), config.allocator.total_budget
+    print(
+        f"{config.name}, {config.allocator.name}: {num_prompts:,} prompts, {held:,} held out; {at.spent:,} of "
+        f"{total:,} rollouts spent; {directory}"
     )
     return run, state, at
 

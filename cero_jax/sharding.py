@@ -61,8 +61,8 @@ def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
     data = len(devices) // max(inner, 1) if config.data == -1 else config.data
     if min(data, config.fsdp, config.tensor) < 1 or data * inner != len(devices):
         raise ValueError(
-            f"mesh data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not cover {len(devices)} "
-            "devices exactly: their product must, or data=-1 to take what is left"
+            f"mesh.data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not cover the {len(devices)} "
+            "device(s) here: the product must be their number; data=-1 takes what a divisor fsdp x tensor leaves"
         )
     # Auto: an Explicit axis (make_mesh's default) makes gathers over sharded rows raise.
     return jax.make_mesh(

@@ -238,7 +238,9 @@ def picture(outcomes: dict[str, Outcome], path: Path) -> None:
     for name, outcome in outcomes.items():
         place = np.clip(np.digitize(np.asarray(outcome.success).ravel(), edges) - 1, 0, 9)
         total = np.bincount(place, np.asarray(outcome.rollouts).ravel(), minlength=10)
-        axes.plot((edges[1:] + edges[:-1]) / 2, total / np.maximum(np.bincount(place, minlength=10), 1), label=name)
+        prompts = np.bincount(place, minlength=10)
+        some = prompts > 0
+        axes.plot((edges[1:] + edges[:-1])[some] / 2, total[some] / prompts[some], "o-", label=name)
     axes.set(xlabel="success probability at the start", ylabel="rollouts a prompt", ylim=(0, None))
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cero_jax import lora, model, sharding
 from cero_jax.families import read_config, read_json
-from cero_jax.model import ModelConfig, Params
+from cero_jax.model import Dtype, ModelConfig, Params
 
 # Which of our axes, merged, each axis of the tensor in the file is. A linear layer's weight there is [out, in].
 VECTOR, TABLE, LINEAR, HEADS_OUT, HEADS_IN, HEADS = (
@@ -84,7 +84,7 @@ def _as_stored(array: np.ndarray, stored: Stored) -> np.ndarray:
 
 
 def load(
-    folder: str | Path, mesh: Mesh, *, param_dtype: str = "float32", compute_dtype: str = "float32"
+    folder: str | Path, mesh: Mesh, *, param_dtype: Dtype = "float32", compute_dtype: Dtype = "float32"
 ) -> tuple[ModelConfig, Params]:
     """The model's shape and its parameters, sharded over the mesh by `sharding.RULES`.
 

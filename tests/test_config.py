@@ -37,8 +37,12 @@ def with_allocator(**changes):
         (with_allocator(total_budget=2**31, num_epochs=1), r"total_budget=2147483648"),
         ({"sampler": SamplerConfig(temperature=0)}, r"temperature=0 draws the same completion"),
         ({"sampler": SamplerConfig(top_p=0.9)}, r"top_p=0.9, top_k=0 bias the importance ratio"),
-        ({"mesh": MeshConfig(fsdp=3)}, r"does not cover 8 devices"),
+        ({"mesh": MeshConfig(fsdp=3)}, r"does not cover the 8 device"),
         ({"mesh": MeshConfig(fsdp=8), "model": ModelConfig(width=12)}, r"parameter \S+ .* does not divide"),
+        ({"mesh": MeshConfig(data=4, tensor=2), "sampler": SamplerConfig(slots=6)}, r"slots=6 must be multiples"),
+        ({"model": ModelConfig(max_positions=30)}, r"exceed the model's context of 30 tokens: lower task."),
+        (with_allocator(num_epochs=0), r"allocator.num_epochs=0 must be at least 1"),
+        ({"success_threshold": 2.0}, r"success_threshold=2.0 must lie in"),
         ({"task": Dataset(path="nowhere.jsonl")}, r"nowhere.jsonl"),
         (
             {"dynamic_sampling": True, "learner": LearnerConfig(rows_per_step=16, steps_per_batch=2)},
@@ -91,11 +95,41 @@ def run_train(*args):
     return subprocess.run([sys.executable, ROOT / "train.py", *args], capture_output=True, text=True, cwd=ROOT)
 
 
-def test_an_unknown_key_is_refused_with_the_nearest_names():
-    done = run_train(CHAIN_SUM, "--learner.learnin-rate=1")
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("--learner.learnin-rate=1", "--learner.learning-rate"),
+        ("--alocator.name=uniform", "--allocator.name"),
+        ("--learner.lr=1", "--learner."),
+        ("--learning-rate=1", "--learner.learning-rate"),
+        ("--budget=100", "--allocator.total-budget"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_names(given, nearest):
+    with pytest.raises(SystemExit, match=f"^error: no field {given.partition('=')[0]}; nearest: .*{nearest}"):
+        from_command_line([CHAIN_SUM, given])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"learning_rate": -1.0}, {"learning_rate": float("nan")}, {"adam_b1": 2.0}, {"clip_low": -1.0}, {"kl_coef": -1.0},
+     {"max_grad_norm": 0.0}, {"final_learning_rate_share": -2.0}],
+)  # fmt: skip
+def test_a_learner_that_cannot_learn_is_refused(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        LearnerConfig(**changes)
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ValueError, match="seed=-1 must not be negative"):
+        tiny_config("", seed=-1)
+
+
+def test_an_unknown_dtype_is_refused():
+    done = run_train(CHAIN_SUM, "--model.compute-dtype=bf16")
     assert done.returncode == 2
-    assert "--learner.learning-rate" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "bfloat16" in done.stderr
 
 
 def test_help_lists_every_field_with_its_units():

@@ -5,7 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from cero_jax import tables
 from cero_jax.data import prompts_hash
+from cero_jax.tasks import dataset
 from cero_jax.tasks.dataset import Dataset
 from cero_jax.tokenizer import ByteTokenizer
 
@@ -340,3 +342,18 @@ def test_thousands_of_broken_rows_are_named_or_loaded(tmp_path):
             loaded += 1
             assert len(task.train.questions) + len(task.heldout.questions) == 2 + bool(line.strip(b"\r\n\t \x0b\x0c"))
     assert min(loaded, refused) > 500
+
+
+def test_data_sets_are_told_apart_by_as_much_of_their_paths_as_it_takes():
+    assert dataset._names(["a/aime24.jsonl", "b/amc.23.parquet"]) == ["aime24", "amc.23"]
+    assert dataset._names(["a/x/test.jsonl", "a/y/test.jsonl"]) == ["x/test", "y/test"]
+    assert dataset._names(["a/all.jsonl", "a/b.jsonl"]) == ["a/all", "a/b"]
+    with pytest.raises(ValueError, match="one stands twice"):
+        dataset._names(["a/test.jsonl", "a/test.jsonl"])
+
+
+def test_of_several_fields_the_first_that_is_not_null_counts():
+    assert tables.pick("f:1", {"a": None, "b": "x"}, "a|b") == "x"
+    assert tables.pick("f:1", {"a": None}, "a|b") is None  # which `text` then refuses by name
+    with pytest.raises(ValueError, match=r"f:1: no field 'a\|b'"):
+        tables.pick("f:1", {"c": 1}, "a|b")

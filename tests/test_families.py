@@ -31,14 +31,14 @@ def test_configs_by_hand():
     assert vocab_size == 320
     assert config == ModelConfig(
         num_layers=3, width=32, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=48, norm_eps=1e-5,
-        rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
+        rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 64), max_positions=256,
     )  # fmt: skip
     config, _ = read_config(FIXTURES / "gemma3", param_dtype="bfloat16")
     assert config == ModelConfig(
         num_layers=6, width=32, num_heads=4, num_kv_heads=1, head_dim=16, mlp_width=48, norm_eps=1e-5,
         rope_base=1000.0, rope_scaling=RopeScaling("linear", 8.0), qk_norm=True, post_norms=True, norm_offset=1.0,
         activation="gelu_tanh", scaled_embeddings=True, query_pre_attn_scalar=24, sliding_layers=(0, 1, 3, 4),
-        sliding_window=8, sliding_rope_base=100.0, param_dtype="bfloat16",
+        sliding_window=8, sliding_rope_base=100.0, param_dtype="bfloat16", max_positions=256,
     )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import cero_jax
+from cero_jax.allocator.posterior import fitted_prior
 from cero_jax.history import describe, read_run, read_samples, replay
 from cero_jax.page import page_data, write_page
 
@@ -75,13 +76,33 @@ def test_the_replayed_posterior_is_the_allocators(run):
         assert [v.spent for v in each] == sorted(v.spent for v in each)
 
 
+def test_expected_is_what_the_allocator_went_by(run):
+    """The population's prior in the place of the configured one, as the state stood when the round was allocated."""
+    run, _ = run
+    allocator = cero_jax.cero(total_budget=1000, num_epochs=10, discount=DISCOUNT)
+    state, visits = allocator.init(N), replay(run)[0]
+    for number, row in enumerate(run.steps):
+        if number % 3 == 0:  # a round begins
+            seen = [np.asarray(state.alpha) - 0.5, np.asarray(state.beta) - 0.5]
+            a, b = fitted_prior(*seen, (0.5, 0.5))
+            want = (seen[0] + a) / (seen[0] + a + seen[1] + b)
+        for i in row["prompt_ids"]:
+            (visit,) = (v for v in visits[i] if v.spent == row["spent"])
+            assert visit.expected[0] / sum(visit.expected) == pytest.approx(float(want[i]), rel=1e-4)
+        columns = ("prompt_ids", "num_rollouts", "num_correct", "num_evidence")
+        state = allocator.update(state, *(np.array(row[name], np.int32) for name in columns))
+
+
 def test_a_prompts_history_to_read(run):
     run, _ = run
     text = describe(run, 0)
     visits, samples = replay(run)[0][0], read_samples(run)[0]
     assert f"prompt 0 (all): {sum(v.rollouts for v in visits)} rollouts in {len(visits)} visits" in text
     assert "gold answer: 7" in text
-    assert text.count(HOSTILE) == 1 + min(4, len(samples))
+    assert f"question: question 0 {HOSTILE}" in text
+    assert text.count(HOSTILE.replace("\u2028", "\\u2028")) == min(
+        4, len(samples)
+    )  # a terminal gets no control characters
     assert "0 rollouts in 0 visits" in describe(run, N - 1)
     for prompt in (-1, N):
         with pytest.raises(ValueError, match=rf"no prompt {prompt}: its ids are 0 to {N - 1}"):

@@ -148,3 +148,16 @@ def test_a_script_is_not_run_again_and_its_workers_end_with_it(tmp_path):
         while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [("user_verifiers:NOT_A_FUNCTION", "not a callable"), ("user_verifiers:two_arguments", "too many positional"),
+     ("ends_the_process:anything", "its import ends the process")],
+)  # fmt: skip
+def test_a_verifier_that_cannot_be_one_is_refused_at_the_start(function, why, tmp_path, monkeypatch):
+    (tmp_path / "ends_the_process.py").write_text("import os\nos._exit(3)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    pool = Pool(function, workers=1)
+    with pytest.raises(ValueError, match=why):
+        pool.check()

@@ -29,6 +29,8 @@ READ = [
     ("The answer is...72", 72),
     ("-3", -3),
     ("\u22123", -3),
+    ("\u20133", -3),
+    ("10\u201320", None),  # a range
     ("+5", 5),
     (".5", Fraction(1, 2)),
     ("-.5", Fraction(-1, 2)),
@@ -182,6 +184,8 @@ CHOICES = [
     ("B.", "B"),
     ("b", "B"),
     ("**B**", "B"),
+    ("The answer is B because it is larger.", "B"),
+    ("Answer: B - it is larger", "B"),
     ("The answer is A or B", None),
     (r"\boxed{A, B}", None),
     ("The answer is a number", None),

@@ -7,6 +7,12 @@ import time
 
 from cero_jax.rewards import NO_ANSWER, Verdict
 
+NOT_A_FUNCTION = 3
+
+
+def two_arguments(question, completion):
+    return 1.0
+
 
 def length(question, completion, answer):
     return len(completion) / 10

@@ -86,7 +86,10 @@ class Pool:
             failure = "its import ends the process"
         if failure:
             self.close()
-            raise ValueError(f"verifier={self.function!r} cannot be loaded: {failure}; memory_mb={self.memory_mb}")
+            raise ValueError(
+                f"verifier={self.function!r} cannot be loaded: {failure} (looked for in this folder "
+                f"and on PYTHONPATH; memory_mb={self.memory_mb})"
+            )
 
     def close(self) -> None:
         """End the workers."""
@@ -195,5 +198,5 @@ def _one_line(error: BaseException) -> str:
     where = ""
     with contextlib.suppress(Exception):
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f" ({frame.filename}:{frame.lineno})"
+        where = "" if frame.filename.startswith("<frozen") else f" ({frame.filename}:{frame.lineno})"
     return f"{type(error).__name__}: {error}".replace("\n", " ")[:400] + where
