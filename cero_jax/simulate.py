@@ -259,7 +259,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m cero_jax.simulate", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--log", help="JSONL, CSV or Parquet file of (prompt, epoch, reward) rows; default: simulate")
     parser.add_argument(
-        "--fields", nargs=3, default=("prompt", "epoch", "reward"), metavar=("PROMPT", "EPOCH", "REWARD")
+        "--fields",
+        nargs=3,
+        default=("prompt", "epoch", "reward"),
+        metavar=("PROMPT", "EPOCH", "REWARD"),
+        help="what these fields are called in the log (default: %(default)s)",
     )
     parser.add_argument(
         "--epochs", type=int, help="rounds of a run; default 16, or the longest prompt's visits in a log"
@@ -267,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=1000, help="prompts of the simulated data set")
     parser.add_argument("--hopeless", type=float, default=0.0, help="share of prompts that can never be solved")
     parser.add_argument("--min-group", type=int, default=4, help="rollouts of the smallest group")
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=4, help="runs of each allocator (default: %(default)s)")
     parser.add_argument("--picture", type=Path, default=Path("simulate.png"), help="where the picture goes")
     args = parser.parse_args(argv)
     if args.log:

@@ -47,7 +47,7 @@ def paths(tree, prefix=""):
 
 def test_every_rule_is_some_parameters_and_every_parameter_has_one():
     tied = shapes(CONFIG)
-    untied = shapes(ModelConfig(tied_embeddings=False, qkv_bias=True, qk_norm=True, post_norms=True))
+    untied = shapes(ModelConfig(tied_embeddings=False, qkv_bias=True, qk_norm=True, post_norms=True, lora_rank=2))
     assert set(paths(tied)) | set(paths(untied)) == set(sharding.RULES)
     for leaf, spec in zip(
         jax.tree.leaves(tied), jax.tree.leaves(sharding.shard_params(tied, one_device())), strict=True
