@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import traceback
+from textwrap import shorten
 
 import jax
 import numpy as np
@@ -134,7 +135,8 @@ def log_evaluation(run: Run, state: State, at: Cursor) -> Cursor:
     at = at._replace(accuracy=result.accuracy, evaluated=at.spent)
     run.log("eval", at, result.figures(), {"eval_seconds": time.perf_counter() - began})
     run.metrics.write_samples("eval", at.spent, [each for each in result.samples if each["sample"] == 0])
-    tqdm.write(f"{at.spent:>9,} rollouts: held-out accuracy {result.accuracy:.3f}; {result.example}", file=sys.stderr)
+    example = {key: shorten(str(value), 80, placeholder=" ...") for key, value in result.example.items()}
+    tqdm.write(f"{at.spent:>9,} rollouts: held-out accuracy {result.accuracy:.3f}; {example}", file=sys.stderr)
     if at.finished:
         tqdm.write(table(result.scores), file=sys.stderr)
     return at

@@ -128,8 +128,8 @@ def fuzz(verifier: str, pool: Pool, count: int, seed: int = 0) -> tuple[Counter,
         found = judge(verifier, pool, [("q", each, GOLD[verifier]) for each in batch])
         longest = max(longest, (time.perf_counter() - began) / len(batch))
         status.update(each.status for each in found)
-        right = rf"\boxed{{{GOLD[verifier]}}}"  # which noise, of all things, may begin with
-        accepted += [each for each, of in zip(batch, found, strict=True) if of.reward and right not in each]
+        right = rf"\boxed{{{GOLD[verifier]}}}".lower()  # which noise, of all things, may begin with, or be
+        accepted += [each for each, of in zip(batch, found, strict=True) if of.reward and right not in each.lower()]
         batch = []
         if i % 10_000 == 9_999:
             print(f"  {verifier}: {i + 1:,} so far, {dict(status)}, accepted {accepted}", file=sys.stderr, flush=True)
