@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 
 .PHONY: train test check bench clean
 
-train: $(VENV)/.train  ## set up, run the main job, show it learn (about ten minutes on two cores)
+train: $(VENV)/.train  ## set up, run the main job, show it learn (about three minutes on two cores)
 	$(RUN) train.py configs/chain_sum.py
 
 test: $(VENV)/.test  ## every test, on 8 virtual CPU devices
