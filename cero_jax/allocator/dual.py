@@ -1,6 +1,7 @@
 """The budget's price: where shares that fall with a price sum to the budget."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,22 @@ from jax import Array
 
 from cero_jax.allocator.utility import Utility, utility_family
 
-MOST_STEPS = 72  # every second one halves the bracket: from about 100 down to the resolution of a float32
+MOST_STEPS = 144  # every fourth one halves the bracket: from about 100 down to the resolution of a float32
 TOLERANCE = 1e-6  # of the budget: closer than a float32 sum can tell
 LEAST_VARIANCE = 1e-30  # keeps a logarithm finite; where every v is 0 the shares are equal
+
+
+class _Bracket(NamedTuple):
+    """Two levels, and how far their shares' cost is from the budget."""
+
+    step: Array
+    low: Array
+    high: Array
+    over: Array  # of the budget, at low
+    under: Array  # at high
+    pull_low: Array  # the same, halved where that end has stayed for two steps
+    pull_high: Array
+    last: Array  # 1: low has moved last; -1: high
 
 
 def shares_at_budget(
@@ -21,7 +35,8 @@ def shares_at_budget(
     shares_at: level [] -> shares [P], none rising in the level. low, high: [] float32, levels at which the shares cost
     at least and at most the budget. cost: [P] float32, tokens a rollout; None: the budget is in rollouts. Where the
     cost jumps across the budget (ties, integer shares, a huge tau), the two sides of the jump are mixed in the
-    proportion that meets it, so ties share alike.
+    proportion that meets it, so ties share alike. The search is false position by the Illinois rule (Dowell and Jarratt
+    1971), which is fast where the sum is smooth, and at every fourth step bisection, which is sure.
     Returns ([P] float32, [] float32). Where even `low` costs less, its shares are returned.
     """
     budget = jnp.asarray(budget).astype(jnp.float32)
@@ -29,21 +44,30 @@ def shares_at_budget(
     def total(shares):
         return jnp.sum(shares if cost is None else shares * cost)
 
-    def apart(carry):
-        step, low, high, over, under = carry
-        return (step < MOST_STEPS) & (low < high) & (jnp.minimum(over, under) > TOLERANCE * budget)
+    def apart(bracket: _Bracket):
+        close = jnp.minimum(bracket.over, bracket.under) <= TOLERANCE * budget
+        return (bracket.step < MOST_STEPS) & (jnp.nextafter(bracket.low, bracket.high) < bracket.high) & ~close
 
-    def narrow(carry):  # false position, which is fast where the sum is smooth, and bisection, which is sure, in turn
-        step, low, high, over, under = carry
-        part = jnp.where(step % 2 == 0, over / jnp.maximum(over + under, 1e-30), 0.5)
-        middle = jnp.clip(low + (high - low) * part, low, high)
+    def narrow(bracket: _Bracket):
+        step, low, high, over, under, pull_low, pull_high, last = bracket
+        false_position = pull_low / jnp.maximum(pull_low + pull_high, 1e-30)
+        middle = jnp.clip(low + (high - low) * jnp.where(step % 4 == 3, 0.5, false_position), low, high)
         excess = total(shares_at(middle)) - budget
         enough = excess >= 0
-        low, high = jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-        return step + 1, low, high, jnp.where(enough, excess, over), jnp.where(enough, under, -excess)
+        return _Bracket(
+            step + 1,
+            low=jnp.where(enough, middle, low),
+            high=jnp.where(enough, high, middle),
+            over=jnp.where(enough, excess, over),
+            under=jnp.where(enough, under, -excess),
+            pull_low=jnp.where(enough, excess, jnp.where(last < 0, pull_low / 2, pull_low)),
+            pull_high=jnp.where(enough, jnp.where(last > 0, pull_high / 2, pull_high), -excess),
+            last=jnp.where(enough, 1, -1),
+        )
 
     ends = total(shares_at(low)) - budget, budget - total(shares_at(high))
-    _, low, high, over, under = jax.lax.while_loop(apart, narrow, (jnp.int32(0), low, high, *ends))
+    found = jax.lax.while_loop(apart, narrow, _Bracket(jnp.int32(0), low, high, *ends, *ends, jnp.int32(0)))
+    low, high, over, under = found.low, found.high, found.over, found.under
     more, fewer = shares_at(low), shares_at(high)
     part = jnp.clip((budget - total(fewer)) / jnp.maximum(total(more) - total(fewer), 1e-6), 0, 1)
     return fewer + part * (more - fewer), jnp.where(under < over, high, low)

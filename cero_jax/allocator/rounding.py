@@ -1,5 +1,8 @@
 """Real shares to whole groups: exact integers, no sort over the prompts, fair whatever a prompt's place in the file."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -50,11 +53,13 @@ def whole_groups(key, shares: Array, valid: Array, budget: Array, *, min_group: 
 
 def choose(key, eligible: Array, count: Array) -> Array:
     """[P] bool, `count` of the eligible ones (all, if there are fewer): a run of neighbours from a keyed start."""
-    rank = _running_sum(eligible.astype(jnp.int32)) - 1
     total = jnp.sum(eligible, dtype=jnp.int32)
     start = jax.random.randint(key, (), 0, jnp.maximum(total, 1))
-    place = rank - start
-    return eligible & (jnp.where(place < 0, place + total, place) < count)
+
+    def within(place, one):  # from the start on, and around the end
+        return (one > 0) & (jnp.where(place < 0, place + total, place) < count)
+
+    return _by_running_sum(eligible.astype(jnp.int32), -1 - start, within)
 
 
 def _systematic(key, chance: Array) -> Array:
@@ -64,24 +69,32 @@ def _systematic(key, chance: Array) -> Array:
     is not. An element is hit where the sum, from a keyed start, passes a whole number.
     """
     fraction = (jnp.minimum(chance, 1 - 2**-24) * 2.0**32).astype(jnp.uint32)
-    position = _running_sum(fraction) + jax.random.bits(key, dtype=jnp.uint32)
-    return position < fraction
+    return _by_running_sum(fraction, jax.random.bits(key, dtype=jnp.uint32), lambda position, x: position < x)
 
 
-def _running_sum(x: Array) -> Array:
-    """Inclusive running sum of [P] integers, wrapping around."""
-    # a CPU adds down columns three times faster; elsewhere a thousand steps in a row would be slow
-    return jax.lax.platform_dependent(x, cpu=_down_columns, default=lambda x: jnp.cumsum(x, dtype=x.dtype))
+def _by_running_sum(x: Array, start: Array, test: Callable[[Array, Array], Array]) -> Array:
+    """[P] bool, test(start + inclusive running sum, x) of integers x [P]; the sum wraps around."""
+    # a CPU adds down columns four times faster; elsewhere a thousand steps in a row would be slow
+    return jax.lax.platform_dependent(
+        x,
+        start,
+        cpu=partial(_down_columns, test=test),
+        default=lambda x, start: test(jnp.cumsum(x, dtype=x.dtype) + start, x),
+    )
 
 
-def _down_columns(x: Array) -> Array:
-    """The running sum in an order that suits a CPU's vector units."""
+def _down_columns(x: Array, start: Array, test: Callable[[Array, Array], Array]) -> Array:
+    """The same with the sum in an order that suits a CPU's vector units, tested where it arises."""
     rows = -(-x.shape[0] // _LANES)
     table = jnp.pad(x, (0, rows * _LANES - x.shape[0])).reshape(rows, _LANES)
-    zero = jnp.zeros(_LANES, x.dtype)
-    totals, sums = jax.lax.scan(lambda above, row: (above + row, above + row), zero, table)
-    before = jnp.cumsum(totals, dtype=x.dtype) - totals
-    return (sums + before[None, :]).reshape(-1)[: x.shape[0]]
+    columns = jnp.sum(table, axis=0, dtype=x.dtype)
+    before = jnp.cumsum(columns, dtype=x.dtype) - columns + start
+
+    def add(above, row):
+        here = above + row
+        return here, test(here, row)
+
+    return jax.lax.scan(add, before, table)[1].reshape(-1)[: x.shape[0]]
 
 
 def _tilted(fraction: Array, room: Array, total: Array) -> Array:
