@@ -190,7 +190,9 @@ def _refuse_unknown(args: list[str], config: Config) -> None:
         if not arg.startswith("--") or key == "help" or any(f"{key}.".startswith(f"{each}.") for each in known):
             continue
         last = key.rpartition(".")[2]
-        near = difflib.get_close_matches(key, known, 3, 0.6) + [each for each in known if last in each]
+        initials = {each: "".join(word[0] for word in each.rpartition(".")[2].split("-")) for each in known}
+        near = [each for each in known if initials[each] == last]
+        near += difflib.get_close_matches(key, known, 3, 0.6) + [each for each in known if last in each]
         shown = ", ".join(f"--{each}" for each in dict.fromkeys(near[:4]))
         sys.exit(f"error: no field --{key}; {f'nearest: {shown}; ' if near else ''}--help lists all")
 

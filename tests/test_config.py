@@ -100,7 +100,7 @@ def run_train(*args):
     [
         ("--learner.learnin-rate=1", "--learner.learning-rate"),
         ("--alocator.name=uniform", "--allocator.name"),
-        ("--learner.lr=1", "--learner."),
+        ("--learner.lr=1", "--learner.learning-rate"),
         ("--learning-rate=1", "--learner.learning-rate"),
         ("--budget=100", "--allocator.total-budget"),
     ],
