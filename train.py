@@ -19,7 +19,8 @@ from cero_jax.checkpoint import Cursor, StopSignal
 from cero_jax.config import Config, from_command_line
 from cero_jax.evaluate import draw_verified, evaluate, table
 from cero_jax.learner import Batch, learning_rate
-from cero_jax.report import draw_report
+from cero_jax.packing import StepPlan
+from cero_jax.report.picture import draw_report
 from cero_jax.rollout import (
     Scored,
     live_rows,
@@ -32,7 +33,6 @@ from cero_jax.rollout import (
     step_samples,
     visit_rate_weights,
 )
-from cero_jax.rows import Rows
 from cero_jax.run import Run, State, start
 
 
@@ -81,7 +81,7 @@ def train(run: Run, state: State, at: Cursor) -> int:
     return 0 if at.finished else 128 + stop.number
 
 
-def draw(run: Run, state: State, at: Cursor, now: list[Rows]) -> list[Scored]:
+def draw(run: Run, state: State, at: Cursor, now: list[StepPlan]) -> list[Scored]:
     """Rollouts of the next optimiser steps, all from the policy as it is now, and their rewards."""
     config, began = run.config, time.perf_counter()
     size, num_steps = config.learner.rows_per_step, config.learner.steps_per_batch
@@ -95,7 +95,9 @@ def draw(run: Run, state: State, at: Cursor, now: list[Rows]) -> list[Scored]:
     ]
 
 
-def learn(run: Run, state: State, at: Cursor, rows: Rows, scored: Scored, waiting: list[Batch]) -> tuple[State, Cursor]:
+def learn(
+    run: Run, state: State, at: Cursor, rows: StepPlan, scored: Scored, waiting: list[Batch]
+) -> tuple[State, Cursor]:
     """Settle a step's rollouts with the allocator, and move the policy by those whose group has variance."""
     config, began = run.config, time.perf_counter()
     allocation = run.update(state.allocation, rows.visit_ids, rows.visit_sizes, scored.num_correct, scored.num_evidence)

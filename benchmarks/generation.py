@@ -86,7 +86,8 @@ def ours(args: argparse.Namespace) -> dict[str, list[float]]:
     """Wall and CPU seconds of each workload, by this project's sampler."""
     import jax
 
-    from cero_jax import sharding, weights
+    from cero_jax import sharding
+    from cero_jax.huggingface import weights
     from cero_jax.sampler import SamplerConfig, make_sampler
 
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
@@ -188,7 +189,7 @@ def steps(args: argparse.Namespace, name: str, wanted: np.ndarray) -> str:
 
 def write_folder(args: argparse.Namespace, folder: Path) -> str:
     """Random weights of the shape as a Hugging Face folder."""
-    from cero_jax import weights
+    from cero_jax.huggingface import weights
 
     layers, width, heads, kv_heads, mlp, vocab = SHAPES[args.shape]
     (folder / "source").mkdir()

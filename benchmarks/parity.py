@@ -78,8 +78,9 @@ def reference(folder: str, out: str, questions: str) -> None:
 
 def compare(folder: str, reference: str) -> bool:
     """Whether all is as transformers has it."""
-    from cero_jax import sharding, weights
-    from cero_jax.tokenizer import FolderTokenizer
+    from cero_jax import sharding
+    from cero_jax.huggingface import weights
+    from cero_jax.huggingface.tokenizer import FolderTokenizer
 
     want, tokenizer, mesh = np.load(reference), FolderTokenizer(folder), sharding.make_mesh(sharding.MeshConfig())
     config, params = weights.load(folder, mesh)

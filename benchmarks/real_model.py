@@ -117,10 +117,11 @@ def settings(folder: str, arm: Arm, seed: int, work_dir: str):
 
 def measure(folder: str | Path, seed: int) -> dict:
     """Held-out accuracy of a model folder: of each prompt over SAMPLES, and what it wrote for one of each kind."""
-    from cero_jax import sharding, weights
+    from cero_jax import sharding
     from cero_jax.evaluate import EvaluationConfig, evaluate
+    from cero_jax.huggingface import weights
+    from cero_jax.huggingface.tokenizer import FolderTokenizer
     from cero_jax.sampler import SamplerConfig, make_sampler
-    from cero_jax.tokenizer import FolderTokenizer
 
     task, mesh = Equations().build(seed, FolderTokenizer(folder)), sharding.make_mesh(sharding.MeshConfig())
     config, params = weights.load(folder, mesh)
@@ -274,7 +275,8 @@ def compare(folder: str, reference: str) -> None:
     import jax
     import jax.numpy as jnp
 
-    from cero_jax import model, sharding, weights
+    from cero_jax import model, sharding
+    from cero_jax.huggingface import weights
 
     config, params = weights.load(folder, sharding.make_mesh(sharding.MeshConfig()))
     want, worst, same = np.load(reference), 0.0, 0

@@ -12,8 +12,8 @@ from cero_jax.allocator.base import AllocatorState
 from cero_jax.data import Prompts, Task
 from cero_jax.evaluate import Verified
 from cero_jax.learner import Batch
+from cero_jax.packing import StepPlan
 from cero_jax.rewards import STATUSES, TIMED_OUT, Verdict
-from cero_jax.rows import Rows
 from cero_jax.sampler import Rollouts
 
 
@@ -30,7 +30,7 @@ class Scored(NamedTuple):
 
 
 def sampling_inputs(
-    prompts: Prompts, steps: list[Rows], num_steps: int, mean_tokens: np.ndarray
+    prompts: Prompts, steps: list[StepPlan], num_steps: int, mean_tokens: np.ndarray
 ) -> dict[str, np.ndarray]:
     """What the sampler takes for steps drawn from one policy: each visit's prompt once, and the rows, step by step.
 
@@ -38,7 +38,7 @@ def sampling_inputs(
     """
     blank = steps[0]._replace(row_mask=np.zeros_like(steps[0].row_mask))
     fields = zip(*steps, *[blank] * (num_steps - len(steps)), strict=True)
-    rows = Rows(*(np.concatenate(field) for field in fields))
+    rows = StepPlan(*(np.concatenate(field) for field in fields))
     first_visit = np.arange(num_steps, dtype=np.int32) * len(blank.visit_ids)
     visits = np.maximum(rows.visit_ids, 0)  # an unused visit prefills prompt 0, and no row reads it
     prompt_ids = np.maximum(rows.prompt_ids, 0)
@@ -53,7 +53,7 @@ def sampling_inputs(
     }
 
 
-def observed_tokens(mean_tokens: np.ndarray, rows: Rows, lengths: np.ndarray) -> np.ndarray:
+def observed_tokens(mean_tokens: np.ndarray, rows: StepPlan, lengths: np.ndarray) -> np.ndarray:
     """The mean_tokens [N] float32 after a step: half of what was, half of what its completions [R] took."""
     ids, lengths = rows.prompt_ids[rows.row_mask], lengths[rows.row_mask]
     seen, place = np.unique(ids, return_inverse=True)
@@ -72,7 +72,7 @@ def step_of(i: int, num_rows: int, rollouts: Rollouts, verified: Verified) -> tu
 
 def score(
     task: Task,
-    rows: Rows,
+    rows: StepPlan,
     rollouts: Rollouts,
     verified: Verified,
     truncated: Literal["wrong", "mask"],
@@ -141,7 +141,7 @@ def pack_live(batches: list[Batch], min_group: int) -> tuple[Batch, bool]:
     return padded, full or room < min_group
 
 
-def visit_rate_weights(rows: Rows, allocation: AllocatorState, clip: float) -> tuple[np.ndarray, float]:
+def visit_rate_weights(rows: StepPlan, allocation: AllocatorState, clip: float) -> tuple[np.ndarray, float]:
     """[R] float32 weights that undo the rate at which an allocation visits a prompt; their mean over real rows is 1.
 
     A prompt's rate is its rollouts so far, this round's included, over their mean; held within a factor of `clip`. Also
@@ -155,7 +155,7 @@ def visit_rate_weights(rows: Rows, allocation: AllocatorState, clip: float) -> t
     return (weight * rows.row_mask.sum() / weight.sum()).astype(np.float32), float(clipped)
 
 
-def step_row(rows: Rows, scored: Scored) -> dict:
+def step_row(rows: StepPlan, scored: Scored) -> dict:
     """What the metrics file says of a step's rollouts: who was drawn how often, what came of it, and the shares."""
     used = rows.visit_ids >= 0
     drawn, lengths = rows.row_mask, scored.batch.lengths[rows.row_mask]
@@ -174,7 +174,7 @@ def step_row(rows: Rows, scored: Scored) -> dict:
     }
 
 
-def step_samples(rows: Rows, scored: Scored) -> list[dict]:
+def step_samples(rows: StepPlan, scored: Scored) -> list[dict]:
     """One rollout of each visit, its first, for a person to read."""
     first = [int(np.argmax(rows.row_mask & (rows.group_ids == visit))) for visit in np.flatnonzero(rows.visit_ids >= 0)]
     return [

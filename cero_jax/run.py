@@ -13,19 +13,20 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from cero_jax import lora, memory, sharding, weights
+from cero_jax import lora, memory, sharding
 from cero_jax.allocator.base import AllocatorState
 from cero_jax.checkpoint import Checkpoints, Cursor
 from cero_jax.config import Config, check_resumable, from_json, open_run_dir, to_json, write_settings
 from cero_jax.data import Task, pass_order, prompts_hash
-from cero_jax.families import read_config
+from cero_jax.huggingface import weights
+from cero_jax.huggingface.families import read_config
+from cero_jax.huggingface.tokenizer import FolderTokenizer
 from cero_jax.learner import Fixed, Learner, TrainState, make_learner
 from cero_jax.metrics import MetricsWriter, Progress
 from cero_jax.model import Dtype, Params, init_params
-from cero_jax.rows import Rows, plan
+from cero_jax.packing import StepPlan, plan
 from cero_jax.sampler import Sampler, make_sampler
 from cero_jax.tasks.chain_sum import ChainSum
-from cero_jax.tokenizer import FolderTokenizer
 from cero_jax.warm_start import warm_start
 
 
@@ -57,7 +58,7 @@ class Run(NamedTuple):
         """The policy's parameters, those that are frozen among them."""
         return lora.join(self.fixed.frozen, state.policy.params)
 
-    def plan(self, num_rollouts: Array, epoch: int) -> list[Rows]:
+    def plan(self, num_rollouts: Array, epoch: int) -> list[StepPlan]:
         """The steps of a round. Reads [N] counts from the device, once a round: they decide how rows are laid."""
         counts = np.asarray(num_rollouts)
         return plan(

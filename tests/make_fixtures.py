@@ -169,7 +169,8 @@ def make(name: str, seed: int) -> None:
 
 EXPORT = """
 import sys
-from cero_jax import sharding, weights
+from cero_jax import sharding
+from cero_jax.huggingface import weights
 source, folder, dtype = sys.argv[1:]
 mesh = sharding.make_mesh(sharding.MeshConfig())
 weights.save(folder, source, *weights.load(source, mesh, param_dtype=dtype))

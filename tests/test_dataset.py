@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from cero_jax import tables
+from cero_jax import read_files
 from cero_jax.data import prompts_hash
 from cero_jax.tasks import dataset
 from cero_jax.tasks.dataset import Dataset
@@ -148,7 +148,7 @@ def test_an_unreadable_file_is_named(write, monkeypatch):
     def refuse(*args):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("cero_jax.tables.open", refuse, raising=False)  # a superuser may read whatever its mode
+    monkeypatch.setattr("cero_jax.read_files.open", refuse, raising=False)  # a superuser may read whatever its mode
     with pytest.raises(ValueError, match=r"rows.jsonl: cannot be read \(Permission denied\)"):
         Dataset(path).build(seed=0)
 
@@ -353,7 +353,7 @@ def test_data_sets_are_told_apart_by_as_much_of_their_paths_as_it_takes():
 
 
 def test_of_several_fields_the_first_that_is_not_null_counts():
-    assert tables.pick("f:1", {"a": None, "b": "x"}, "a|b") == "x"
-    assert tables.pick("f:1", {"a": None}, "a|b") is None  # which `text` then refuses by name
+    assert read_files.pick("f:1", {"a": None, "b": "x"}, "a|b") == "x"
+    assert read_files.pick("f:1", {"a": None}, "a|b") is None  # which `text` then refuses by name
     with pytest.raises(ValueError, match=r"f:1: no field 'a\|b'"):
-        tables.pick("f:1", {"c": 1}, "a|b")
+        read_files.pick("f:1", {"c": 1}, "a|b")

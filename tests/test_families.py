@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from cero_jax import model, sharding
-from cero_jax.families import read_config
+from cero_jax.huggingface.families import read_config
 from cero_jax.model import ModelConfig
 from cero_jax.rope import RopeScaling
 from cero_jax.sharding import MeshConfig

@@ -13,10 +13,11 @@ from tiny_run import tiny_config
 
 import train
 from cero_jax import evaluate as evaluation
-from cero_jax import lora, memory, model, sharding, weights
+from cero_jax import lora, memory, model, sharding
 from cero_jax import run as runs
 from cero_jax.config import AllocatorConfig
 from cero_jax.evaluate import EvaluationConfig
+from cero_jax.huggingface import weights
 from cero_jax.learner import Batch, Fixed, LearnerConfig, make_learner
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig

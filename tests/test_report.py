@@ -7,8 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from cero_jax import history, report
 from cero_jax.metrics import MetricsWriter
+from cero_jax.report import picture
+from cero_jax.report import read_run as reading
 
 LABELS = ["wrong gold", "length 13-18", "length 2-4", "length 2-4"]
 
@@ -53,7 +54,7 @@ def make_run(tmp_path):
 
 
 def test_allocation_by_hand(make_run):
-    where = history.allocation(history.read_run(make_run()))
+    where = reading.allocation(reading.read_run(make_run()))
     assert where.labels == ("length 2-4", "length 13-18", "wrong gold")
     np.testing.assert_array_equal(where.first_epoch, [0, 1, 2])
     np.testing.assert_allclose(where.share, [[12 / 16, 0], [0, 1], [4 / 16, 0]])
@@ -64,7 +65,7 @@ def test_allocation_by_hand(make_run):
 @pytest.mark.parametrize("num_epochs", [1, 7, 60, 61, 200])
 def test_many_epochs_fit_in_sixty_columns(make_run, num_epochs):
     steps = [step_row(e, e, 4 * (e + 1), [e % 4], [4], [0]) for e in range(num_epochs)]
-    where = history.allocation(history.read_run(make_run([*steps, eval_row(0, 0, 0.5)])))
+    where = reading.allocation(reading.read_run(make_run([*steps, eval_row(0, 0, 0.5)])))
     assert where.share.shape[1] == min(num_epochs, 60)
     assert (where.first_epoch[0], where.first_epoch[-1]) == (0, num_epochs)
     widths = np.diff(where.first_epoch)
@@ -75,15 +76,15 @@ def test_many_epochs_fit_in_sixty_columns(make_run, num_epochs):
 
 
 def test_prompts_without_labels_are_told_apart_by_their_first_visit(make_run):
-    run = history.read_run(make_run(labels=["all"] * 5))
-    assert history.success_labels(run) == [
+    run = reading.read_run(make_run(labels=["all"] * 5))
+    assert reading.success_labels(run) == [
         "0 % right at first",
         "34-66 % right at first",
         "100 % right at first",
         "1-33 % right at first",
         "never visited",
     ]
-    where = history.allocation(run)
+    where = reading.allocation(run)
     assert [label.split(" ")[0] for label in where.labels] == ["0", "1-33", "34-66", "100", "never"]
     np.testing.assert_allclose(where.of_rollouts, np.array([4, 4, 8, 8, 0]) / 24)
 
@@ -95,9 +96,9 @@ def test_seeds_share_a_curve_and_other_settings_do_not(make_run):
         make_run(allocator="uniform"),
         make_run(allocator="uniform", learner={"clip": 0.3}),
     ]
-    groups = history.group_runs([history.read_run(path) for path in paths])
+    groups = reading.group_runs([reading.read_run(path) for path in paths])
     assert list(groups) == ["cero", "uniform", f"uniform ({paths[3].name})"]
-    curve = history.accuracy_curve(groups["cero"])
+    curve = reading.accuracy_curve(groups["cero"])
     np.testing.assert_array_equal(curve.spent, [0, 12])  # no further than the shorter one
     np.testing.assert_allclose(curve.mean, [0.3, 0.4])
     np.testing.assert_allclose(curve.low, [0.2, 0.4])  # the first crosses 0.4 half-way to 24
@@ -105,19 +106,19 @@ def test_seeds_share_a_curve_and_other_settings_do_not(make_run):
 
 
 def test_names_enter_the_legend_where_they_differ(make_run):
-    runs = [history.read_run(make_run(name=name)) for name in ("chain_sum", "gsm8k")]
-    assert list(history.group_runs(runs)) == ["chain_sum, cero", "gsm8k, cero"]
+    runs = [reading.read_run(make_run(name=name)) for name in ("chain_sum", "gsm8k")]
+    assert list(reading.group_runs(runs)) == ["chain_sum, cero", "gsm8k, cero"]
 
 
 def test_live_curve_keeps_the_mean(make_run):
     rng = np.random.default_rng(0)
     live = rng.random(600)
     steps = [step_row(i, 0, 8 * (i + 1), [0], [8], [0], live=x) for i, x in enumerate(live)]
-    curve = history.live_curve([history.read_run(make_run([*steps, eval_row(0, 0, 0.5)]))])
+    curve = reading.live_curve([reading.read_run(make_run([*steps, eval_row(0, 0, 0.5)]))])
     assert len(curve.spent) == 30
     assert curve.mean.mean() == pytest.approx(live.mean())
     assert curve.mean[0] == pytest.approx(live[:20].mean())
-    short = history.live_curve([history.read_run(make_run())])
+    short = reading.live_curve([reading.read_run(make_run())])
     np.testing.assert_array_equal(short.spent, [8, 16, 24])
     np.testing.assert_array_equal(short.mean, [0, 1, 0.5])
 
@@ -126,13 +127,13 @@ def test_live_curve_keeps_the_mean(make_run):
 def test_a_picture_of_any_number_of_runs(make_run, tmp_path, num_runs):
     paths = [make_run(name=f"run{i}", labels=LABELS if i else ["all"] * 4) for i in range(num_runs)]
     paths.append(make_run(name="run0", seed=1, labels=["all"] * 4))
-    report.draw_report(paths, tmp_path / "report.png")
+    picture.draw_report(paths, tmp_path / "report.png")
     from matplotlib.image import imread
 
-    picture = imread(tmp_path / "report.png")
-    assert picture.shape[1] == 1690
-    assert 800 < picture.shape[0] < 2000
-    assert 0.1 < (picture[..., :3].min(axis=-1) < 0.99).mean() < 0.9  # neither blank nor all ink
+    drawn = imread(tmp_path / "report.png")
+    assert drawn.shape[1] == 1690
+    assert 800 < drawn.shape[0] < 2000
+    assert 0.1 < (drawn[..., :3].min(axis=-1) < 0.99).mean() < 0.9  # neither blank nor all ink
 
 
 def test_command_line(make_run, tmp_path):
@@ -180,6 +181,6 @@ def test_a_broken_run_is_named(make_run, tmp_path, change, message):
     run = make_run()
     change(run)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
-        report.draw_report([run], tmp_path / "report.png")
+        picture.draw_report([run], tmp_path / "report.png")
     assert str(run) in str(caught.value)
     assert not (tmp_path / "report.png").exists()

@@ -11,6 +11,7 @@ from cero_jax import grpo
 from cero_jax.data import Prompts, Task, encode_prompts
 from cero_jax.evaluate import draw_verified, verify
 from cero_jax.learner import Batch
+from cero_jax.packing import plan
 from cero_jax.rewards import TIMED_OUT, Verdict
 from cero_jax.rollout import (
     live_rows,
@@ -23,7 +24,6 @@ from cero_jax.rollout import (
     step_samples,
     visit_rate_weights,
 )
-from cero_jax.rows import plan
 from cero_jax.sampler import Rollouts
 from cero_jax.tokenizer import AlphabetTokenizer
 

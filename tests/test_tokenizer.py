@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cero_jax.tokenizer import AlphabetTokenizer, ByteTokenizer, FolderTokenizer
+from cero_jax.huggingface.tokenizer import FolderTokenizer
+from cero_jax.tokenizer import AlphabetTokenizer, ByteTokenizer
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FOLDERS = ["qwen2", "llama"]

@@ -16,17 +16,18 @@ from safetensors.numpy import load_file, save_file
 from tiny_run import tiny_config
 
 import train
-from cero_jax import model, sharding, weights
+from cero_jax import model, sharding
 from cero_jax import run as runs
 from cero_jax.config import AllocatorConfig
 from cero_jax.evaluate import EvaluationConfig
+from cero_jax.huggingface import weights
+from cero_jax.huggingface.tokenizer import FolderTokenizer
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig, make_sampler
 from cero_jax.sharding import MeshConfig
 from cero_jax.tasks.chain_sum import ChainSum
 from cero_jax.tasks.dataset import Dataset
-from cero_jax.tokenizer import FolderTokenizer
 from cero_jax.warm_start import WarmStartConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cero_jax import tables
+from cero_jax import read_files
 from cero_jax.data import Prompts, Task, encode_prompts
 from cero_jax.rewards import RIGHT, Verifier, verdict
 from cero_jax.rewards.choice import choice
@@ -105,10 +105,12 @@ class Dataset:
 
     def _read(self, pattern: str, label: str) -> list[Row]:
         rows = []
-        for file in tables.find_files(pattern):
-            for source, row in tables.read_rows(file):
-                question = tables.messages(source, self.question_field, tables.pick(source, row, self.question_field))
-                answer = tables.text(source, self.answer_field, tables.pick(source, row, self.answer_field))
+        for file in read_files.find_files(pattern):
+            for source, row in read_files.read_rows(file):
+                question = read_files.messages(
+                    source, self.question_field, read_files.pick(source, row, self.question_field)
+                )
+                answer = read_files.text(source, self.answer_field, read_files.pick(source, row, self.answer_field))
                 rows.append(Row(source, question, answer, label))
         if not rows:
             raise ValueError(f"{pattern}: no row in it: expected one JSON object a line")

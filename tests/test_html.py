@@ -11,8 +11,8 @@ import pytest
 
 import cero_jax
 from cero_jax.allocator.posterior import fitted_prior
-from cero_jax.history import describe, read_run, read_samples, replay
-from cero_jax.page import page_data, write_page
+from cero_jax.report.html import page_data, write_page
+from cero_jax.report.read_run import prompt_history, read_run, read_samples, replay
 
 N, DISCOUNT = 6, 0.8
 HOSTILE = "</script><script>document.title='BROKEN'</script><!-- <b>bold</b> \u2028 ${x} `\\"
@@ -95,7 +95,7 @@ def test_expected_is_what_the_allocator_went_by(run):
 
 def test_a_prompts_history_to_read(run):
     run, _ = run
-    text = describe(run, 0)
+    text = prompt_history(run, 0)
     visits, samples = replay(run)[0][0], read_samples(run)[0]
     assert f"prompt 0 (all): {sum(v.rollouts for v in visits)} rollouts in {len(visits)} visits" in text
     assert "gold answer: 7" in text
@@ -103,10 +103,10 @@ def test_a_prompts_history_to_read(run):
     assert text.count(HOSTILE.replace("\u2028", "\\u2028")) == min(
         4, len(samples)
     )  # a terminal gets no control characters
-    assert "0 rollouts in 0 visits" in describe(run, N - 1)
+    assert "0 rollouts in 0 visits" in prompt_history(run, N - 1)
     for prompt in (-1, N):
         with pytest.raises(ValueError, match=rf"no prompt {prompt}: its ids are 0 to {N - 1}"):
-            describe(run, prompt)
+            prompt_history(run, prompt)
 
 
 def test_the_page_holds_everything_and_asks_the_network_for_nothing(run, tmp_path):

@@ -23,7 +23,7 @@ _KEYS = {
 }
 
 
-class Run(NamedTuple):
+class RunLog(NamedTuple):
     """What a run directory says."""
 
     path: Path
@@ -54,7 +54,7 @@ class Allocation(NamedTuple):
     of_prompts: np.ndarray  # [G] share of all prompts
 
 
-def read_run(path: Path | str) -> Run:
+def read_run(path: Path | str) -> RunLog:
     """Read a run directory.
 
     Raises FileNotFoundError where it or a file of it is missing, ValueError where one is broken, empty or half-written.
@@ -85,7 +85,7 @@ def read_run(path: Path | str) -> Run:
         if not found:
             raise ValueError(f"{path / 'metrics.jsonl'}: no {kind} in it yet: let the run go on")
     texts = (tuple(prompts.get(key, ())) for key in ("questions", "answers"))
-    return Run(path, config, labels, tuple(rows["step"]), tuple(rows["eval"]), *texts)
+    return RunLog(path, config, labels, tuple(rows["step"]), tuple(rows["eval"]), *texts)
 
 
 def _read(path: Path) -> str:
@@ -104,9 +104,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def group_runs(runs: Sequence[RunLog]) -> dict[str, list[RunLog]]:
     """Runs under the name a legend gives them: those whose settings differ by seed and directory alone share one."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[RunLog]] = {}
     for run in runs:
         settings = {key: value for key, value in run.config.items() if key not in ("seed", "work_dir")}
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
@@ -120,12 +120,12 @@ def group_runs(runs: Sequence[Run]) -> dict[str, list[Run]]:
     return names
 
 
-def accuracy_curve(runs: Sequence[Run]) -> Curve:
+def accuracy_curve(runs: Sequence[RunLog]) -> Curve:
     """Held-out accuracy against rollouts spent."""
     return _curve([([row["spent"] for row in run.evals], [row["accuracy"] for row in run.evals]) for run in runs])
 
 
-def live_curve(runs: Sequence[Run]) -> Curve:
+def live_curve(runs: Sequence[RunLog]) -> Curve:
     """Share of rows in groups with variance: the means of up to 30 stretches of steps, each at its middle."""
     series = []
     for run in runs:
@@ -143,7 +143,7 @@ def _curve(series: Sequence[tuple]) -> Curve:
     return Curve(spent, values.mean(axis=0), values.min(axis=0), values.max(axis=0))
 
 
-def allocation(run: Run) -> Allocation:
+def allocation(run: RunLog) -> Allocation:
     """Rollouts by label over the epochs, in up to 60 columns; an epoch without rollouts has shares 0.
 
     Where a task knows no labels, prompts are told apart by their success at the first visit.
@@ -168,7 +168,7 @@ def allocation(run: Run) -> Allocation:
     )
 
 
-def success_labels(run: Run) -> list[str]:
+def success_labels(run: RunLog) -> list[str]:
     """A label for each prompt, by the share of right rollouts at its first visit: [N]."""
     share: dict[int, float] = {}
     for row in run.steps:
@@ -211,7 +211,7 @@ class Visit(NamedTuple):
 _fitted_prior = jax.jit(fitted_prior)
 
 
-def replay(run: Run) -> tuple[list[list[Visit]], np.ndarray]:
+def replay(run: RunLog) -> tuple[list[list[Visit]], np.ndarray]:
     """The visits of each prompt, and alpha, beta at the end: [2, N], by the arithmetic of the allocator."""
     settings, number = run.config["allocator"], len(run.labels)
     prior = np.array(settings["prior"], float)[:, None]
@@ -236,7 +236,7 @@ def replay(run: Run) -> tuple[list[list[Visit]], np.ndarray]:
     return visits, posterior
 
 
-def read_samples(run: Run) -> dict[int, list[dict[str, Any]]]:
+def read_samples(run: RunLog) -> dict[int, list[dict[str, Any]]]:
     """The completions kept of each training prompt, in order; none where the run wrote none."""
     samples: dict[int, list[dict[str, Any]]] = {}
     path = run.path / "samples.jsonl"
@@ -250,7 +250,7 @@ def read_samples(run: Run) -> dict[int, list[dict[str, Any]]]:
     return samples
 
 
-def describe(run: Run, prompt: int, max_samples: int = 4) -> str:
+def prompt_history(run: RunLog, prompt: int, max_samples: int = 4) -> str:
     """A prompt's history for a terminal. Raises ValueError where there is no such prompt."""
     if not 0 <= prompt < len(run.labels):
         raise ValueError(f"{run.path}: no prompt {prompt}: its ids are 0 to {len(run.labels) - 1}")

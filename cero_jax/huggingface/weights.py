@@ -20,7 +20,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cero_jax import lora, model, sharding
-from cero_jax.families import read_config, read_json
+from cero_jax.huggingface.families import read_config, read_json
 from cero_jax.model import Dtype, ModelConfig, Params
 
 # Which of our axes, merged, each axis of the tensor in the file is. A linear layer's weight there is [out, in].

@@ -5,21 +5,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from cero_jax.history import Run, allocation, live_curve, mean, read_samples, replay
+from cero_jax.report.read_run import RunLog, allocation, live_curve, mean, read_samples, replay
 
 MAX_SAMPLES = 4  # the latest of each prompt
 MAX_CHARS = 1500  # of a text; the middle of a longer one is left out
 
 
-def write_page(run: Run, path: Path | str) -> None:
+def write_page(run: RunLog, path: Path | str) -> None:
     """Write the page. Raises OSError where it cannot be written."""
-    template = resources.files("cero_jax").joinpath("page.html").read_text(encoding="utf-8")
+    template = resources.files("cero_jax.report").joinpath("page.html").read_text(encoding="utf-8")
     data = json.dumps(page_data(run), separators=(",", ":"))
     # A completion may hold "</script>", and every text is put in as text, never as HTML.
     Path(path).write_text(template.replace("/*DATA*/null", data.replace("<", "\\u003c")), encoding="utf-8")
 
 
-def page_data(run: Run) -> dict[str, Any]:
+def page_data(run: RunLog) -> dict[str, Any]:
     """What the page shows, in plain values."""
     visits, posterior = replay(run)
     samples, where, live = read_samples(run), allocation(run), live_curve([run])

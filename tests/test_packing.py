@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cero_jax.rows import Rows, plan
+from cero_jax.packing import StepPlan, plan
 
 
 @st.composite
@@ -50,7 +50,7 @@ def test_every_rollout_is_laid_once_in_visits_that_stand_alone(round_):
 def test_shapes_and_types_do_not_depend_on_the_allocation(round_):
     num_rollouts, order, rows_per_step, min_group = round_
     for step in plan(num_rollouts, order, rows_per_step=rows_per_step, min_group=min_group):
-        assert isinstance(step, Rows)
+        assert isinstance(step, StepPlan)
         for name, column in step._asdict().items():
             visits = rows_per_step // min_group
             assert column.shape == ((visits,) if name.startswith("visit") else (rows_per_step,))

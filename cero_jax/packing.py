@@ -13,7 +13,7 @@ import numpy as np
 LOOK_AHEAD = 64  # groups looked at for one that fills the step; the first nearly always does
 
 
-class Rows(NamedTuple):
+class StepPlan(NamedTuple):
     """One step. U = R // min_group visits at most; unused ones hold prompt id -1 and 0 rows."""
 
     prompt_ids: np.ndarray  # [R] int32, -1 on padding
@@ -58,12 +58,12 @@ def _fill(pending: deque[tuple[int, int, int]], room: int, min_group: int) -> li
     return visits
 
 
-def _rows(visits: list[tuple[int, int, int]], rows_per_step: int, max_visits: int) -> Rows:
+def _step_plan(visits: list[tuple[int, int, int]], rows_per_step: int, max_visits: int) -> StepPlan:
     ids, firsts, sizes = (np.array(column, np.int32) for column in zip(*visits, strict=True))
     used = int(sizes.sum())
     padding = rows_per_step - used
     within = np.arange(used, dtype=np.int32) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return Rows(
+    return StepPlan(
         prompt_ids=np.pad(np.repeat(ids, sizes), (0, padding), constant_values=-1).astype(np.int32),
         group_ids=np.pad(np.repeat(np.arange(len(ids)), sizes), (0, padding)).astype(np.int32),
         rollout_index=np.pad(np.repeat(firsts, sizes) + within, (0, padding)).astype(np.int32),
@@ -73,7 +73,7 @@ def _rows(visits: list[tuple[int, int, int]], rows_per_step: int, max_visits: in
     )
 
 
-def plan(num_rollouts: np.ndarray, order: np.ndarray, *, rows_per_step: int, min_group: int) -> list[Rows]:
+def plan(num_rollouts: np.ndarray, order: np.ndarray, *, rows_per_step: int, min_group: int) -> list[StepPlan]:
     """Lay every group of an epoch into steps.
 
     Args:
@@ -98,5 +98,5 @@ def plan(num_rollouts: np.ndarray, order: np.ndarray, *, rows_per_step: int, min
     pending = deque((int(i), 0, int(num_rollouts[i])) for i in order if num_rollouts[i] > 0)
     steps = []
     while pending:
-        steps.append(_rows(_fill(pending, rows_per_step, min_group), rows_per_step, rows_per_step // min_group))
+        steps.append(_step_plan(_fill(pending, rows_per_step, min_group), rows_per_step, rows_per_step // min_group))
     return steps

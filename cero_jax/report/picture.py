@@ -1,18 +1,11 @@
-"""One picture of one run or several: accuracy against rollouts spent, and where the rollouts went.
+"""One picture of one run or several: accuracy against rollouts spent, and where the rollouts went."""
 
-python -m cero_jax.report RUN [RUN ...] [--output report.png]
-python -m cero_jax.report RUN --html run.html   # every prompt with its history and samples, in a browser
-python -m cero_jax.report RUN --prompt 7        # one of them, here
-"""
-
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from cero_jax.history import Allocation, Curve, accuracy_curve, allocation, describe, group_runs, live_curve, read_run
-from cero_jax.page import write_page
+from cero_jax.report.read_run import Allocation, Curve, accuracy_curve, allocation, group_runs, live_curve, read_run
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MAX_MAPS = 4
@@ -94,30 +87,3 @@ def _draw_allocation(axes, where: Allocation, scale: float):
 def _percent(share: float, position: int | None = None) -> str:
     del position  # matplotlib's
     return f"{100 * share:.0f} %"
-
-
-def main(args: Sequence[str] | None = None) -> None:
-    """The command line; exits with one line where a run cannot be read."""
-    parser = argparse.ArgumentParser(prog="python -m cero_jax.report", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory, e.g. runs/chain_sum-cero-0")
-    parser.add_argument("--output", default="report.png", help="the picture to write (default: %(default)s)")
-    parser.add_argument("--html", metavar="FILE", help="write the first run as a page for a browser instead")
-    parser.add_argument(
-        "--prompt", metavar="ID", type=int, help="print the history of a prompt of the first run instead"
-    )
-    parsed = parser.parse_args(args)
-    try:
-        if parsed.prompt is not None:
-            print(describe(read_run(parsed.runs[0]), parsed.prompt))
-        elif parsed.html:
-            write_page(read_run(parsed.runs[0]), parsed.html)
-            print(parsed.html)
-        else:
-            draw_report(parsed.runs, parsed.output)
-            print(parsed.output)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()

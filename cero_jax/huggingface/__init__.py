@@ -1,0 +1,1 @@
+"""Hugging Face model folders: which model one holds, its weights in and out, its tokenizer."""

@@ -1,0 +1,40 @@
+"""What runs came to: one picture of one or several, a page of one for a browser, or one prompt's history.
+
+python -m cero_jax.report RUN [RUN ...] [--output report.png]
+python -m cero_jax.report RUN --html run.html   # every prompt with its history and samples, in a browser
+python -m cero_jax.report RUN --prompt 7        # one of them, here
+"""
+
+import argparse
+from collections.abc import Sequence
+
+from cero_jax.report.html import write_page
+from cero_jax.report.picture import draw_report
+from cero_jax.report.read_run import prompt_history, read_run
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line; exits with one line where a run cannot be read."""
+    parser = argparse.ArgumentParser(prog="python -m cero_jax.report", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory, e.g. runs/chain_sum-cero-0")
+    parser.add_argument("--output", default="report.png", help="the picture to write (default: %(default)s)")
+    parser.add_argument("--html", metavar="FILE", help="write the first run as a page for a browser instead")
+    parser.add_argument(
+        "--prompt", metavar="ID", type=int, help="print the history of a prompt of the first run instead"
+    )
+    parsed = parser.parse_args(args)
+    try:
+        if parsed.prompt is not None:
+            print(prompt_history(read_run(parsed.runs[0]), parsed.prompt))
+        elif parsed.html:
+            write_page(read_run(parsed.runs[0]), parsed.html)
+            print(parsed.html)
+        else:
+            draw_report(parsed.runs, parsed.output)
+            print(parsed.output)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
