@@ -88,7 +88,7 @@ class Equations:
 def settings(folder: str, arm: Arm, seed: int, work_dir: str):
     """The run of one arm: what differs between arms is who gets the rollouts."""
     from cero_jax.config import AllocatorConfig, Config
-    from cero_jax.evaluate import EvaluationConfig
+    from cero_jax.evaluation import EvaluationConfig
     from cero_jax.learner import LearnerConfig
     from cero_jax.sampler import SamplerConfig
 
@@ -118,7 +118,7 @@ def settings(folder: str, arm: Arm, seed: int, work_dir: str):
 def measure(folder: str | Path, seed: int) -> dict:
     """Held-out accuracy of a model folder: of each prompt over SAMPLES, and what it wrote for one of each kind."""
     from cero_jax import sharding
-    from cero_jax.evaluate import EvaluationConfig, evaluate
+    from cero_jax.evaluation import EvaluationConfig, evaluate
     from cero_jax.huggingface import weights
     from cero_jax.huggingface.tokenizer import FolderTokenizer
     from cero_jax.sampler import SamplerConfig, make_sampler

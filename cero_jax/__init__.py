@@ -6,6 +6,8 @@ a verifier alone does not pay for them.
 
 from typing import TYPE_CHECKING
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from cero_jax.allocator import (
         Allocator,

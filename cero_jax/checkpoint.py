@@ -1,7 +1,8 @@
 """Everything that a run needs to go on, saved and restored as one, so that no two files can disagree on the latest.
 
-A checkpoint holds `state` (policy, optimiser, allocator with its ledger and key, the `num_rollouts` of the round under
-way) and `cursor` (where in the run that is, how far the metrics files reach, the hash of the prompts, the settings).
+A checkpoint holds `state` (policy, optimiser, allocator with its ledger and key, the rollouts of the epoch under way)
+and `cursor` (where in the run that is, how far the metrics files reach, the hash of the prompts, the settings). Each
+array is kept under its name in the state, "policy.params.layers.attn.q", and read back by that name.
 """
 
 import signal
@@ -12,9 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 KEPT = 2  # the newest, and one more in case it is damaged
+LAYOUT = 2  # of a checkpoint; 1 kept arrays by position
 
 
 class Cursor(NamedTuple):
@@ -25,34 +28,48 @@ class Cursor(NamedTuple):
     step: int = 0  # steps of R rollouts drawn, verified and settled
     spent: int = 0  # rollouts
     optimizer_steps: int = 0
-    epoch: int = 0  # the round under way
-    epoch_step: int = 0  # steps of this round that are done; 0: the round is still to be allocated
+    epoch: int = 0  # the one under way
+    epoch_step: int = 0  # steps of this epoch that are done; 0: its rollouts are still to be allocated
     finished: bool = False
     accuracy: float | None = None  # held out, when last measured
     evaluated: int = 0  # rollouts spent by then
     start_hash: str = ""  # of the parameters that RL started from, where resuming reads them again
     metrics: dict | None = None  # how far the metrics files reach
-    save: int = 0  # number of this checkpoint
-    saved_step: int = 0
+    checkpoint_number: int = 0
+    saved_step: int = 0  # step of that checkpoint
 
 
-def _is_key(leaf: Any) -> bool:
+def is_key(leaf: Any) -> bool:
+    """Whether an array holds typed PRNG keys."""
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _pack(state: Any) -> Any:
+def _named(tree: Any, prefix: str) -> dict[str, Any]:
+    """The arrays of a tree by their names in it, behind the prefix."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {prefix + jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _pack(tree: Any, prefix: str = "") -> dict[str, Any]:
     """What a file can hold: typed PRNG keys as plain integers, and no array of size 0 (Orbax refuses both)."""
-    leaves = [jax.random.key_data(leaf) if _is_key(leaf) else leaf for leaf in jax.tree.leaves(state)]
-    return {str(i): leaf for i, leaf in enumerate(leaves) if leaf.size}
+    named = _named(tree, prefix)
+    return {name: jax.random.key_data(leaf) if is_key(leaf) else leaf for name, leaf in named.items() if leaf.size}
 
 
-def _unpack(packed: Any, like: Any) -> Any:
+def _unpack(packed: dict[str, Any], like: Any, prefix: str = "") -> Any:
     """The inverse: keys and empty arrays where `like` has them."""
-    leaves, structure = jax.tree.flatten(like)
-    restored = [packed.get(str(i), leaf) for i, leaf in enumerate(leaves)]
-    return structure.unflatten(
-        jax.random.wrap_key_data(new) if _is_key(leaf) else new for leaf, new in zip(leaves, restored, strict=True)
-    )
+    restored = [
+        jax.random.wrap_key_data(packed[name]) if is_key(leaf) else packed.get(name, leaf)
+        for name, leaf in _named(like, prefix).items()
+    ]
+    return jax.tree.structure(like).unflatten(restored)
+
+
+def _abstract(leaf: Any) -> Any:
+    """Shape, dtype and place of an array to be restored; a NumPy array comes back as one."""
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 class Checkpoints:
@@ -72,25 +89,38 @@ class Checkpoints:
             return None
         with self._damage_named(step):
             saved = self._manager.restore(step, args=ocp.args.Composite(cursor=ocp.args.JsonRestore()))["cursor"]
+        layout = saved.pop("layout", 1)
+        if layout != LAYOUT:
+            raise ValueError(
+                f"{self._directory / str(step)}: a checkpoint of layout {layout}, and this version of cero_jax reads "
+                f"layout {LAYOUT}: finish the run with the version that began it, or begin anew in another --work-dir"
+            )
+        with self._damage_named(step):
             return Cursor(**saved)
 
-    def restore(self, cursor: Cursor, like: Any) -> Any:
-        """The state saved with `cursor`, laid out (dtype, shape, sharding) as `like` is."""
-        packed = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), _pack(like)
+    def restore(self, cursor: Cursor, like: Any, part: str = "") -> Any:
+        """The state saved with `cursor`, or a part of it by name ("policy.params"), read alone.
+
+        like: the same tree, whose leaves give dtype, shape and sharding. Raises ValueError where it cannot be read.
+        """
+        prefix = f"{part}." if part else ""
+        packed = {name: _abstract(leaf) for name, leaf in _pack(like, prefix).items()}
+        args = ocp.args.PyTreeRestore(
+            packed, ocp.checkpoint_utils.construct_restore_args(packed), partial_restore=bool(part)
         )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(packed))
-        with self._damage_named(cursor.save):
-            restored = self._manager.restore(cursor.save, args=args)["state"]
-        return _unpack(restored, like)
+        with self._damage_named(cursor.checkpoint_number):
+            restored = self._manager.restore(cursor.checkpoint_number, args=ocp.args.Composite(state=args))["state"]
+        return _unpack(restored, like, prefix)
 
     def save(self, cursor: Cursor, state: Any) -> Cursor:
         """Start saving; returns once the state is copied off the devices. Raises OSError if it, or the last, failed."""
-        cursor = cursor._replace(save=cursor.save + 1, saved_step=cursor.step)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_pack(state)), cursor=ocp.args.JsonSave(cursor._asdict()))
+        cursor = cursor._replace(checkpoint_number=cursor.checkpoint_number + 1, saved_step=cursor.step)
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(_pack(state)), cursor=ocp.args.JsonSave({"layout": LAYOUT} | cursor._asdict())
+        )
         with self._failures_named():
             self._manager.check_for_errors()
-            self._manager.save(cursor.save, args=args)
+            self._manager.save(cursor.checkpoint_number, args=args)
         return cursor
 
     def close(self) -> None:

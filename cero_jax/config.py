@@ -1,55 +1,50 @@
-"""Every setting of a run, gathered from the dataclass of each piece; and which of them a resumed run may change."""
+"""Every setting of a run, gathered from the dataclass of each piece: from a file, the command line, and as JSON."""
 
 import dataclasses
 import difflib
+import importlib
+import importlib.util
 import json
-import runpy
 import sys
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, get_args, get_type_hints
 
-import jax
 import tyro
 
 import cero_jax
-from cero_jax.checkpoint import Cursor
-from cero_jax.data import Task
-from cero_jax.evaluate import EvaluationConfig
+from cero_jax.data import TaskConfig
+from cero_jax.evaluation import EvaluationConfig
+from cero_jax.grpo import AdvantageKind
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig
 from cero_jax.sharding import MeshConfig
-from cero_jax.tasks.chain_sum import ChainSum
-from cero_jax.tasks.dataset import Dataset
 from cero_jax.warm_start import WarmStartConfig
 
-FREE = (
-    "work_dir",
-    "mesh",
-    "evaluation",
-    "checkpoint_every_steps",
-    "extend",
-    "model_folder",
-    "task.path",
-    "task.heldout_path",
-)
+ALLOCATORS = ("cero", "uniform", "cero_dual", "variance", "knapsack")
+_FILE = "config file "  # begins the name of a module that is a user's file
 
 
 @dataclass(frozen=True)
 class AllocatorConfig:
-    """Who gets the rollouts. A rule's own settings are read under that rule only."""
+    """Who gets the rollouts. A rule's own settings are read under that rule only.
 
-    name: Literal["cero", "uniform", "cero_dual", "variance", "knapsack"] = "cero"
+    For an allocator of your own inherit from this, add its settings, and override `name` and `build`.
+    """
+
+    name: str = "cero"
     """cero: this project's; cero_dual: as published; uniform: GRPO's; variance: VIP's; knapsack: Knapsack RL's."""
     total_budget: int = 12_800
     """Rollouts of the whole run: it ends when they are spent."""
     num_epochs: int = 25
-    """Rounds of allocation that the budget is cut into."""
+    """Calls of `allocate` that the budget is spread over; an epoch may be a few steps or more than a pass."""
     min_group: int = 4
     """Fewest rollouts of a visit."""
     max_group: int = 32
-    """Most rollouts of a prompt in a round."""
+    """Most rollouts of a prompt in an epoch."""
     group_size: int = 8
     """Rollouts of a visit (uniform), or of one on average (variance, knapsack)."""
     tau: float | None = None
@@ -59,31 +54,26 @@ class AllocatorConfig:
     discount: float = 0.9
     """Share of the evidence that survives a pass, of 8 rollouts a prompt."""
     explore: float = 0.1
-    """Share of a round for prompts whose evidence has faded, stalest first (cero)."""
+    """Share of an epoch for prompts whose evidence has faded, stalest first (cero)."""
     utility: Literal["exponential", "rational"] = "exponential"
     """How utility saturates in a prompt's cumulative rollouts (cero, cero_dual)."""
 
-    def build(self) -> cero_jax.Allocator:
-        """The allocator. Raises ValueError naming what does not fit."""
-        common: dict[str, Any] = dict(  # noqa: C408
-            total_budget=self.total_budget,
-            num_epochs=self.num_epochs,
-            min_group=self.min_group,
-            max_group=self.max_group,
-            prior=self.prior,
-            discount=self.discount,
-        )
-        match self.name:
-            case "cero":
-                return cero_jax.cero(**common, tau=self.tau, utility=self.utility, explore=self.explore)
-            case "cero_dual":
-                return cero_jax.cero_dual(**common, tau=self.tau, utility=self.utility)
-            case "uniform":
-                return cero_jax.uniform(**common, group_size=self.group_size)
-            case "variance":
-                return cero_jax.variance(**common, group_size=self.group_size)
-            case "knapsack":
-                return cero_jax.knapsack(**common, group_size=self.group_size)
+    def build(self, advantage: AdvantageKind = "grpo") -> cero_jax.Allocator:
+        """The allocator. Raises ValueError naming what does not fit.
+
+        advantage: the learner's, which `variance` depends on; it has no rule for "grpo", and takes that of "rloo".
+        """
+        if self.name not in ALLOCATORS:
+            raise ValueError(f"allocator.name={self.name!r} is none of {', '.join(ALLOCATORS)}: name one of them")
+        shared = ("total_budget", "num_epochs", "min_group", "max_group", "prior", "discount")
+        own: dict[str, Any] = {
+            "cero": {"tau": self.tau, "utility": self.utility, "explore": self.explore},
+            "cero_dual": {"tau": self.tau, "utility": self.utility},
+            "uniform": {"group_size": self.group_size},
+            "variance": {"group_size": self.group_size, "advantage": "dr_grpo" if advantage == "dr_grpo" else "rloo"},
+            "knapsack": {"group_size": self.group_size},
+        }[self.name]
+        return getattr(cero_jax, self.name)(**{key: getattr(self, key) for key in shared}, **own)
 
 
 @dataclass(frozen=True)
@@ -92,7 +82,8 @@ class Config:
 
     name: str
     """Of the experiment; part of the work directory's name."""
-    task: ChainSum | Dataset
+    task: TaskConfig
+    """What is trained on: a task of cero_jax.tasks, or any frozen dataclass of yours with `build(seed, tokenizer)`."""
     seed: int = 0
     """Of everything drawn: data, parameters, allocation, rollouts."""
     allocator: AllocatorConfig = field(default_factory=AllocatorConfig)
@@ -112,7 +103,7 @@ class Config:
     truncated: Literal["wrong", "mask"] = "wrong"
     """What a completion cut at the length limit is: reward 0, or reward 0 and left out of the loss and its group."""
     checkpoint_every_steps: int = 100
-    """Batches of rollouts between two checkpoints; a stop by signal saves one more."""
+    """Steps (of learner.rows_per_step rollouts) between two checkpoints; a stop by signal saves one more."""
     work_dir: str | None = None
     """Where everything of the run goes; None is runs/<name>-<allocator>-<seed>."""
     extend: bool = False
@@ -121,6 +112,11 @@ class Config:
     def __post_init__(self):
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must not be negative")
+        if not (dataclasses.is_dataclass(self.task) and isinstance(self.task, TaskConfig)):
+            raise ValueError(
+                f"task={self.task!r} must be a dataclass of settings with a method build(seed, tokenizer), which gives "
+                "a cero_jax.data.Task"
+            )
 
     @property
     def run_dir(self) -> Path:
@@ -151,7 +147,7 @@ class Config:
         if allocator.total_budget // allocator.num_epochs < allocator.min_group:
             raise ValueError(
                 f"allocator.total_budget={allocator.total_budget} over num_epochs={allocator.num_epochs} leaves less "
-                f"than one group of {allocator.min_group} a round: raise the budget or lower num_epochs"
+                f"than one group of {allocator.min_group} an epoch: raise the budget or lower num_epochs"
             )
         if self.dynamic_sampling and learner.steps_per_batch > 1:
             raise ValueError("dynamic_sampling fills one step from several batches: it needs learner.steps_per_batch=1")
@@ -174,7 +170,7 @@ def from_command_line(args: list[str]) -> Config:
     if not Path(args[0]).is_file():
         there = ", ".join(sorted(str(path) for path in Path("configs").glob("*.py")))
         sys.exit(f"no config file {args[0]}; there are: {there}")
-    default = runpy.run_path(args[0]).get("config")
+    default = getattr(_load_file(Path(args[0])), "config", None)
     if not isinstance(default, Config):
         sys.exit(f"{args[0]} must set `config` to a cero_jax.config.Config")
     _refuse_unknown(args[1:], default)
@@ -182,9 +178,26 @@ def from_command_line(args: list[str]) -> Config:
     return tyro.cli(Config, default=default, args=args[1:], prog=f"train.py {args[0]}", config=markers)
 
 
+def _load_file(path: Path) -> ModuleType:
+    """A user's Python file as a module; loaded once."""
+    path = path.resolve()
+    name = f"{_FILE}{path}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None or not path.is_file():
+            raise ValueError(f"{path}: not a Python file that is there: put it back")
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
 def _refuse_unknown(args: list[str], config: Config) -> None:
     """Exit at a key that no field has, with the nearest there are."""
-    known = [key.replace("_", "-") for key in _flat(dataclasses.asdict(config))]
+    known = [key.replace("_", "-") for key in flat(dataclasses.asdict(config))]
     for arg in args:
         key = arg.removeprefix("--").partition("=")[0].replace("_", "-")
         if not arg.startswith("--") or key == "help" or any(f"{key}.".startswith(f"{each}.") for each in known):
@@ -198,92 +211,59 @@ def _refuse_unknown(args: list[str], config: Config) -> None:
 
 
 def to_json(config: Config) -> dict:
-    """The resolved config as nested plain values, the task's class among them."""
-    plain = json.loads(json.dumps(dataclasses.asdict(config)))
-    plain["task"] = {"kind": type(config.task).__name__} | plain["task"]
-    return plain
+    """The resolved config as nested plain values; where its task's and its allocator's classes are found; the version.
+
+    Raises ValueError for a setting that JSON cannot hold.
+    """
+    try:
+        plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    except TypeError as error:
+        raise ValueError(f"a setting of the config cannot be saved as JSON ({error}): make it plain values") from error
+    for name in ("task", "allocator"):
+        plain[name] = _class_of(getattr(config, name)) | plain[name]
+    return {"version": cero_jax.__version__} | plain
 
 
 def from_json(plain: dict) -> Config:
     """The config that `to_json` wrote. Raises ValueError where a field is unknown, as after a change of version."""
-    tasks = {kind.__name__: kind for kind in get_args(get_type_hints(Config)["task"])}
+    version = plain.get("version", "an older one")
     try:
-        task = dict(plain["task"])
-        kind = tasks[task.pop("kind")]
-        return _from_plain(Config, plain | {"task": _from_plain(kind, task)})
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"not the config of a run of this version: {error}") from error
+        return _from_plain(Config, {key: value for key, value in plain.items() if key != "version"})
+    except (KeyError, TypeError, AttributeError, ImportError) as error:
+        raise ValueError(
+            f"not the config of a run of this version of cero_jax, {cero_jax.__version__}, but of {version}: {error}"
+        ) from error
+
+
+def _class_of(settings: Any) -> dict[str, str]:
+    """The name of a settings' class, and the module or the user's file that it is found in again."""
+    kind = type(settings)
+    if kind.__module__ == "__main__" or kind.__module__.startswith(_FILE):
+        return {"kind": kind.__qualname__, "file": str(Path(str(sys.modules[kind.__module__].__file__)).resolve())}
+    return {"kind": kind.__qualname__, "module": kind.__module__}
 
 
 def _from_plain(kind: type, plain: dict) -> Any:
+    """The dataclass `kind`, or the one that the values name, with nested ones inside it."""
+    plain = dict(plain)
+    if "kind" in plain:
+        module, file = plain.pop("module", None), plain.pop("file", None)
+        kind = attrgetter(plain.pop("kind"))(_load_file(Path(file)) if file else importlib.import_module(module))
     hints = get_type_hints(kind)
     values = {}
     for key, value in plain.items():
-        if isinstance(value, dict):  # of a dataclass, or of one that may be None
-            nested = next(
-                (each for each in (hints[key], *get_args(hints[key])) if dataclasses.is_dataclass(each)), None
-            )
-            value = value if nested is None else _from_plain(nested, value)  # type: ignore[arg-type]
+        if isinstance(value, dict):  # of a dataclass, of one that may be None, or of one that says its name
+            types = (hints[key], *get_args(hints[key]))
+            nested = next((each for each in types if dataclasses.is_dataclass(each)), None)
+            if nested is not None or "kind" in value:
+                value = _from_plain(nested, value)  # type: ignore[arg-type]
         values[key] = tuple(value) if isinstance(value, list) else value
     return kind(**values)
 
 
-def _flat(plain: dict, prefix: str = "") -> dict:
-    flat = {}
+def flat(plain: dict, prefix: str = "") -> dict:
+    """Nested values by their dotted names."""
+    found = {}
     for key, value in plain.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def check_resumable(cursor: Cursor, config: Config, prompts_hash: str) -> None:
-    """Raise ValueError, naming each, where a field that changes the mathematics differs from the saved run's."""
-    before, now = _flat(cursor.config), _flat(to_json(config))
-    grown = ("allocator.total_budget", "allocator.num_epochs") if config.extend else ()
-    changed = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not key.startswith(FREE) and key not in grown
-    ]
-    if changed:
-        raise ValueError(
-            f"{config.run_dir} holds a run with other settings: {'; '.join(changed)}. Give them back, or choose "
-            "another --work-dir" + ("" if config.extend else "; to go on with a larger budget say --extend=True")
-        )
-    if prompts_hash != cursor.prompts_hash:
-        raise ValueError(f"{config.run_dir} holds a run on other prompts, or in another order: give the same data back")
-    if config.allocator.total_budget < cursor.config["allocator"]["total_budget"]:
-        raise ValueError(f"extend: total_budget may only grow, from {cursor.config['allocator']['total_budget']}")
-
-
-def open_run_dir(config: Config) -> tuple[Path, Path]:
-    """The run directory, and the cache beside it for all runs.
-
-    Turns on JAX's persistent compilation cache there: a restart is quick. Raises ValueError where it cannot be written.
-    """
-    run_dir = config.run_dir
-    cache_dir = run_dir.parent / ".cache"
-    try:
-        for directory in (run_dir, cache_dir / "jax"):
-            directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(run_dir, error) from error
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return run_dir, cache_dir
-
-
-def write_settings(run_dir: Path, config: Config, task: Task) -> None:
-    """What a reader of the run needs, as it is now: the resolved config, and the prompts with their labels.
-
-    Raises ValueError where they cannot be written.
-    """
-    prompts = {"labels": task.train.labels, "questions": task.train.questions, "answers": task.train.answers}
-    try:
-        (run_dir / "config.json").write_text(json.dumps(to_json(config), indent=2))
-        (run_dir / "prompts.json").write_text(json.dumps(prompts))
-    except OSError as error:
-        raise _unwritable(run_dir, error) from error
-
-
-def _unwritable(run_dir: Path, error: OSError) -> ValueError:
-    return ValueError(f"cannot write to the work directory {run_dir}: {error}: choose another --work-dir")
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

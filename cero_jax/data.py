@@ -1,22 +1,22 @@
-"""Prompts by id, and the order in which a pass visits them: a function of (seed, pass)."""
+"""Prompts by id, the task that they belong to, and the order in which an epoch visits them."""
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from cero_jax.rewards import Verifier
+from cero_jax.rewards import Verifier, VerifyMany
 from cero_jax.tokenizer import Tokenizer
 
 
 class Prompts(NamedTuple):
-    """N prompts; a prompt's id is its place. L = max_prompt_tokens."""
+    """N prompts; a prompt's id is its place. Tp: max_prompt_tokens."""
 
     questions: tuple[str, ...]  # [N] exactly the text that `tokens` encode
     answers: tuple[str, ...]  # [N] gold answers, as the verifier takes them
-    tokens: np.ndarray  # [N, L] int32, left-padded with pad_id
-    lengths: np.ndarray  # [N] int32 in 1..L, tokens
+    tokens: np.ndarray  # [N, Tp] int32, left-padded with pad_id
+    lengths: np.ndarray  # [N] int32 in 1..Tp, tokens
     labels: tuple[str, ...]  # [N] what a report groups by; "all" where the task knows nothing
 
 
@@ -26,9 +26,23 @@ class Task(NamedTuple):
     train: Prompts
     heldout: Prompts
     tokenizer: Tokenizer
-    verify: Verifier  # (question, completion, answer) -> reward or Verdict; a `Pool` takes them many at a time
-    # (rng, batch size) -> questions exactly as in a prompt, completions without eos: for a supervised warm start
-    demonstrations: Callable[[np.random.Generator, int], tuple[list[str], list[str]]] | None
+    verify: Verifier  # one completion at a time
+    # (rng, number) -> questions exactly as in a prompt, completions without eos: for a supervised warm start
+    demonstrations: Callable[[np.random.Generator, int], tuple[list[str], list[str]]] | None = None
+    verify_many: VerifyMany | None = None  # many at a time, in the place of `verify`, where that is not None
+
+
+@runtime_checkable
+class TaskConfig(Protocol):
+    """What the `task` of a config may be: any frozen dataclass of settings that knows how to build its task."""
+
+    def build(self, seed: int, tokenizer: Tokenizer | None = None) -> Task:
+        """The task, a pure function of the settings, `seed` and the tokenizer: a resumed run builds it again.
+
+        tokenizer: the model folder's; None: the task brings its own. Raises ValueError where it cannot use it, or for
+        settings that make no sense, before any work is done.
+        """
+        ...
 
 
 def encode_prompts(
@@ -74,9 +88,9 @@ def prompts_hash(prompts: Prompts) -> str:
     return digest.hexdigest()
 
 
-def pass_order(num_prompts: int, seed: int, pass_index: int) -> np.ndarray:
-    """The order of ids in one pass over the data: [N] int, a permutation, a pure function of (seed, pass)."""
-    return np.random.default_rng((seed, pass_index, _PASS_STREAM)).permutation(num_prompts)
+def epoch_order(num_prompts: int, seed: int, epoch: int) -> np.ndarray:
+    """The order in which an epoch visits the prompts: [N] int, a permutation of their ids, by (seed, epoch) alone."""
+    return np.random.default_rng((seed, epoch, _ORDER_STREAM)).permutation(num_prompts)
 
 
-_PASS_STREAM = 1  # keeps the orders apart from the tasks' own draws under the same seed
+_ORDER_STREAM = 1  # keeps the orders apart from the tasks' own draws under the same seed

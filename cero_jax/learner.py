@@ -1,6 +1,6 @@
-"""Train state and the jitted steps: reinforcement (GRPO on ragged groups) and supervised (the warm start).
+"""The policy's optimiser step: GRPO on the rows of ragged groups, in micro-batches of those that have a gradient.
 
-Letters: R rows of an optimiser step, P prompt tokens, T completion tokens, D width, V vocabulary.
+Letters: R rows of a step, Tp prompt tokens, T completion tokens, D width, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -97,21 +97,21 @@ class Fixed(NamedTuple):
     ref_params: Params | None  # what was trained, as RL started from it, where there is a KL term
 
 
-Rows = Any  # a NumPy array on its way to the devices, or a JAX array there
+HostOrDevice = Any  # a NumPy array on its way to the devices, or a JAX array there: jitted functions take both
 
 
 class Batch(NamedTuple):
-    """R rows with everything that the step needs."""
+    """R rows with everything that an optimiser step needs."""
 
-    prompt_tokens: Rows  # [R, P] int32, padded on the left
-    prompt_lengths: Rows  # [R] int32
-    tokens: Rows  # [R, T] int32, padded on the right
-    lengths: Rows  # [R] int32, EOS counted
-    log_probs: Rows  # [R, T] float32, of the policy that drew them
-    reward: Rows  # [R] float32
-    group_ids: Rows  # [R] int32, in 0..R-1
-    row_mask: Rows  # [R] bool, False: padding, or masked out
-    row_weight: Rows  # [R] float32, multiplies the row's tokens' weights; 1 unless visit rates are undone
+    prompt_tokens: HostOrDevice  # [R, Tp] int32, padded on the left
+    prompt_lengths: HostOrDevice  # [R] int32
+    tokens: HostOrDevice  # [R, T] int32, padded on the right
+    lengths: HostOrDevice  # [R] int32, EOS counted
+    log_probs: HostOrDevice  # [R, T] float32, of the policy that drew them
+    reward: HostOrDevice  # [R] float32
+    group_ids: HostOrDevice  # [R] int32, in 0..R-1
+    row_mask: HostOrDevice  # [R] bool, False: padding, or masked out
+    row_weight: HostOrDevice  # [R] float32, multiplies the row's tokens' weights; 1 unless visit rates are undone
 
 
 def make_optimizer(config: LearnerConfig) -> optax.GradientTransformation:
@@ -127,7 +127,7 @@ def completion_log_probs(params: Params, config: ModelConfig, batch: Batch, *, t
     """[R, T] float32 log-probabilities of the completion's tokens, of the full vocabulary at `temperature`.
 
     Logits are computed for completion tokens only, `chunk` of a row at a time and again in the backward pass:
-    [R, P + T, V] is never held.
+    [R, Tp + T, V] is never held.
     """
     num_rows, width = batch.prompt_tokens.shape
     limit = batch.tokens.shape[1]
@@ -156,23 +156,37 @@ def completion_log_probs(params: Params, config: ModelConfig, batch: Batch, *, t
     return jnp.moveaxis(out, 0, 1).reshape(num_rows, pieces * chunk)[:, :limit]
 
 
-def _token_mask(batch: Batch) -> Array:
+def token_mask(batch: Batch) -> Array:
+    """[R, T] bool, the places of the completions' tokens."""
     return jnp.arange(batch.tokens.shape[1], dtype=jnp.int32)[None, :] < batch.lengths[:, None]
 
 
-class Weighed(NamedTuple):
-    """What the whole step's rows say of each: computed before any split, so that micro-batches are plain sums."""
+class Advantages(NamedTuple):
+    """What each row and token of a step counts for: computed over the whole step, so that micro-batches are sums."""
 
-    advantage: Array  # [R] float32
+    advantage: Array  # [R] float32, group-relative
     weights: Array  # [R, T] float32, of each token in the loss
 
 
-def weigh(batch: Batch, config: LearnerConfig) -> Weighed:
-    """Advantages and weights of a step's rows; a row of advantage 0 counts in the denominators."""
+def advantages(batch: Batch, config: LearnerConfig) -> Advantages:
+    """Advantages and token weights of a step's rows; a row of advantage 0 counts in the weights' denominators."""
     groups = {"group_ids": batch.group_ids, "row_mask": batch.row_mask, "num_groups": batch.reward.shape[0]}
     advantage = grpo.advantages(batch.reward, kind=config.advantage, **groups)
-    weights = grpo.token_weights(_token_mask(batch), aggregation=config.aggregation, **groups)
-    return Weighed(advantage, weights * batch.row_weight[:, None])
+    weights = grpo.token_weights(token_mask(batch), aggregation=config.aggregation, **groups)
+    return Advantages(advantage, weights * batch.row_weight[:, None])
+
+
+_has_variance = jax.jit(grpo.has_variance, static_argnames="num_groups")
+
+
+def live_rows(batch: Batch) -> np.ndarray:
+    """[R] bool, the rows whose group holds two different rewards. Waits for the device: the host plans by them."""
+    return np.asarray(_has_variance(batch.reward, batch.group_ids, batch.row_mask, num_groups=len(batch.reward)))
+
+
+def rows_with_gradient(batch: Batch, config: LearnerConfig) -> np.ndarray:
+    """[R] bool: the live rows, or, with a KL term, all but padding."""
+    return np.asarray(batch.row_mask) if config.kl_coef else live_rows(batch)
 
 
 class Microbatch(NamedTuple):
@@ -184,7 +198,10 @@ class Microbatch(NamedTuple):
 
 
 def microbatches(wanted: np.ndarray, lengths: np.ndarray, size: int, limits: tuple[int, ...]) -> list[Microbatch]:
-    """The `wanted` rows [R] bool in micro-batches of `size`, shortest completions first; lengths: [R] tokens."""
+    """The `wanted` rows [R] bool in micro-batches of `size` rows, shortest completions first.
+
+    lengths: [R] tokens of each completion. limits: the numbers of tokens that a micro-batch may be cut to, rising.
+    """
     order = np.flatnonzero(wanted)
     order = order[np.argsort(lengths[order], kind="stable")].astype(np.int32)
     pieces = [order[start : start + size] for start in range(0, len(order), size)]
@@ -202,7 +219,7 @@ def grpo_loss(
     params: Params,
     ref_params: Params | None,
     batch: Batch,
-    weighed: Weighed,
+    advantages: Advantages,
     *,
     model_config: ModelConfig,
     config: LearnerConfig,
@@ -216,30 +233,24 @@ def grpo_loss(
     loss, metrics = grpo.policy_loss(
         log_probs_of(params),
         batch.log_probs,
-        weighed.advantage,
-        weighed.weights,
+        advantages.advantage,
+        advantages.weights,
         clip_low=config.clip_low,
         clip_high=config.clip_high,
         kl_coef=config.kl_coef,
         ref_log_probs=ref,
     )
-    total = weighed.weights.sum()
+    total = advantages.weights.sum()
     return loss, {name: mean * total for name, mean in metrics.items()} | {"loss": loss, "weight": total}
-
-
-def nll_loss(params: Params, batch: Batch, *, model_config: ModelConfig, config: LearnerConfig) -> Array:
-    """Mean negative log-likelihood of a completion token: the supervised loss of the warm start."""
-    log_probs = completion_log_probs(params, model_config, batch, temperature=1.0, chunk=config.logit_chunk_tokens)
-    mask = _token_mask(batch) & batch.row_mask[:, None]
-    return -jnp.where(mask, log_probs, 0.0).sum() / jnp.maximum(mask.sum(), 1)
 
 
 class Learner(NamedTuple):
     """The functions that make and move a TrainState, jitted for one set of shapes and one mesh."""
 
     init: Callable[[Params], TrainState]  # fresh optimiser around parameters
-    step: Callable[..., tuple[TrainState, dict[str, Array]]]  # (state, fixed, batch, learning_rate, live [R])
-    supervised_step: Callable[..., tuple[TrainState, Array]]  # (state, batch, learning_rate) -> loss
+    advantages: Callable[[Batch], Advantages]
+    # (state, fixed, batch, advantages, learning rate [], rows with a gradient [R] bool) -> state, metrics
+    step: Callable[..., tuple[TrainState, dict[str, Array]]]
     shardings: Any  # a NamedSharding for each part of a TrainState
 
 
@@ -253,9 +264,43 @@ def token_limits(max_tokens: int) -> tuple[int, ...]:
     return tuple(sorted({-(-max_tokens // part) for part in (4, 2, 1)}))
 
 
+class Stepper(NamedTuple):
+    """The optimiser around a model's trained parameters: what every kind of training step shares."""
+
+    init: Callable[[Params], TrainState]  # jitted: a fresh optimiser around parameters
+    apply: Callable[[TrainState, Params, Array], TrainState]  # (state, gradients, learning rate []), to be jitted
+    shardings: Any  # a NamedSharding for each part of a TrainState
+
+
 def _float32(tree: Params) -> Params:
     """Gradients and moments are float32 whatever the parameters are."""
     return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
+def make_stepper(model_config: ModelConfig, vocab_size: int, config: LearnerConfig, mesh: Mesh) -> Stepper:
+    """The optimiser around a model's trained parameters, sharded as they are. Raises ValueError as `shard_params`."""
+    optimizer = make_optimizer(config)
+    _, trained = lora.split(model.abstract_params(model_config, vocab_size))
+    params = sharding.shard_params(trained, mesh)
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, spec: spec,
+        jax.eval_shape(lambda params: optimizer.init(_float32(params)), trained),
+        params,
+        transform_non_params=lambda _: sharding.replicated(mesh),
+    )
+    shardings: Any = TrainState(params, opt_state, sharding.replicated(mesh))  # type: ignore[arg-type]
+
+    @partial(jax.jit, out_shardings=shardings)
+    def init(params: Params) -> TrainState:
+        return TrainState(params, optimizer.init(_float32(params)), jnp.int32(0))
+
+    def apply(state: TrainState, grads: Params, learning_rate: Array) -> TrainState:
+        updates, opt_state = optimizer.update(_float32(grads), state.opt_state, _float32(state.params))
+        params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
+        return TrainState(params, opt_state, state.step + 1)
+
+    return Stepper(init, apply, shardings)
 
 
 def make_learner(
@@ -269,79 +314,50 @@ def make_learner(
             f"rows_per_step={config.rows_per_step} and rows_per_microbatch={size} must be multiples of data x fsdp = "
             f"{shards}"
         )
-    optimizer = make_optimizer(config)
-    _, abstract = lora.split(jax.eval_shape(lambda: model.init_params(model_config, vocab_size, 0)))
-    param_shardings = sharding.shard_params(abstract, mesh)
-    opt_shardings = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, spec: spec,
-        jax.eval_shape(lambda params: optimizer.init(_float32(params)), abstract),
-        param_shardings,
-        transform_non_params=lambda _: sharding.replicated(mesh),
-    )
-    row_sharding = sharding.rows(mesh)
-    shardings: Any = TrainState(param_shardings, opt_shardings, sharding.replicated(mesh))  # type: ignore[arg-type]
-
-    @partial(jax.jit, out_shardings=shardings)
-    def init(params: Params) -> TrainState:
-        return TrainState(params, optimizer.init(_float32(params)), jnp.int32(0))
-
-    def apply(state: TrainState, grads: Params, learning_rate: Array) -> TrainState:
-        updates, opt_state = optimizer.update(_float32(grads), state.opt_state, _float32(state.params))
-        params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
-        return TrainState(params, opt_state, state.step + 1)
-
-    weigh_rows = jax.jit(partial(weigh, config=config), out_shardings=row_sharding)
+    stepper, row_sharding = make_stepper(model_config, vocab_size, config, mesh), sharding.rows(mesh)
+    of_params = stepper.shardings.params
     loss = partial(grpo_loss, model_config=model_config, config=config, temperature=temperature)
 
-    @partial(jax.jit, out_shardings=(param_shardings, None))
+    @partial(jax.jit, out_shardings=(of_params, None))
     def nothing(params: Params):
         names = ("clip_share", "log_prob_mismatch", "loss", "weight", *(["kl"] if config.kl_coef else []))
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         return zeros, dict.fromkeys(names, jnp.float32(0))
 
-    @partial(jax.jit, static_argnames="limit", donate_argnames="so_far", out_shardings=(param_shardings, None))
-    def add(so_far, params: Params, fixed: Fixed, batch: Batch, weighed: Weighed, rows, used, limit: int):
-        batch, weighed = jax.tree.map(lambda x: x[rows], (batch, weighed))
+    @partial(jax.jit, static_argnames="limit", donate_argnames="so_far", out_shardings=(of_params, None))
+    def add(so_far, params: Params, fixed: Fixed, batch: Batch, advantages: Advantages, rows, used, limit: int):
+        batch, advantages = jax.tree.map(lambda x: x[rows], (batch, advantages))
         batch = batch._replace(tokens=batch.tokens[:, :limit], log_probs=batch.log_probs[:, :limit])
-        weighed = weighed._replace(weights=jnp.where(used[:, None], weighed.weights[:, :limit], 0.0))
-        batch, weighed = jax.lax.with_sharding_constraint((batch, weighed), row_sharding)
+        advantages = advantages._replace(weights=jnp.where(used[:, None], advantages.weights[:, :limit], 0.0))
+        batch, advantages = jax.lax.with_sharding_constraint((batch, advantages), row_sharding)
         ref = None if fixed.ref_params is None else lora.join(fixed.frozen, fixed.ref_params)
-        of_trained = lambda params: loss(lora.join(fixed.frozen, params), ref, batch, weighed)  # noqa: E731
+        of_trained = lambda params: loss(lora.join(fixed.frozen, params), ref, batch, advantages)  # noqa: E731
         (_, metrics), grads = jax.value_and_grad(of_trained, has_aux=True)(params)
         return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), so_far, (grads, metrics))
 
-    @partial(jax.jit, donate_argnames="state", out_shardings=(shardings, None))
+    @partial(jax.jit, donate_argnames="state", out_shardings=(stepper.shardings, None))
     def finish(state: TrainState, summed, learning_rate: Array):
         grads, sums = summed
         total = jnp.maximum(sums.pop("weight"), 1e-20)
         means = {name: value if name == "loss" else value / total for name, value in sums.items()}
-        return apply(state, grads, learning_rate), means | {"grad_norm": optax.tree.norm(grads)}
-
-    @partial(jax.jit, donate_argnames="state", out_shardings=(shardings, None))
-    def supervised_step(state: TrainState, batch: Batch, learning_rate: Array):
-        batch = jax.lax.with_sharding_constraint(batch, row_sharding)
-        loss = partial(nll_loss, model_config=model_config, config=config)
-        value, grads = jax.value_and_grad(loss)(state.params, batch)
-        return apply(state, grads, learning_rate), value
+        return stepper.apply(state, grads, learning_rate), means | {"grad_norm": optax.tree.norm(grads)}
 
     compiled = {}
 
-    def step(state: TrainState, fixed: Fixed, batch: Batch, learning_rate, live: np.ndarray):
-        limits, lengths = token_limits(batch.tokens.shape[1]), batch.lengths
-        wanted = batch.row_mask if config.kl_coef else live  # a KL term has a gradient on every row
-        parts = microbatches(wanted, lengths, size, limits)
-        batch = jax.device_put(batch, row_sharding)
-        weighed, summed = weigh_rows(batch), nothing(state.params)
+    def step(state: TrainState, fixed: Fixed, batch: Batch, advantages: Advantages, learning_rate, rows: np.ndarray):
+        limits = token_limits(batch.tokens.shape[1])
+        parts = microbatches(rows, np.asarray(batch.lengths), size, limits)
+        batch, summed = jax.device_put(batch, row_sharding), nothing(state.params)
         if not compiled:  # all lengths at the first call, so that none compiles in the middle of a run
-            inputs = (summed, state.params, fixed, batch, weighed, *parts[0][:2])
+            inputs = (summed, state.params, fixed, batch, advantages, *parts[0][:2])
             compiled.update({limit: add.lower(*inputs, limit=limit).compile() for limit in limits})
         for part in parts:
-            inputs = (summed, state.params, fixed, batch, weighed, part.rows, part.used)
+            inputs = (summed, state.params, fixed, batch, advantages, part.rows, part.used)
             summed = compiled[part.limit](*inputs)
         return finish(state, summed, learning_rate)
 
-    return Learner(init, step, supervised_step, shardings)
+    advantages_of = jax.jit(partial(advantages, config=config), out_shardings=row_sharding)
+    return Learner(stepper.init, advantages_of, step, stepper.shardings)
 
 
 def learning_rate(config: LearnerConfig, spent: int, total_budget: int) -> float:

@@ -300,6 +300,11 @@ def init_params(config: ModelConfig, vocab_size: int, seed: int) -> Params:
     return nnx.to_pure_dict(state)
 
 
+def abstract_params(config: ModelConfig, vocab_size: int) -> Params:
+    """Shape and dtype of each parameter, jax.ShapeDtypeStructs in a tree like that of `init_params`; uses no memory."""
+    return jax.eval_shape(functools.partial(init_params, config, vocab_size, 0))
+
+
 def init_cache(config: ModelConfig, num_rows: int, length: int) -> Cache:
     """An empty cache for `num_rows` rows of `length` tokens each."""
     shape = (config.num_layers, num_rows, length, config.num_kv_heads, config.head_dim)

@@ -3,6 +3,8 @@
 R is fixed. A group that does not fit what is left of a step is cut in two visits, each of at least `min_group` rows
 with a baseline of its own, or else the next group that fits goes first. Places left empty are padding: masked, never
 charged.
+
+Letters: N prompts, R rows of a step, U visits in it.
 """
 
 from collections import deque
@@ -14,7 +16,7 @@ LOOK_AHEAD = 64  # groups looked at for one that fills the step; the first nearl
 
 
 class StepPlan(NamedTuple):
-    """One step. U = R // min_group visits at most; unused ones hold prompt id -1 and 0 rows."""
+    """Who is drawn in one step. U = R // min_group visits at most; unused ones hold prompt id -1 and 0 rows."""
 
     prompt_ids: np.ndarray  # [R] int32, -1 on padding
     group_ids: np.ndarray  # [R] int32 in 0..U-1, the row's visit; 0 on padding

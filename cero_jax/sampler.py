@@ -1,16 +1,16 @@
-"""Prompts to completions: prefill once a prompt, then decode in slots, which the next rollout takes as one ends.
+"""Prompts to completions: a prompt is read once; its rollouts decode in slots; as one ends, the next takes its slot.
 
-A window of decode steps is one dispatch; between windows the host sees which rows have ended, takes them out, fills
+A window of decode steps is one dispatch. Between windows the host sees which rows have ended, takes them out, fills
 their slots, longest expected first, and grows the cache where the next window would not fit.
 
-Letters: U distinct prompts, R rows (rollouts), S slots, P prompt tokens, T completion tokens at most, C places in the
-cache, V vocabulary, D width.
+Letters: U prompts (one a visit), R rows (rollouts), S slots, Tp prompt tokens, T completion tokens at most, C places in
+the cache, V vocabulary, L layers, D width, Hkv key-value heads, Dh head size.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,12 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from cero_jax import model, sharding
 from cero_jax.model import Cache, ModelConfig, Params
+from cero_jax.next_token import draw
 
-BLOCK = 512  # tokens of the vocabulary that are summed before they are looked at one by one
 EVAL_STEP = 2**32 - 1  # stands for the step in the keys of an evaluation: training never reaches it
 
 
@@ -67,6 +68,19 @@ class SamplerConfig:
             )
 
 
+class SamplingBatch(NamedTuple):
+    """What to draw: R rows, each a rollout of one of U prompts, or padding. NumPy arrays."""
+
+    prompt_tokens: np.ndarray  # [U, Tp] int32, padded on the left
+    prompt_lengths: np.ndarray  # [U] int32 tokens
+    prompt_of_row: np.ndarray  # [R] int32 in 0..U-1
+    row_mask: np.ndarray  # [R] bool, False for padding: nothing is drawn there
+    prompt_ids: np.ndarray  # [R] int32, for the row's key
+    rollout_index: np.ndarray  # [R] int32, for the row's key: tells the rollouts of a prompt apart
+    expected_tokens: np.ndarray | None = None  # [R] float32: rows begin longest first; None: in order
+    max_tokens: np.ndarray | None = None  # [R] int32 in 1..T, where rows have limits of their own; None: T
+
+
 class Rollouts(NamedTuple):
     """What was drawn, a row a rollout."""
 
@@ -81,7 +95,7 @@ class Prefilled(NamedTuple):
 
     hidden: Array  # [U, D] of its last token
     lengths: Array  # [U] int32
-    cache: Cache  # [L, U, P, G, K]
+    cache: Cache  # [L, U, Tp, Hkv, Dh]
 
 
 class Slots(NamedTuple):
@@ -96,7 +110,7 @@ class Slots(NamedTuple):
     ended: Array  # [S] bool, by an EOS
     tokens: Array  # [S, T] int32
     log_probs: Array  # [S, T] float32
-    cache: Cache  # [L, S, C, G, K]
+    cache: Cache  # [L, S, C, Hkv, Dh]
 
 
 def row_keys(seed: Array, step: Array, prompt_ids: Array, rollout_index: Array) -> Array:
@@ -110,60 +124,8 @@ def row_keys(seed: Array, step: Array, prompt_ids: Array, rollout_index: Array) 
     )
 
 
-def keep_likely(logits: Array, top_k: int, top_p: float) -> Array:
-    """Logits [R, V] with all but the `top_k` likeliest, and all outside the nucleus of mass `top_p`, set to -inf."""
-    if top_k > 0:
-        kth = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if top_p < 1:
-        descending = -jnp.sort(-logits, axis=-1)
-        probability = jax.nn.softmax(descending, axis=-1)
-        before = (
-            jnp.cumsum(probability, axis=-1) - probability
-        )  # mass of the likelier ones; 0 for the first, so it stays
-        last_kept = jnp.min(jnp.where(before < top_p, descending, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits < last_kept, -jnp.inf, logits)
-    return logits
-
-
-def draw(logits: Array, keys: Array, config: SamplerConfig) -> tuple[Array, Array]:
-    """One token a row. logits [R, V] float32, keys [R] -> token [R] int32, log-probability [R] at the temperature.
-
-    By the inverse of the cumulative distribution, one uniform a row (on a CPU 7 to 47 times faster than Gumbel noise
-    for every word), in two levels: the block, then the token in it.
-    """
-    if config.temperature == 0:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    else:
-        logits = logits / config.temperature
-        uniform = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(keys)
-        token = _at_share(keep_likely(logits, config.top_k, config.top_p), uniform)
-    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=-1)[:, 0]
-    return token, log_prob
-
-
-def _at_share(logits: Array, share: Array) -> Array:
-    """[R] int32, the token of logits [R, V] at which the cumulative softmax passes `share` [R] in [0, 1)."""
-    num_rows, vocab_size = logits.shape
-    num_blocks = -(-vocab_size // BLOCK)
-    mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    mass = jnp.pad(mass, ((0, 0), (0, num_blocks * BLOCK - vocab_size))).reshape(num_rows, num_blocks, BLOCK)
-    in_block = mass.sum(axis=-1)
-    up_to = jnp.cumsum(in_block, axis=-1)  # [R, blocks]
-    block = _passes(up_to, share * up_to[:, -1])
-    rest = share * up_to[:, -1] - jnp.take_along_axis(up_to - in_block, block[:, None], axis=-1)[:, 0]
-    within = jnp.cumsum(jnp.take_along_axis(mass, block[:, None, None], axis=1)[:, 0], axis=-1)  # [R, BLOCK]
-    return block * BLOCK + _passes(within, rest)
-
-
-def _passes(up_to: Array, target: Array) -> Array:
-    """[R] int32, the first place where running sums [R, n] exceed the target [R]: one with a mass of its own."""
-    below_end = jnp.nextafter(up_to[:, -1], jnp.zeros_like(target))  # rounding must not carry the target past the end
-    return jnp.sum(up_to <= jnp.minimum(target, below_end)[:, None], axis=-1, dtype=jnp.int32)
-
-
 def prefill(params: Params, config: ModelConfig, tokens: Array, lengths: Array) -> Prefilled:
-    """Read prompts [U, P], padded on the left, into a cache where they begin at place 0 and go on behind their end.
+    """Read prompts [U, Tp], padded on the left, into a cache where they begin at place 0 and go on behind their end.
 
     So the cache has no gap: a token's place is its position, and it sees the places up to its own.
     """
@@ -228,12 +190,13 @@ def decode(
     def step(carry):
         t, slots = carry
         logits = model.logits(params, model_config, slots.hidden)
-        token, log_prob = draw(logits, jax.vmap(jax.random.fold_in)(slots.key, slots.drawn), config)
-        live, place = ~slots.done, jnp.arange(width, dtype=jnp.int32)[None] == slots.drawn[:, None]
-        token = jnp.where(live, token, pad_id)
-        here = place & live[:, None]
-        ended = slots.ended | (live & (token[:, None] == eos[None, :]).any(axis=-1))
-        drawn = slots.drawn + live.astype(jnp.int32)
+        keys = jax.vmap(jax.random.fold_in)(slots.key, slots.drawn)
+        token, log_prob = draw(logits, keys, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+        active, place = ~slots.done, jnp.arange(width, dtype=jnp.int32)[None] == slots.drawn[:, None]
+        token = jnp.where(active, token, pad_id)
+        here = place & active[:, None]
+        ended = slots.ended | (active & (token[:, None] == eos[None, :]).any(axis=-1))
+        drawn = slots.drawn + active.astype(jnp.int32)
         sees = jnp.arange(space, dtype=jnp.int32)[None, None] <= slots.length[:, None, None]  # [S, 1, C]
         # a slot that is done reads on into the place behind its end, where nothing looks
         hidden, cache = model.forward(
@@ -241,7 +204,7 @@ def decode(
         )
         return t + 1, slots._replace(
             hidden=hidden[:, 0],
-            length=slots.length + live.astype(jnp.int32),
+            length=slots.length + active.astype(jnp.int32),
             drawn=drawn,
             done=ended | slots.done | (drawn >= slots.limit),
             ended=ended,
@@ -257,8 +220,28 @@ def decode(
     return jax.lax.while_loop(goes_on, step, (jnp.int32(0), slots))[1]
 
 
-Sampler = Callable[..., Rollouts]
-OnEnd = Callable[[np.ndarray, Rollouts], None]  # rows that have just ended, and all rollouts so far
+OnEnd = Callable[[np.ndarray, Rollouts], None]  # (rows [n] that have just ended, all rollouts so far)
+
+
+class Sampler(Protocol):
+    """Draws a batch of rollouts from one policy."""
+
+    def __call__(
+        self, params: Params, seed: ArrayLike, step: ArrayLike, batch: SamplingBatch, on_end: OnEnd | None = None
+    ) -> Rollouts:
+        """The rollouts, R of them. A draw depends on (seed, step, prompt id, rollout index, position) alone.
+
+        Args:
+          params: of the policy.
+          seed: [] uint32.
+          step: [] uint32, of the run, or [R], one a row.
+          batch: what to draw.
+          on_end: called between windows, so that a verifier need not wait for the last row; it must not block.
+
+        Raises:
+          ValueError where slots do not divide over the mesh, or a row's limit lies outside 1..T.
+        """
+        ...
 
 
 def cache_sizes(width: int, config: SamplerConfig) -> tuple[int, ...]:
@@ -269,33 +252,49 @@ def cache_sizes(width: int, config: SamplerConfig) -> tuple[int, ...]:
     return tuple(width + min(size, limit) for size in sizes)
 
 
-def _to_draw(batch: dict[str, np.ndarray], step: np.ndarray, limit: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """What each row [R] brings to its slot, and the rows to draw, longest expected first. Raises as `make_sampler`."""
-    num_rows = len(batch["row_mask"])
-    max_tokens = np.asarray(batch.get("max_tokens", np.full(num_rows, limit)), np.int32)
+class _Entries(NamedTuple):
+    """What rows bring to the slots that they begin in."""
+
+    new: np.ndarray  # [R] bool: a row begins here
+    prompt_of_row: np.ndarray  # [R] int32
+    prompt_ids: np.ndarray  # [R] int32
+    rollout_index: np.ndarray  # [R] int32
+    step: np.ndarray  # [R] uint32
+    max_tokens: np.ndarray  # [R] int32
+
+
+def _entries(batch: SamplingBatch, step: ArrayLike, limit: int) -> _Entries:
+    """The entries of all rows. Raises ValueError where a row's limit lies outside 1..limit."""
+    num_rows = len(batch.row_mask)
+    max_tokens = np.full(num_rows, limit, np.int32) if batch.max_tokens is None else batch.max_tokens.astype(np.int32)
     if max_tokens.min() < 1 or max_tokens.max() > limit:
         raise ValueError(
             f"max_tokens={max_tokens.min()}..{max_tokens.max()} must lie in 1..max_completion_tokens={limit}"
         )
-    rows = {name: batch[name] for name in ("prompt_of_row", "prompt_ids", "rollout_index")}
-    rows |= {"step": np.broadcast_to(step, num_rows), "new": np.ones(num_rows, bool), "max_tokens": max_tokens}
-    waiting = np.flatnonzero(batch["row_mask"])
-    if "expected_tokens" in batch:
-        waiting = waiting[np.argsort(-batch["expected_tokens"][waiting], kind="stable")]
-    return rows, waiting
+    return _Entries(
+        new=np.ones(num_rows, bool),
+        prompt_of_row=batch.prompt_of_row,
+        prompt_ids=batch.prompt_ids,
+        rollout_index=batch.rollout_index,
+        step=np.broadcast_to(np.asarray(step), num_rows),
+        max_tokens=max_tokens,
+    )
+
+
+def _longest_first(batch: SamplingBatch) -> np.ndarray:
+    """The rows to draw, in the order in which they begin."""
+    rows = np.flatnonzero(batch.row_mask)
+    if batch.expected_tokens is None:
+        return rows
+    return rows[np.argsort(-batch.expected_tokens[rows], kind="stable")]
 
 
 def make_sampler(
     model_config: ModelConfig, config: SamplerConfig, eos_ids: tuple[int, ...], pad_id: int, mesh: Mesh
 ) -> Sampler:
-    """The sampler for one policy: (params, seed, step, batch) -> Rollouts, compiled at the first call for its shapes.
+    """The sampler of a model under these settings; its functions are compiled at the first call for its shapes.
 
-    step: uint32, of the run, or one a row [R]. batch: a dict of NumPy arrays `prompt_tokens` [U, P] int32 padded on the
-    left, `prompt_lengths` [U], `prompt_of_row` [R] in 0..U-1, `row_mask` [R] (nothing is drawn for a padding row),
-    `prompt_ids` [R], `rollout_index` [R] and, where slots are refilled, `expected_tokens` [R]; and, where rows are to
-    be cut before the common limit T, `max_tokens` [R] in 1..T. A draw depends on (seed, step, prompt id, rollout index,
-    position) alone. on_end: called between windows, so that a verifier need not wait for the last row; it must not
-    block. Raises ValueError where the slots do not divide over the mesh, or for limits outside 1..T.
+    eos_ids: what ends a completion. pad_id: what stands behind its end.
     """
     by_row = sharding.rows(mesh)
     heads = "tensor" if model_config.num_kv_heads % mesh.shape["tensor"] == 0 else None
@@ -326,9 +325,9 @@ def make_sampler(
         return slots._replace(cache=Cache(*(jnp.pad(c, pad) for c in slots.cache)))
 
     @on_slots
-    def begin(slots: Slots, prompts: Prefilled, seed: Array, new: dict[str, Array]) -> Slots:
-        keys = row_keys(seed, new["step"], new["prompt_ids"], new["rollout_index"])
-        return fill(slots, prompts, new["new"], new["prompt_of_row"], keys, new["max_tokens"], pad_id)
+    def begin(slots: Slots, prompts: Prefilled, seed: Array, entries: Any) -> Slots:
+        keys = row_keys(seed, entries.step, entries.prompt_ids, entries.rollout_index)
+        return fill(slots, prompts, entries.new, entries.prompt_of_row, keys, entries.max_tokens, pad_id)
 
     @on_slots
     def run_window(slots: Slots, params: Params) -> Slots:
@@ -340,22 +339,22 @@ def make_sampler(
     compiled = set()
 
     def sample(
-        params: Params, seed: np.ndarray, step: np.ndarray, batch: dict[str, np.ndarray], on_end: OnEnd | None = None
+        params: Params, seed: ArrayLike, step: ArrayLike, batch: SamplingBatch, on_end: OnEnd | None = None
     ) -> Rollouts:
-        (num_rows,), width = batch["prompt_of_row"].shape, batch["prompt_tokens"].shape[1]
+        num_rows, width = len(batch.row_mask), batch.prompt_tokens.shape[1]
         num_slots, sizes = min(config.slots or num_rows, num_rows), cache_sizes(width, config)
         if num_slots % sharding.row_shards(mesh):
             raise ValueError(f"{num_slots} slots must be a multiple of data x fsdp = {sharding.row_shards(mesh)}")
-        rows, waiting = _to_draw(batch, step, config.max_completion_tokens)
+        rows, waiting = _entries(batch, step, config.max_completion_tokens), _longest_first(batch)
         if jnp.dtype(model_config.param_dtype) != jnp.dtype(model_config.compute_dtype):
             params = cast(params)  # once a call, which is once a policy update
-        prompts = read_prompts(params, tokens=batch["prompt_tokens"], lengths=batch["prompt_lengths"])
+        prompts = read_prompts(params, tokens=batch.prompt_tokens, lengths=batch.prompt_lengths)
         slots = empty(num_slots, sizes[0])
-        nothing = {name: np.zeros(num_slots, column.dtype) for name, column in rows.items()}
-        if (num_rows, batch["prompt_tokens"].shape) not in compiled:  # every size now, so that none compiles later
+        nothing = _Entries(*(np.zeros(num_slots, column.dtype) for column in rows))
+        if (num_rows, batch.prompt_tokens.shape) not in compiled:  # every size now, so that none compiles later
             for size in sizes:
                 slots = run_window(begin(grow(slots, size), prompts, seed, nothing), params)
-            compiled.add((num_rows, batch["prompt_tokens"].shape))
+            compiled.add((num_rows, batch.prompt_tokens.shape))
             slots = empty(num_slots, sizes[0])
 
         shape = (num_rows, config.max_completion_tokens)
@@ -371,11 +370,11 @@ def make_sampler(
             idle = np.flatnonzero(row_of_slot < 0)[: waiting.size]
             if idle.size:
                 taken, waiting = waiting[: idle.size], waiting[idle.size :]
-                new = {name: column.copy() for name, column in nothing.items()}
-                for name, column in rows.items():
-                    new[name][idle] = column[taken]
-                slots = begin(slots, prompts, seed, new)
-                row_of_slot[idle], length[idle] = taken, batch["prompt_lengths"][batch["prompt_of_row"][taken]]
+                entries = _Entries(*(column.copy() for column in nothing))
+                for column, of_rows in zip(entries, rows, strict=True):
+                    column[idle] = of_rows[taken]
+                slots = begin(slots, prompts, seed, entries)
+                row_of_slot[idle], length[idle] = taken, batch.prompt_lengths[batch.prompt_of_row[taken]]
             reach = min(int(length[row_of_slot >= 0].max()) + config.window, sizes[-1])
             size = next(size for size in sizes if size >= reach)
             if size > slots.cache.k.shape[2]:

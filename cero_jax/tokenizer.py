@@ -1,6 +1,6 @@
 """Text to ids and back: what a run needs of a tokenizer, one for any text, and one for the embedded task."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 
@@ -30,6 +30,11 @@ class Tokenizer(Protocol):
         """Text of `ids` up to the first eos, pad skipped."""
         ...
 
+    @property
+    def chat(self) -> Callable[[list[dict[str, str]]], str] | None:
+        """Renders messages, each {"role": ..., "content": ...}, as the prompt of a chat; None: without a template."""
+        ...
+
 
 class ByteTokenizer:
     """UTF-8 bytes 0..255, then pad (256) and eos (257): any text, nothing to download."""
@@ -37,6 +42,7 @@ class ByteTokenizer:
     vocab_size = 258
     pad_id = 256
     eos_ids = (257,)
+    chat = None
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, one a byte."""
@@ -52,6 +58,7 @@ class AlphabetTokenizer:
 
     pad_id = 0
     eos_ids = (1,)
+    chat = None
 
     def __init__(self, alphabet: str):
         if len(set(alphabet)) != len(alphabet) or not alphabet:

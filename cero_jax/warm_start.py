@@ -1,7 +1,7 @@
-"""The supervised phase before RL: a policy that imitates the task's demonstrations, computed once and cached.
+"""The supervised phase before RL: a policy learns to imitate the task's demonstrations. It costs no rollouts.
 
-It is not charged to the budget. The cache lies beside the runs, under a hash of all that determines it, so that runs of
-one seed start from the very same policy whatever allocates their rollouts.
+Its result is cached beside the runs, under a hash of all that determines it: runs of one seed start from the very same
+policy, whatever allocates their rollouts.
 """
 
 import dataclasses
@@ -10,17 +10,30 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax import Array
+from jax.typing import ArrayLike
 from tqdm import tqdm
 
-from cero_jax import model
+from cero_jax import model, sharding
 from cero_jax.data import Task, encode_prompts
-from cero_jax.learner import Batch, Learner, LearnerConfig, make_learner
+from cero_jax.learner import (
+    Batch,
+    LearnerConfig,
+    Stepper,
+    TrainState,
+    completion_log_probs,
+    make_stepper,
+    token_mask,
+)
 from cero_jax.model import ModelConfig, Params
 
 
@@ -34,6 +47,13 @@ class WarmStartConfig:
     """Demonstrations a step."""
     learning_rate: float = 1e-3
     """Peak, of Adam; falls linearly to 0."""
+
+    def __post_init__(self):
+        if self.num_steps < 0 or self.rows_per_step < 1 or not self.learning_rate > 0:
+            raise ValueError(
+                f"warm_start: num_steps={self.num_steps} must not be negative, rows_per_step={self.rows_per_step} be "
+                f"at least 1, learning_rate={self.learning_rate} be positive"
+            )
 
 
 def demonstration_batch(task: Task, rng: np.random.Generator, num_rows: int, max_tokens: int) -> Batch:
@@ -73,10 +93,13 @@ def warm_start(
 
     Raises ValueError where steps are asked for and the task has no demonstrations.
     """
-    vocab_size = task.tokenizer.vocab_size
-    learner_config = LearnerConfig(rows_per_step=config.rows_per_step, weight_decay=0.0)
-    learner = make_learner(model_config, vocab_size, learner_config, 1.0, mesh)
-    init = jax.jit(lambda: model.init_params(model_config, vocab_size, seed), out_shardings=learner.shardings.params)
+    vocab_size, shards = task.tokenizer.vocab_size, sharding.row_shards(mesh)
+    if config.num_steps and config.rows_per_step % shards:
+        raise ValueError(
+            f"warm_start.rows_per_step={config.rows_per_step} must be a multiple of data x fsdp = {shards}"
+        )
+    stepper = make_stepper(model_config, vocab_size, LearnerConfig(weight_decay=0.0), mesh)
+    init = jax.jit(lambda: model.init_params(model_config, vocab_size, seed), out_shardings=stepper.shardings.params)
     if config.num_steps == 0:
         return init()
     if task.demonstrations is None:
@@ -89,7 +112,8 @@ def warm_start(
     cached = cache_dir / f"warm_start-{digest}"
     with ocp.StandardCheckpointer() as checkpointer:
         if not cached.exists():
-            params = _imitate(config, learner, init(), task, seed, max_tokens)
+            step = make_supervised_step(model_config, stepper, mesh)
+            params = _imitate(config, step, stepper.init(init()), task, seed, max_tokens)
             cache_dir.mkdir(parents=True, exist_ok=True)
             scratch = Path(tempfile.mkdtemp(dir=cache_dir))
             checkpointer.save(scratch / "params", params)
@@ -101,22 +125,40 @@ def warm_start(
             shutil.rmtree(scratch)
         target = jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            jax.eval_shape(init), learner.shardings.params,
+            jax.eval_shape(init), stepper.shardings.params,
         )  # fmt: skip
         return checkpointer.restore(cached, target)
 
 
+SupervisedStep = Callable[[TrainState, Batch, ArrayLike], tuple[TrainState, Array]]
+
+
+def make_supervised_step(model_config: ModelConfig, stepper: Stepper, mesh: jax.sharding.Mesh) -> SupervisedStep:
+    """The jitted step: (state, batch, learning rate []) -> state, mean negative log-likelihood a completion token."""
+
+    def nll(params: Params, batch: Batch) -> Array:
+        chunk = LearnerConfig.logit_chunk_tokens
+        log_probs = completion_log_probs(params, model_config, batch, temperature=1.0, chunk=chunk)
+        mask = token_mask(batch) & batch.row_mask[:, None]
+        return -jnp.where(mask, log_probs, 0.0).sum() / jnp.maximum(mask.sum(), 1)
+
+    @partial(jax.jit, donate_argnames="state", out_shardings=(stepper.shardings, None))
+    def step(state: TrainState, batch: Batch, learning_rate: Array) -> tuple[TrainState, Array]:
+        batch = jax.lax.with_sharding_constraint(batch, sharding.rows(mesh))
+        loss, grads = jax.value_and_grad(nll)(state.params, batch)
+        return stepper.apply(state, grads, learning_rate), loss
+
+    return step
+
+
 def _imitate(
-    config: WarmStartConfig, learner: Learner, params: Params, task: Task, seed: int, max_tokens: int
+    config: WarmStartConfig, step: SupervisedStep, state: TrainState, task: Task, seed: int, max_tokens: int
 ) -> Params:
     rng = np.random.default_rng((seed, 0x5EED))  # a stream of its own, apart from the task's data
-    state = learner.init(params)
     progress = tqdm(range(config.num_steps), desc="warm start", unit="step", mininterval=1.0)
-    for step in progress:
-        rate = np.float32(config.learning_rate * (1 - step / config.num_steps))
-        state, loss = learner.supervised_step(
-            state, demonstration_batch(task, rng, config.rows_per_step, max_tokens), rate
-        )
-        if step % 50 == 49:  # reading the loss waits for the step, so not at each
+    for number in progress:
+        rate = np.float32(config.learning_rate * (1 - number / config.num_steps))
+        state, loss = step(state, demonstration_batch(task, rng, config.rows_per_step, max_tokens), rate)
+        if number % 50 == 49:  # reading the loss waits for the step, so not at each
             progress.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
     return state.params

@@ -9,7 +9,7 @@ Command: python train.py configs/dapo.py --task.path='dapo-math-17k/*.parquet'
 """
 
 from cero_jax.config import AllocatorConfig, Config
-from cero_jax.evaluate import EvaluationConfig
+from cero_jax.evaluation import EvaluationConfig
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig

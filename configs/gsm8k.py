@@ -6,7 +6,7 @@ Command: python train.py configs/gsm8k.py --task.path=gsm8k_train.jsonl
 """
 
 from cero_jax.config import AllocatorConfig, Config
-from cero_jax.evaluate import EvaluationConfig
+from cero_jax.evaluation import EvaluationConfig
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig

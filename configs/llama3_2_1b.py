@@ -8,7 +8,7 @@ Command: python train.py configs/llama3_2_1b.py --model-folder=DIR --task.path=g
 """
 
 from cero_jax.config import AllocatorConfig, Config
-from cero_jax.evaluate import EvaluationConfig
+from cero_jax.evaluation import EvaluationConfig
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig

@@ -9,7 +9,7 @@ Command: python train.py configs/math500.py --task.path=math500.jsonl --task.hel
 """
 
 from cero_jax.config import AllocatorConfig, Config
-from cero_jax.evaluate import EvaluationConfig
+from cero_jax.evaluation import EvaluationConfig
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig

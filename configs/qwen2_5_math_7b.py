@@ -9,7 +9,7 @@ Command: python train.py configs/qwen2_5_math_7b.py --model-folder=DIR --task.pa
 """
 
 from cero_jax.config import AllocatorConfig, Config
-from cero_jax.evaluate import EvaluationConfig
+from cero_jax.evaluation import EvaluationConfig
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig

@@ -8,7 +8,7 @@ import pytest
 
 from cero_jax import model, sharding
 from cero_jax.data import Task, encode_prompts
-from cero_jax.evaluate import EvaluationConfig, evaluate, table, verify, write_samples
+from cero_jax.evaluation import EvaluationConfig, evaluate, table, verify, write_samples
 from cero_jax.model import ModelConfig
 from cero_jax.rewards.pool import Pool
 from cero_jax.sampler import EVAL_STEP, Rollouts, SamplerConfig, make_sampler

@@ -16,7 +16,7 @@ from cero_jax import evaluate as evaluation
 from cero_jax import lora, memory, model, sharding
 from cero_jax import run as runs
 from cero_jax.config import AllocatorConfig
-from cero_jax.evaluate import EvaluationConfig
+from cero_jax.evaluation import EvaluationConfig
 from cero_jax.huggingface import weights
 from cero_jax.learner import Batch, Fixed, LearnerConfig, make_learner
 from cero_jax.model import ModelConfig

@@ -19,7 +19,7 @@ import train
 from cero_jax import model, sharding
 from cero_jax import run as runs
 from cero_jax.config import AllocatorConfig
-from cero_jax.evaluate import EvaluationConfig
+from cero_jax.evaluation import EvaluationConfig
 from cero_jax.huggingface import weights
 from cero_jax.huggingface.tokenizer import FolderTokenizer
 from cero_jax.learner import LearnerConfig

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import train
-from cero_jax import checkpoint, config, evaluate, learner, metrics, model, run
+from cero_jax import checkpoint, config, evaluation, learner, metrics, model, run
 from cero_jax.tasks.chain_sum import ChainSum
 from cero_jax.warm_start import WarmStartConfig
 
@@ -24,16 +24,13 @@ from cero_jax.warm_start import WarmStartConfig
 class FirstDigit(ChainSum):
     """Right where the first digit is small: what an untaught policy gives now and then, for some prompts more."""
 
-    def build(self, seed):
-        return (
-            super()
-            .build(seed)
-            ._replace(verify=lambda question, completion, answer: float(completion[:1] in set("0123")))
-        )
+    def build(self, seed, tokenizer=None):
+        task = super().build(seed, tokenizer)
+        return task._replace(verify=lambda question, completion, answer: float(completion[:1] in set("0123")))
 
 
 def tiny_config(work_dir, **changes) -> config.Config:
-    """Six rounds of 40 rollouts on 24 prompts."""
+    """Six epochs of 40 rollouts on 24 prompts."""
     settings = dict(  # noqa: C408
         name="tiny",
         task=FirstDigit(num_prompts=24, num_heldout=8),
@@ -41,7 +38,7 @@ def tiny_config(work_dir, **changes) -> config.Config:
         model=model.ModelConfig(width=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_width=32),
         learner=learner.LearnerConfig(rows_per_step=16, learning_rate=3e-3),
         warm_start=WarmStartConfig(num_steps=10, rows_per_step=8),
-        evaluation=evaluate.EvaluationConfig(every_rollouts=60, samples=2, rows=16),
+        evaluation=evaluation.EvaluationConfig(every_rollouts=60, samples=2, rows=16),
         checkpoint_every_steps=4,
         work_dir=str(work_dir),
     )
@@ -50,11 +47,11 @@ def tiny_config(work_dir, **changes) -> config.Config:
 
 def runs_end(work_dir) -> tuple[checkpoint.Cursor, list[np.ndarray]]:
     """Where a finished run stands, and every array of its state."""
-    this, state, at = run.start(tiny_config(work_dir))
+    this, state, cursor = run.start(tiny_config(work_dir))
     this.close()
-    assert at.finished
+    assert cursor.finished
     leaves = jax.tree.leaves(state)
-    return at, [np.asarray(jax.random.key_data(x) if checkpoint._is_key(x) else x) for x in leaves]
+    return cursor, [np.asarray(jax.random.key_data(x) if checkpoint.is_key(x) else x) for x in leaves]
 
 
 def end_at(point: str, count: int) -> None:
@@ -65,10 +62,10 @@ def end_at(point: str, count: int) -> None:
         "half_line": (metrics.MetricsWriter, "write", True),
         "checkpoint_write": (checkpoint.Checkpoints, "save", False),  # saving goes on in the background
         "before_checkpoint": (checkpoint.Checkpoints, "save", True),
-        "evaluation": (train, "evaluate", True),
-        "plan": (run.Run, "plan", False),  # a round is allocated and nothing of it drawn
+        "evaluation": (run.Run, "evaluate", True),
+        "plan": (run.Run, "plan", False),  # an epoch is allocated and nothing of it drawn
         "plan_sigterm": (run.Run, "plan", False),
-        "evaluation_sigterm": (train, "evaluate", False),
+        "evaluation_sigterm": (run.Run, "evaluate", False),
     }[point]
     original, passed = getattr(owner, name), 0
 

@@ -1,7 +1,7 @@
-"""Verifiers: plain functions `(question, completion, answer) -> float or Verdict`, named in a config. No jax here."""
+"""Verifiers: plain functions `(question, completion, answer) -> float or Verdict`. No jax here."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 STATUSES = RIGHT, WRONG, NO_ANSWER, TOO_LONG, TIMED_OUT, ERROR = (
     "right",
@@ -21,10 +21,28 @@ class Verdict(NamedTuple):
     extracted: str = ""  # the answer that was read; what went wrong, where the status is "error"
 
 
-Verifier = Callable[[str, str, str], "float | Verdict"]  # (question, completion, answer); question may be ignored
+class Verifier(Protocol):
+    """What judges a completion; a plain function of yours will do."""
+
+    def __call__(self, question: str, completion: str, answer: str, /) -> float | Verdict:
+        """The reward, a finite number, or a Verdict. answer: the prompt's gold answer. Ignore what you do not need."""
+        ...
 
 
-def verdict(result: "float | Verdict") -> Verdict:
+class VerifyMany(Protocol):
+    """What judges many completions at once: in other processes, on a server, in a batch of a reward model."""
+
+    def __call__(self, asked: Sequence[tuple[str, str, str]], /) -> list[Verdict]:
+        """The verdicts, in order. asked: (question, completion, answer) of each. May block until the last is there."""
+        ...
+
+
+def one_by_one(verify: Verifier) -> VerifyMany:
+    """A verifier of one completion as a verifier of many."""
+    return lambda asked: [verdict(verify(*each)) for each in asked]
+
+
+def verdict(result: float | Verdict) -> Verdict:
     """A verifier's result as a Verdict: a reward of at least 1/2 is right. Raises TypeError where it is neither."""
     if isinstance(result, Verdict):
         return result

@@ -12,7 +12,7 @@ import numpy as np
 
 from cero_jax.data import Prompts, Task, encode_prompts
 from cero_jax.rewards.exact import exact
-from cero_jax.tokenizer import AlphabetTokenizer
+from cero_jax.tokenizer import AlphabetTokenizer, Tokenizer
 
 EASY = (2, 4)  # digits of the shortest and longest row
 HARD = (8, 24)
@@ -38,8 +38,16 @@ class ChainSum:
     demonstration_error_rate: float = 0.15
     """Probability that a step of a demonstration is wrong; the sum goes on from the digit written."""
 
-    def build(self, seed: int) -> Task:
-        """Draw the task: a function of these settings and `seed`. Raises ValueError on a setting out of range."""
+    def build(self, seed: int, tokenizer: Tokenizer | None = None) -> Task:
+        """Draw the task: a function of these settings and `seed`.
+
+        Raises ValueError on a setting out of range, and for a tokenizer: this task has an alphabet of its own.
+        """
+        if tokenizer is not None:
+            raise ValueError(
+                "ChainSum has a tokenizer of its own and cannot use the model folder's: give the run a task of text, "
+                "like Dataset, or no model_folder"
+            )
         self._check()
         rng = np.random.default_rng((seed, _STREAM))
         tokenizer = AlphabetTokenizer("0123456789.=")

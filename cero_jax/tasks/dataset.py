@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 
 from cero_jax import read_files
 from cero_jax.data import Prompts, Task, encode_prompts
-from cero_jax.rewards import RIGHT, Verifier, verdict
+from cero_jax.rewards import RIGHT, Verifier, VerifyMany, one_by_one
 from cero_jax.rewards.choice import choice
 from cero_jax.rewards.exact import exact
 from cero_jax.rewards.final_number import final_number
@@ -22,6 +22,9 @@ INLINE = {"final_number": final_number, "exact": exact, "choice": choice}  # che
 POOLED = {"math": "cero_jax.rewards.mathematics:mathematics"}
 
 _STREAM = 3  # keeps this draw apart from other uses of the same seed
+
+
+Render = Callable[[list[dict[str, str]]], str]  # messages, each with role and content -> the prompt
 
 
 class Row(NamedTuple):
@@ -69,9 +72,10 @@ class Dataset:
         tokenizer = tokenizer or ByteTokenizer()
         if "{question}" not in self.template:
             raise ValueError(f"template={self.template!r} must hold {{question}}, where the question goes")
-        if self.chat and not hasattr(tokenizer, "chat"):
+        if self.chat and tokenizer.chat is None:
             raise ValueError("chat=True needs the tokenizer of a model folder with a chat template: give model_folder")
-        verify = self._verifier()
+        render = tokenizer.chat if self.chat and tokenizer.chat else _paragraphs
+        verify, verify_many = self._verifier()
         rows = self._read(self.path, "all")
         if self.heldout_paths:
             names = _names(self.heldout_paths) if len(self.heldout_paths) > 1 else ["all"]
@@ -87,21 +91,22 @@ class Dataset:
             order = np.random.default_rng((seed, _STREAM)).permutation(len(rows))
             heldout = [rows[i] for i in order[-self.num_heldout :]]
             rows = [rows[i] for i in sorted(order[: -self.num_heldout])]
-        self._check_gold(verify, rows + heldout)
-        train, held = (self._encode(part, tokenizer, name) for part, name in ((rows, "train"), (heldout, "held-out")))
+        self._check_gold(verify_many or one_by_one(verify), rows + heldout)
+        train = self._encode(rows, tokenizer, render, "train")
+        held = self._encode(heldout, tokenizer, render, "held-out")
         _report_duplicates(train, held)
-        return Task(train, held, tokenizer, verify, None)
+        return Task(train, held, tokenizer, verify, verify_many=verify_many)
 
-    def _verifier(self) -> Verifier:
+    def _verifier(self) -> tuple[Verifier, VerifyMany | None]:
         if self.verifier in INLINE:
-            return INLINE[self.verifier]
+            return INLINE[self.verifier], None
         function = POOLED.get(self.verifier, self.verifier)
         if ":" not in function:
             names = ", ".join((*INLINE, *POOLED))
             raise ValueError(f"verifier={self.verifier!r} is not one of {names}, nor module:function")
         pool = Pool(function, seconds=self.verifier_seconds, memory_mb=self.verifier_memory_mb)
         pool.check()
-        return pool
+        return pool, pool.many
 
     def _read(self, pattern: str, label: str) -> list[Row]:
         rows = []
@@ -116,15 +121,14 @@ class Dataset:
             raise ValueError(f"{pattern}: no row in it: expected one JSON object a line")
         return rows
 
-    def _check_gold(self, verify: Verifier, rows: list[Row]) -> None:
+    def _check_gold(self, verify_many: VerifyMany, rows: list[Row]) -> None:
         """Each gold answer passes its verifier; a function of the user's may want more than the bare answer."""
         if self.verifier not in INLINE and self.verifier not in POOLED:
             return
         asked = [
             ("", rf"\boxed{{{row.answer}}}" if self._is_bare(row.answer) else row.answer, row.answer) for row in rows
         ]
-        found = verify.many(asked) if isinstance(verify, Pool) else [verdict(verify(*each)) for each in asked]
-        for row, each in zip(rows, found, strict=True):
+        for row, each in zip(rows, verify_many(asked), strict=True):
             if each.status != RIGHT:
                 raise ValueError(
                     f"{row.source}: the gold answer in {self.answer_field!r} fails verifier={self.verifier!r} itself "
@@ -135,9 +139,9 @@ class Dataset:
         """Whether `math` would not find the answer in this text, which is nothing else."""
         return self.verifier == "math" and "\\boxed{" not in answer and "####" not in answer
 
-    def _encode(self, rows: list[Row], tokenizer: Tokenizer, name: str) -> Prompts:
+    def _encode(self, rows: list[Row], tokenizer: Tokenizer, render: Render, name: str) -> Prompts:
         prompts = encode_prompts(
-            [self._prompt(row, tokenizer) for row in rows],
+            [render(self._messages(row)) for row in rows],
             [row.answer for row in rows],
             [row.label for row in rows],
             tokenizer,
@@ -156,14 +160,17 @@ class Dataset:
             )
         return prompts
 
-    def _prompt(self, row: Row, tokenizer: Tokenizer) -> str:
+    def _messages(self, row: Row) -> list[dict[str, str]]:
+        """The row's messages with the template around the question, behind the system message."""
         *before, last = row.messages
         last = last | {"content": self.template.replace("{question}", last["content"])}
         system = [{"role": "system", "content": self.system}] if self.system else []
-        messages = [*system, *before, last]
-        if self.chat:
-            return tokenizer.chat(messages)  # type: ignore[attr-defined]
-        return "\n\n".join(message["content"] for message in messages)
+        return [*system, *before, last]
+
+
+def _paragraphs(messages: list[dict[str, str]]) -> str:
+    """The messages' texts, a paragraph each: the prompt where there is no chat template."""
+    return "\n\n".join(message["content"] for message in messages)
 
 
 def _report_duplicates(train: Prompts, heldout: Prompts) -> None:

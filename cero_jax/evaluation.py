@@ -1,0 +1,154 @@
+"""Held-out accuracy of a policy: avg@k and pass@k over several completions a prompt. Not charged to the budget."""
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cero_jax.data import Task
+from cero_jax.model import Params
+from cero_jax.rewards import RIGHT, STATUSES, WRONG
+from cero_jax.sampler import EVAL_STEP, Rollouts, Sampler, SamplingBatch
+from cero_jax.statistics import bootstrap_interval, pass_at_k
+from cero_jax.verify import verify
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """When and how held-out accuracy is measured."""
+
+    every_rollouts: int = 800
+    """Rollouts spent between two evaluations; there is one at the start and one at the end."""
+    samples: int = 4
+    """Completions a held-out prompt; accuracy is their mean reward."""
+    rows: int = 256
+    """Completions drawn at once."""
+
+    def __post_init__(self):
+        if min(self.every_rollouts, self.samples, self.rows) < 1:
+            raise ValueError(
+                f"evaluation: every_rollouts={self.every_rollouts}, samples={self.samples} and rows={self.rows} must "
+                "be at least 1"
+            )
+
+
+class Score(NamedTuple):
+    """What a policy does on one data set, k = samples a prompt."""
+
+    prompts: int
+    accuracy: float  # avg@k: the mean reward over prompts and samples
+    low: float  # of its 95 % interval, a bootstrap over prompts
+    high: float
+    pass_at: dict[str, float]  # k in powers of two: probability that one of k samples is a success
+    status: dict[str, int]  # completions of each status
+
+
+class Evaluation(NamedTuple):
+    """Accuracy, and where it comes from."""
+
+    accuracy: float  # mean over prompts and samples
+    accuracy_by_label: dict[str, float]
+    scores: dict[str, Score]  # "all", and each label (data set) where there are several
+    example: dict  # one completion, for a person to read: question, completion, answer, reward
+    samples: list[dict[str, Any]]  # every completion, with what was made of it
+
+    def metrics(self) -> dict[str, Any]:
+        """What the metrics file takes: all but the samples, in plain values."""
+        scores = {name: score._asdict() for name, score in self.scores.items()}
+        return {key: value for key, value in self._asdict().items() if key != "samples"} | {"scores": scores}
+
+
+def evaluate(
+    sample: Sampler, params: Params, task: Task, config: EvaluationConfig, seed: int, success_threshold: float = 0.5
+) -> Evaluation:
+    """Draw `samples` completions of each held-out prompt, `rows` at a time, and verify them while the next are drawn.
+
+    The keys depend on the seed, the prompt and the sample alone: two evaluations differ by their policies only.
+    """
+    prompts, num_rows = task.heldout, config.rows
+    num_prompts = len(prompts.questions)
+    ids = np.repeat(np.arange(num_prompts, dtype=np.int32), config.samples)
+    index = np.tile(np.arange(config.samples, dtype=np.int32), num_prompts)
+    judged = []
+    with ThreadPoolExecutor(1) as judge:
+        for start in range(0, len(ids), num_rows):
+            used = min(num_rows, len(ids) - start)
+            row_ids = np.pad(ids[start : start + used], (0, num_rows - used))
+            # Each row brings its own prompt: samples a prompt need not divide the rows.
+            batch = SamplingBatch(
+                prompt_tokens=prompts.tokens[row_ids],
+                prompt_lengths=prompts.lengths[row_ids],
+                prompt_of_row=np.arange(num_rows, dtype=np.int32),
+                row_mask=np.arange(num_rows) < used,
+                prompt_ids=row_ids,
+                rollout_index=np.pad(index[start : start + used], (0, num_rows - used)),
+            )
+            rollouts = sample(params, np.uint32(seed), np.uint32(EVAL_STEP), batch)
+            judged.append(judge.submit(_judged, task, batch, rollouts))
+        samples = [each for batch in judged for each in batch.result()]
+    reward = np.array([each["reward"] for each in samples], np.float32).reshape(num_prompts, config.samples)
+    labels, scores = np.array(prompts.labels), {"all": np.full(num_prompts, True)}
+    if len(names := sorted(set(prompts.labels))) > 1:
+        scores |= {str(name): labels == name for name in names}
+    mean = reward.mean(axis=1)
+    return Evaluation(
+        accuracy=float(mean.mean()),
+        accuracy_by_label={str(name): float(mean[labels == name].mean()) for name in names},
+        scores={name: _score(samples, reward, chosen, success_threshold) for name, chosen in scores.items()},
+        example={key: samples[0][key] for key in ("question", "completion", "answer", "reward")},
+        samples=samples,
+    )
+
+
+def _judged(task: Task, batch: SamplingBatch, rollouts: Rollouts) -> list[dict[str, Any]]:
+    """The real rows of a batch, each as a sample to read."""
+    prompts, ids = task.heldout, batch.prompt_ids
+    judged, lengths = verify(task, prompts, ids, rollouts, batch.row_mask), np.asarray(rollouts.lengths)
+    return [
+        {
+            "prompt_id": int(ids[row]),
+            "sample": int(batch.rollout_index[row]),
+            "label": prompts.labels[ids[row]],
+            "question": prompts.questions[ids[row]],
+            "answer": prompts.answers[ids[row]],
+            "completion": judged.completions[row],
+            "extracted": judged.verdicts[row].extracted,
+            "status": judged.verdicts[row].status,
+            "reward": float(judged.reward[row]),
+            "length": int(lengths[row]),
+        }
+        for row in np.flatnonzero(batch.row_mask)
+    ]
+
+
+def _score(samples: list[dict[str, Any]], reward: np.ndarray, chosen: np.ndarray, success_threshold: float) -> Score:
+    """reward: [N, k]; chosen: [N] bool, the prompts of this data set."""
+    reward, mean = reward[chosen], reward[chosen].mean(axis=1)
+    number, correct = reward.shape[1], (reward >= success_threshold).sum(axis=1)
+    status = Counter(each["status"] for each in samples if chosen[each["prompt_id"]])
+    powers = [2**i for i in range(number.bit_length())]  # 1, 2, 4 .. number
+    return Score(
+        len(reward),
+        float(mean.mean()),
+        *bootstrap_interval(mean),
+        pass_at={str(k): float(pass_at_k(correct, number, k).mean()) for k in powers},
+        status={name: status[name] for name in STATUSES},
+    )
+
+
+def scores_table(scores: dict[str, Score]) -> str:
+    """A line a data set: avg@k with its interval, pass@k, and the share of each status that is not right or wrong."""
+    lines = []
+    for name, score in scores.items():
+        passes = "  ".join(f"pass@{k} {100 * share:5.1f}" for k, share in score.pass_at.items() if k != "1")
+        total = sum(score.status.values())
+        rest = ", ".join(
+            f"{100 * n / total:.1f} % {s}" for s, n in score.status.items() if n and s not in (RIGHT, WRONG)
+        )
+        lines.append(
+            f"{name:<20} {score.prompts:>6} prompts  avg@{total // score.prompts} {100 * score.accuracy:5.1f} "
+            f"({100 * score.low:.1f} to {100 * score.high:.1f})  {passes}  {rest}".rstrip()
+        )
+    return "\n".join(lines)
