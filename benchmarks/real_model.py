@@ -2,10 +2,9 @@
 
     python benchmarks/real_model.py train models/gemma-3-270m           # both arms, seeds 0 and 1, table and picture
 
-benchmarks/gemma_folder.py makes the folder. A prompt is five solved equations and one to solve; the reward is 1 for the
-right number and nothing else on its line. No warm start, no chat template: the base model, as it comes, solves some
-kinds mostly and others never. An arm took 9 to 11 minutes on two cores, some other work beside it; two seeds of both
-arms, measured before and after, 48. Short runs peaked at 8 GB of memory.
+benchmarks/gemma_folder.py makes the folder; configs/equations.py is the task and the settings of both arms. The base
+model, as it comes, solves some kinds of equations mostly and others never. An arm took 9 to 11 minutes on two cores,
+some other work beside it; two seeds of both arms, measured before and after, 48. Short runs peaked at 8 GB of memory.
 
 Seeds 0 and 1: uniform rose by 10.4 points (6.5 to 14.4), cero by 9.3 (4.7 to 13.5). The intervals are over held-out
 prompts and not over runs: they say whether these runs learned, not which rule learns faster. Nothing was tuned: the
@@ -20,99 +19,42 @@ one that the run exports, which transformers can read back:
 """
 
 import argparse
-import copy
 import itertools
 import json
 import shutil
+import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 HERE = Path(__file__).parent
 RESULTS, PICTURE = HERE / "real_model.jsonl", HERE / "real_model.png"
-Arm = Literal["uniform", "cero"]
-ARMS: tuple[Arm, Arm] = ("uniform", "cero")
+CONFIG = HERE.parent / "configs/equations.py"
+ARMS = ("uniform", "cero")
 COLOURS = {"cero": "#0072B2", "uniform": "#D55E00"}
-SOLVED = ("3 + 4 = 7", "8 - 5 = 3", "2 * 6 = 12", "23 + 14 = 37", "9 + 8 = 17")
-KINDS = ("1 + 1", "2 + 1", "2 + 2", "3 + 3", "1 - 1", "2 - 2", "1 * 1", "2 * 1")  # digits of either side
-MAX_PROMPT_TOKENS, MAX_COMPLETION_TOKENS = 55, 6  # tokens; a space, four digits, the newline
-SETTINGS = {"budget": 2304, "rounds": 24, "rows": 16, "group": 4, "learning_rate": 2e-6}  # of both arms
-SAMPLES, EVALUATION_ROWS = 4, 128  # a held-out prompt, before and after; drawn at once
-_STREAM = 4  # keeps the task's draws apart from other uses of the same seed
+SAMPLES = 4  # a held-out prompt, before and after
+CONTEXT = ("3 + 4 = 7", "9 + 8 = 17", "23 + 14 = 37")  # before what `reference` and `compare` are asked
 
 
-@dataclass(frozen=True)
-class Equations:
-    """Equations of eight kinds, as many of each, none of them twice."""
+def configured(folder: str | Path, seed: int = 0):
+    """The config of a run."""
+    from cero_jax.config import from_command_line
 
-    train_of_kind: int = 24
-    heldout_of_kind: int = 16
-
-    def build(self, seed: int, tokenizer):
-        """The task, with a tokenizer that ends a completion at the end of its line."""
-        from cero_jax.data import Task, encode_prompts
-        from cero_jax.rewards.exact import exact
-
-        rng, train, heldout = np.random.default_rng((seed, _STREAM)), [], []
-        for kind in KINDS:
-            drawn = self._draw(rng, kind)
-            train += [(kind, *each) for each in drawn[: self.train_of_kind]]
-            heldout += [(kind, *each) for each in drawn[self.train_of_kind :]]
-        train = [train[i] for i in rng.permutation(len(train))]  # an id says nothing of the prompt
-        line = copy.copy(tokenizer)
-        line.eos_ids = (*(tokenizer.encode(end)[-1] for end in ("\n", "\n\n", "\n\n\n")), *tokenizer.eos_ids)
-
-        def encode(rows):
-            kinds, questions, answers = zip(*rows, strict=True)
-            questions = ["\n".join((*SOLVED, question)) for question in questions]
-            return encode_prompts(questions, answers, kinds, line, MAX_PROMPT_TOKENS)
-
-        return Task(encode(train), encode(heldout), line, exact, None)
-
-    def _draw(self, rng: np.random.Generator, kind: str) -> list[tuple[str, str]]:
-        """(question, answer) of distinct equations in random order; a difference is never negative."""
-        left, sign, right = kind.split()
-        rows = {}
-        while len(rows) < self.train_of_kind + self.heldout_of_kind:
-            a, b = (int(rng.integers(10 ** (int(digits) - 1), 10 ** int(digits))) for digits in (left, right))
-            answer = {"+": a + b, "-": a - b, "*": a * b}[sign]
-            question = f"{a} {sign} {b} ="
-            if answer >= 0 and f"{question} {answer}" not in SOLVED:
-                rows[question] = str(answer)
-        return list(rows.items())
+    return from_command_line([str(CONFIG), f"--model-folder={folder}", f"--seed={seed}"])
 
 
-def settings(folder: str, arm: Arm, seed: int, work_dir: str):
-    """The run of one arm: what differs between arms is who gets the rollouts."""
-    from cero_jax.config import AllocatorConfig, Config
-    from cero_jax.evaluation import EvaluationConfig
-    from cero_jax.learner import LearnerConfig
-    from cero_jax.sampler import SamplerConfig
-
-    return Config(
-        name="real_model",
-        task=Equations(),  # pyright: ignore[reportArgumentType] (a run asks nothing of it but `build`)
-        seed=seed,
-        model_folder=folder,
-        allocator=AllocatorConfig(
-            name=arm,
-            total_budget=SETTINGS["budget"],
-            num_epochs=SETTINGS["rounds"],
-            min_group=SETTINGS["group"],  # of cero
-            max_group=SETTINGS["rows"],
-            group_size=SETTINGS["group"],  # of uniform
-        ),
-        sampler=SamplerConfig(max_completion_tokens=MAX_COMPLETION_TOKENS, window=MAX_COMPLETION_TOKENS),
-        learner=LearnerConfig(
-            rows_per_step=SETTINGS["rows"], learning_rate=SETTINGS["learning_rate"], rows_per_microbatch=4
-        ),
-        evaluation=EvaluationConfig(every_rollouts=SETTINGS["budget"] // 4, samples=1, rows=EVALUATION_ROWS),
-        checkpoint_every_steps=1_000_000,  # a checkpoint holds 3.2 GB; the one at the end is deleted
-        work_dir=f"{work_dir}/{arm}-{seed}",
-    )
+def settings() -> dict:
+    """What a finished line must have been run under."""
+    config = configured("models")
+    allocator, learner = config.allocator, config.learner
+    return {
+        "budget": allocator.total_budget,
+        "rounds": allocator.num_epochs,
+        "rows": learner.rows_per_step,
+        "group": allocator.min_group,
+        "learning_rate": learner.learning_rate,
+    }
 
 
 def measure(folder: str | Path, seed: int) -> dict:
@@ -120,18 +62,19 @@ def measure(folder: str | Path, seed: int) -> dict:
     from cero_jax import sharding
     from cero_jax.evaluation import EvaluationConfig, evaluate
     from cero_jax.huggingface import weights
-    from cero_jax.huggingface.tokenizer import FolderTokenizer
-    from cero_jax.sampler import SamplerConfig, make_sampler
+    from cero_jax.run import build_task
+    from cero_jax.sampler import make_sampler
 
-    task, mesh = Equations().build(seed, FolderTokenizer(folder)), sharding.make_mesh(sharding.MeshConfig())
-    config, params = weights.load(folder, mesh)
-    settings = SamplerConfig(max_completion_tokens=MAX_COMPLETION_TOKENS, window=MAX_COMPLETION_TOKENS)
-    sample = make_sampler(config, settings, task.tokenizer.eos_ids, task.tokenizer.pad_id, mesh)
-    result = evaluate(sample, params, task, EvaluationConfig(samples=SAMPLES, rows=EVALUATION_ROWS), seed)
+    config, task = build_task(configured(folder, seed))
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    shape, params = weights.load(folder, mesh)
+    sample = make_sampler(shape, config.sampler, task.tokenizer.eos_ids, task.tokenizer.pad_id, mesh)
+    rows = config.evaluation.rows
+    result = evaluate(sample, params, task, EvaluationConfig(samples=SAMPLES, rows=rows), seed)
     prompts: dict[int, list[dict]] = {}
     for each in result.samples:
         prompts.setdefault(each["prompt_id"], []).append(each)
-    shown = list(prompts.values())[:: len(prompts) // len(KINDS)]
+    shown = list(prompts.values())[:: len(prompts) // len(set(task.heldout.labels))]
     return {
         "heldout": [float(np.mean([each["reward"] for each in some])) for some in prompts.values()],
         "kinds": [some[0]["label"] for some in prompts.values()],
@@ -139,29 +82,29 @@ def measure(folder: str | Path, seed: int) -> dict:
     }
 
 
-def run(folder: str, arm: Arm, seed: int, work_dir: str) -> dict:
-    """Train one arm; its curve, who got the rollouts in each round, and the trained folder measured."""
-    sys.path.insert(0, str(HERE.parent))
-    import train
-
-    config = settings(folder, arm, seed, work_dir)
-    if status := train.main(config):
+def run(folder: str, arm: str, seed: int, work_dir: str) -> dict:
+    """Train one arm; its curve, who got the rollouts in each epoch, and the trained folder measured."""
+    directory = Path(work_dir).absolute() / f"{arm}-{seed}"
+    flags = [f"--model-folder={Path(folder).absolute()}", f"--allocator.name={arm}", f"--seed={seed}"]
+    command = [sys.executable, "train.py", str(CONFIG), *flags, f"--work-dir={directory}"]
+    if status := subprocess.run(command, cwd=HERE.parent).returncode:
         sys.exit(status)
-    timings = [json.loads(line) for line in (config.run_dir / "timings.jsonl").open()]
+    timings = [json.loads(line) for line in (directory / "timings.jsonl").open()]
     seconds = sum(value for row in timings for key, value in row.items() if key.endswith("_seconds"))
-    rows = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").open()]
-    labels = json.loads((config.run_dir / "prompts.json").read_text())["labels"]
-    steps = [row for row in rows if row["kind"] == "step"]
-    rollouts = np.zeros((steps[-1]["epoch"] + 1, len(KINDS)), int)
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
+    labels = json.loads((directory / "prompts.json").read_text())["labels"]
+    steps, kinds = [row for row in rows if row["kind"] == "step"], sorted(set(labels))
+    rollouts = np.zeros((steps[-1]["epoch"] + 1, len(kinds)), int)
     for row in steps:
         for prompt, number in zip(row["prompt_ids"], row["num_rollouts"], strict=True):
-            rollouts[row["epoch"], KINDS.index(labels[prompt])] += number
+            rollouts[row["epoch"], kinds.index(labels[prompt])] += number
     drawn = [sum(row["num_rollouts"]) for row in steps]
-    (export,) = config.run_dir.glob("export-*")
+    (export,) = directory.glob("export-*")
     return {
-        "settings": SETTINGS,
+        "settings": settings(),
         "curve": [[r["spent"], r["optimizer_steps"], r["accuracy"]] for r in rows if r["kind"] == "eval"],
-        "rollouts": rollouts.tolist(),  # [rounds, KINDS]
+        "rollouts": rollouts.tolist(),  # [epochs, kinds]
+        "rollouts_of": kinds,
         "live_share": float(np.average([row["live_share"] for row in steps], weights=drawn)),
         "reward": [row["reward"] for row in steps],
         "seconds": round(seconds),
@@ -169,10 +112,15 @@ def run(folder: str, arm: Arm, seed: int, work_dir: str) -> dict:
     }
 
 
+def kinds_of(line: dict) -> list[str]:
+    """The kinds that a line's rollouts are of; the first lines were written in the order of the held-out prompts."""
+    return line.get("rollouts_of") or list(dict.fromkeys(line["kinds"]))
+
+
 def finished() -> dict[tuple[str, int], dict]:
     """Lines written so far under these settings, by arm ("before" is the model as it comes) and seed."""
-    lines = map(json.loads, RESULTS.open()) if RESULTS.exists() else []
-    return {(line["arm"], line["seed"]): line for line in lines if line.get("settings", SETTINGS) == SETTINGS}
+    lines, now = map(json.loads, RESULTS.open()) if RESULTS.exists() else [], settings()
+    return {(line["arm"], line["seed"]): line for line in lines if line.get("settings", now) == now}
 
 
 def interval(difference: np.ndarray) -> str:
@@ -189,14 +137,15 @@ def report(seeds: list[int]) -> None:
     lines = {arm: [done[arm, seed] for seed in seeds] for arm in ("before", *ARMS)}
     heldout = {arm: np.concatenate([line["heldout"] for line in some]) for arm, some in lines.items()}
     kinds = np.concatenate([line["kinds"] for line in lines["before"]])
-    spent = {arm: np.sum([np.sum(line["rollouts"], axis=0) for line in lines[arm]], axis=0) for arm in ARMS}
-    print(f"\nheld-out accuracy ({len(kinds)} prompts x {SAMPLES} samples) and rollouts; seeds {seeds}; {SETTINGS}")
+    spent = {arm: rollouts_by_kind(lines[arm]) for arm in ARMS}
+    print(f"\nheld-out accuracy ({len(kinds)} prompts x {SAMPLES} samples) and rollouts; seeds {seeds}; {settings()}")
     print("| digits | before | after uniform | after cero | rollouts, uniform | cero |\n|---|---|---|---|---|---|")
-    for i, kind in enumerate(KINDS):
+    for kind in dict.fromkeys(kinds):
         accuracy = " | ".join(f"{heldout[arm][kinds == kind].mean():.0%}" for arm in heldout)
-        print(f"| `{kind}` | {accuracy} | {spent['uniform'][i]:,} | {spent['cero'][i]:,} |")
+        print(f"| `{kind}` | {accuracy} | {spent['uniform'][kind].sum():,} | {spent['cero'][kind].sum():,} |")
     accuracy = " | ".join(f"{values.mean():.1%}" for values in heldout.values())
-    print(f"| all | {accuracy} | {spent['uniform'].sum():,} | {spent['cero'].sum():,} |\n")
+    total = {arm: sum(each.sum() for each in spent[arm].values()) for arm in ARMS}
+    print(f"| all | {accuracy} | {total['uniform']:,} | {total['cero']:,} |\n")
     for arm in ARMS:
         steps = np.mean([line["curve"][-1][1] for line in lines[arm]])
         live, seconds = (np.mean([line[key] for line in lines[arm]]) for key in ("live_share", "seconds"))
@@ -215,6 +164,14 @@ def report(seeds: list[int]) -> None:
         print(f"{question}  " + "; ".join(texts))
 
 
+def rollouts_by_kind(lines: list[dict]) -> dict[str, np.ndarray]:
+    """Rollouts of each kind in each epoch, summed over runs."""
+    return {
+        kind: np.sum([np.array(line["rollouts"])[:, kinds_of(line).index(kind)] for line in lines], axis=0)
+        for kind in kinds_of(lines[0])
+    }
+
+
 def draw(seeds: list[int]) -> None:
     """Accuracy against rollouts for both arms, and the share of each kind in the rollouts of each round."""
     import matplotlib
@@ -231,11 +188,12 @@ def draw(seeds: list[int]) -> None:
     axes[0].legend(loc="lower right")
     axes[0].grid(alpha=0.3)
     for axis, arm in zip(axes[1:], ARMS, strict=True):
-        rollouts = np.sum([done[arm, seed]["rollouts"] for seed in seeds], axis=0)  # [rounds, KINDS]
+        of_kind = rollouts_by_kind([done[arm, seed] for seed in seeds])
+        rollouts = np.array(list(of_kind.values())).T  # [epochs, kinds]
         share = 100 * rollouts / rollouts.sum(axis=1, keepdims=True)
         picture = axis.imshow(share.T, aspect="auto", cmap="viridis", vmin=0, vmax=35)
-        axis.set(xlabel="round", yticks=range(len(KINDS)), yticklabels=KINDS, title=arm)
-        figure.colorbar(picture, ax=axis, label="% of the round's rollouts")
+        axis.set(xlabel="epoch", yticks=range(len(of_kind)), yticklabels=list(of_kind), title=arm)
+        figure.colorbar(picture, ax=axis, label="% of the epoch's rollouts")
     number = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     figure.suptitle(f"Gemma 3 270M on graded equations (digits of either side), the same budget; {number}")
     figure.tight_layout()
@@ -264,7 +222,7 @@ def reference(folder: str, out: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     questions = [f"{7 + i} + {3 * i + 1} =" for i in range(4)]
-    ids = [tokenizer("\n".join((*SOLVED, question))).input_ids for question in questions]
+    ids = [tokenizer("\n".join((*CONTEXT, question))).input_ids for question in questions]
     with torch.no_grad():
         logits = [model(torch.tensor([row])).logits[0].numpy() for row in ids]
     np.savez(out, *ids, **{f"logits_{i}": each for i, each in enumerate(logits)})
