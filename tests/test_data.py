@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cero_jax.data import encode_prompts, pass_order, prompts_hash
+from cero_jax.data import encode_prompts, epoch_order, prompts_hash
 from cero_jax.tokenizer import AlphabetTokenizer, ByteTokenizer
 
 TOKENIZER = AlphabetTokenizer("0123456789=")
@@ -48,14 +48,14 @@ def test_hash_sees_order_text_and_tokens():
 
 
 @given(st.integers(0, 200), st.integers(0, 2**40), st.integers(0, 1000))
-def test_pass_order_is_a_pure_permutation(num_prompts, seed, pass_index):
-    order = pass_order(num_prompts, seed, pass_index)
+def test_epoch_order_is_a_pure_permutation(num_prompts, seed, epoch):
+    order = epoch_order(num_prompts, seed, epoch)
     np.testing.assert_array_equal(np.sort(order), np.arange(num_prompts))
-    np.testing.assert_array_equal(order, pass_order(num_prompts, seed, pass_index))
+    np.testing.assert_array_equal(order, epoch_order(num_prompts, seed, epoch))
 
 
 def test_passes_and_seeds_differ_and_places_are_fair():
-    orders = [tuple(pass_order(50, seed, k)) for seed in range(4) for k in range(4)]
+    orders = [tuple(epoch_order(50, seed, k)) for seed in range(4) for k in range(4)]
     assert len(set(orders)) == 16
-    first = np.bincount([pass_order(5, 0, k)[0] for k in range(2000)], minlength=5)
+    first = np.bincount([epoch_order(5, 0, k)[0] for k in range(2000)], minlength=5)
     assert np.all(abs(first - 400) < 5 * np.sqrt(2000 * 0.2 * 0.8))

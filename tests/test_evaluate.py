@@ -8,11 +8,13 @@ import pytest
 
 from cero_jax import model, sharding
 from cero_jax.data import Task, encode_prompts
-from cero_jax.evaluation import EvaluationConfig, evaluate, table, verify, write_samples
+from cero_jax.evaluate import write_samples
+from cero_jax.evaluation import EvaluationConfig, evaluate, scores_table
 from cero_jax.model import ModelConfig
 from cero_jax.rewards.pool import Pool
 from cero_jax.sampler import EVAL_STEP, Rollouts, SamplerConfig, make_sampler
 from cero_jax.tokenizer import AlphabetTokenizer
+from cero_jax.verify import verify
 
 TOKENIZER = AlphabetTokenizer("0123456789")
 QUESTIONS = ("3", "14", "159", "26", "5")
@@ -29,16 +31,16 @@ def stub_sampler(calls):
     """Completes with the prompt's id and the sample's number, in digits: what evaluate makes of them is known."""
 
     def sample(params, seed, step, batch):
-        calls.append((params, int(seed), int(step), {name: x.shape for name, x in batch.items()}))
-        tokens = np.full((len(batch["row_mask"]), LIMIT), TOKENIZER.pad_id, np.int32)
-        for row in np.flatnonzero(batch["row_mask"]):
-            prompt = batch["prompt_ids"][row]
-            visit = batch["prompt_of_row"][row]
-            assert TOKENIZER.decode(batch["prompt_tokens"][visit]) == QUESTIONS[prompt]
-            assert batch["prompt_lengths"][visit] == len(QUESTIONS[prompt])
-            text = f"{prompt}{batch['rollout_index'][row]}"
+        calls.append((params, int(seed), int(step), {name: np.shape(x) for name, x in batch._asdict().items()}))
+        tokens = np.full((len(batch.row_mask), LIMIT), TOKENIZER.pad_id, np.int32)
+        for row in np.flatnonzero(batch.row_mask):
+            prompt = batch.prompt_ids[row]
+            visit = batch.prompt_of_row[row]
+            assert TOKENIZER.decode(batch.prompt_tokens[visit]) == QUESTIONS[prompt]
+            assert batch.prompt_lengths[visit] == len(QUESTIONS[prompt])
+            text = f"{prompt}{batch.rollout_index[row]}"
             tokens[row] = [*TOKENIZER.encode(text), TOKENIZER.eos_ids[0]]
-        lengths = np.where(batch["row_mask"], LIMIT, 0)
+        lengths = np.where(batch.row_mask, LIMIT, 0)
         return Rollouts(tokens, np.zeros(tokens.shape, np.float32), lengths, np.zeros(len(tokens), bool))
 
     return sample
@@ -116,23 +118,25 @@ def test_each_status_of_a_pool_and_a_cut_completion_is_counted():
 
     def sample(params, seed, step, batch):
         rollouts = stub_sampler([])(params, seed, step, batch)
-        return rollouts._replace(truncated=batch["row_mask"] & (batch["rollout_index"] == 1))
+        return rollouts._replace(truncated=batch.row_mask & (batch.rollout_index == 1))
 
     pool = Pool("user_verifiers:by_prompt", seconds=0.5, workers=1)
     task = make_task(None)
     heldout = encode_prompts(QUESTIONS[:4], ["hang", "raise", "right", "none"], LABELS[:4], TOKENIZER, 3)
-    result = evaluate(sample, None, task._replace(heldout=heldout, verify=pool), EvaluationConfig(samples=2, rows=3), 0)
+    result = evaluate(
+        sample, None, task._replace(heldout=heldout, verify_many=pool.many), EvaluationConfig(samples=2, rows=3), 0
+    )
     pool.close()
     assert result.scores["all"].status == {
         "right": 1, "wrong": 0, "no answer": 1, "too long": 4, "timed out": 1, "error": 1
     }  # fmt: skip
     assert result.accuracy == 1 / 8
     assert [each["status"] for each in result.samples[::2]] == ["timed out", "error", "right", "no answer"]
-    lines = table(result.scores).splitlines()
+    lines = scores_table(result.scores).splitlines()
     assert [line.split()[0] for line in lines] == ["all", "long", "short"]
     assert "avg@2  12.5 (" in lines[0]
     assert "12.5 % no answer, 50.0 % too long, 12.5 % timed out, 12.5 % error" in lines[0]
-    json.dumps(result.figures())
+    json.dumps(result.metrics())
 
 
 def test_samples_are_written_a_line_each(tmp_path):

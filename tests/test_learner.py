@@ -14,13 +14,14 @@ from cero_jax.learner import (
     Batch,
     Fixed,
     LearnerConfig,
+    advantages,
     completion_log_probs,
     grpo_loss,
     learning_rate,
     make_learner,
     microbatches,
+    rows_with_gradient,
     token_limits,
-    weigh,
 )
 from cero_jax.model import ModelConfig
 
@@ -71,7 +72,7 @@ def drawn(batch):
 def _value_and_gradient(params, ref_params, batch, config):
     """Of the whole step at once, padding and all."""
     loss = partial(grpo_loss, model_config=CONFIG, config=config, temperature=TEMPERATURE)
-    return jax.value_and_grad(loss, has_aux=True)(params, ref_params, batch, weigh(batch, config))
+    return jax.value_and_grad(loss, has_aux=True)(params, ref_params, batch, advantages(batch, config))
 
 
 def gradient_of(config, batch, ref=None, at=None):
@@ -88,9 +89,8 @@ def accumulated_gradient(config, batch, live, ref=None, **changes):
     """What a step adds up over its micro-batches, and its metrics: read from Adam's first moment."""
     config = dataclasses.replace(config, max_grad_norm=1e9, **changes)
     learner = make_learner(CONFIG, VOCAB, config, TEMPERATURE, one_device())
-    state, metrics = learner.step(
-        learner.init(jax.tree.map(jnp.copy, params())), Fixed({}, ref), batch, np.float32(0), live
-    )
+    state, of_rows = learner.init(jax.tree.map(jnp.copy, params())), learner.advantages(batch)
+    state, metrics = learner.step(state, Fixed({}, ref), batch, of_rows, np.float32(0), live)
     return jax.tree.map(lambda m: m / (1 - config.adam_b1), optax.tree.get(state.opt_state, "mu")), metrics
 
 
@@ -252,7 +252,8 @@ def test_steps_equal_adam_by_hand_whatever_was_left_out_and_compile_at_the_first
         assert norm > 0.05  # so that it is scaled down
         caplog.clear()
         with jax.log_compiles():
-            state, metrics = learner.step(state, Fixed({}, None), batch, np.float32(rate), live_in(batch))
+            of_rows = learner.advantages(batch)
+            state, metrics = learner.step(state, Fixed({}, None), batch, of_rows, np.float32(rate), live_in(batch))
             jax.block_until_ready(state)
         assert (num_compiled(caplog) > 0) == (step == 1)
         assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)
@@ -272,24 +273,12 @@ def test_steps_equal_adam_by_hand_whatever_was_left_out_and_compile_at_the_first
 
 
 def test_with_a_kl_term_no_row_is_left_out():
-    """One live row is claimed, and the step is that of all eight."""
-    one = np.arange(ROWS) == 0
-    got, _ = accumulated_gradient(WITH_KL, make_batch(), one, ref=params(1))
-    assert_same(got, gradient_of(WITH_KL, make_batch(), ref=params(1)))
-
-
-def test_supervised_steps_lower_the_mean_negative_log_likelihood():
+    """All but padding have a gradient, live or not; without it the live ones."""
     batch = make_batch()
-    learner = make_learner(CONFIG, VOCAB, PLAIN, TEMPERATURE, one_device())
-    state = learner.init(jax.tree.map(jnp.copy, params()))
-    log_probs = log_probs_of(params(), CONFIG, batch, temperature=1.0, chunk=LIMIT)
-    losses = []
-    for _ in range(20):
-        state, loss = learner.supervised_step(state, batch, np.float32(1e-2))
-        losses.append(float(loss))
-    assert losses[0] == pytest.approx(-np.asarray(log_probs, np.float64)[drawn(batch)].mean(), rel=1e-4)
-    assert losses[-1] < 0.5 * losses[0]
-    assert learner.supervised_step._cache_size() == 1
+    np.testing.assert_array_equal(rows_with_gradient(batch, WITH_KL), batch.row_mask)
+    np.testing.assert_array_equal(rows_with_gradient(batch, PLAIN), live_in(batch))
+    got, _ = accumulated_gradient(WITH_KL, batch, rows_with_gradient(batch, WITH_KL), ref=params(1))
+    assert_same(got, gradient_of(WITH_KL, batch, ref=params(1)))
 
 
 # --- settings ---
@@ -326,7 +315,7 @@ def test_rematerialised_layers_give_the_same_gradient_and_keep_less():
         config = dataclasses.replace(CONFIG, num_layers=8, remat=remat)
         deep = model.init_params(config, VOCAB, 0)
         loss = partial(grpo_loss, model_config=config, config=PLAIN, temperature=TEMPERATURE)
-        function = jax.jit(jax.grad(lambda p, b: loss(p, None, b, weigh(b, PLAIN))[0]))
+        function = jax.jit(jax.grad(lambda p, b: loss(p, None, b, advantages(b, PLAIN))[0]))
         compiled = function.lower(deep, make_batch()).compile()
         return compiled(deep, make_batch()), compiled.memory_analysis().temp_size_in_bytes
 

@@ -9,23 +9,22 @@ import pytest
 import cero_jax
 from cero_jax import grpo
 from cero_jax.data import Prompts, Task, encode_prompts
-from cero_jax.evaluate import draw_verified, verify
-from cero_jax.learner import Batch
+from cero_jax.dynamic_sampling import Collector, pack_live
+from cero_jax.learner import Batch, live_rows
 from cero_jax.packing import plan
 from cero_jax.rewards import TIMED_OUT, Verdict
 from cero_jax.rollout import (
-    live_rows,
     observed_tokens,
-    pack_live,
-    sampling_inputs,
-    score,
-    step_of,
-    step_row,
+    sampling_batch,
+    score_steps,
+    split_steps,
+    step_metrics,
     step_samples,
     visit_rate_weights,
 )
 from cero_jax.sampler import Rollouts
 from cero_jax.tokenizer import AlphabetTokenizer
+from cero_jax.verify import Verification, verify
 
 TOKENIZER = AlphabetTokenizer("abcx")
 QUESTIONS, ANSWERS = ("a", "bc", "cab"), ("1", "2", "3")
@@ -64,7 +63,9 @@ ROLLOUTS = make_rollouts(TEXTS, cut=(3,))
 def scored_by(verifier, truncated="wrong", threshold=0.5):
     task, rows = make_task(verifier), make_rows()
     verified = verify(task, task.train, rows.prompt_ids, ROLLOUTS, rows.row_mask)
-    return score(task, rows, ROLLOUTS, verified, truncated, threshold, {})
+    rules = {"truncated": truncated, "success_threshold": threshold}
+    (step,) = score_steps(task.train, [rows], ROLLOUTS, verified, 0.0, **rules)
+    return step
 
 
 def scored(truncated="wrong", threshold=0.5):
@@ -76,15 +77,15 @@ MEAN_TOKENS = np.array([5, 6, 7], np.float32)
 
 def test_steps_of_one_policy_are_laid_behind_each_other_and_a_short_batch_is_padded():
     task, rows = make_task(lambda q, c, a: 0.0), make_rows()
-    one = sampling_inputs(task.train, [rows], 1, MEAN_TOKENS)
-    two = sampling_inputs(task.train, [rows, rows], 3, MEAN_TOKENS)
-    visits = len(one["prompt_lengths"])
+    one = sampling_batch(task.train, [rows], 1, MEAN_TOKENS)
+    two = sampling_batch(task.train, [rows, rows], 3, MEAN_TOKENS)
+    visits = len(one.prompt_lengths)
     for name in ("row_mask", "prompt_ids", "rollout_index", "expected_tokens"):
-        np.testing.assert_array_equal(two[name][: 2 * ROWS], np.tile(one[name], 2))
-    np.testing.assert_array_equal(two["prompt_of_row"][ROWS : 2 * ROWS], one["prompt_of_row"] + visits)
-    assert not two["row_mask"][2 * ROWS :].any()
-    assert two["prompt_tokens"].shape == (3 * visits, WIDTH)
-    np.testing.assert_array_equal(one["expected_tokens"][:7], [7, 7, 7, 7, 5, 5, 5])
+        np.testing.assert_array_equal(getattr(two, name)[: 2 * ROWS], np.tile(getattr(one, name), 2))
+    np.testing.assert_array_equal(two.prompt_of_row[ROWS : 2 * ROWS], one.prompt_of_row + visits)
+    assert not two.row_mask[2 * ROWS :].any()
+    assert two.prompt_tokens.shape == (3 * visits, WIDTH)
+    np.testing.assert_array_equal(one.expected_tokens[:7], [7, 7, 7, 7, 5, 5, 5])
 
 
 def test_observed_tokens_follow_the_completions():
@@ -93,21 +94,21 @@ def test_observed_tokens_follow_the_completions():
     np.testing.assert_array_equal(MEAN_TOKENS, [5, 6, 7])
 
 
-def test_sampling_inputs_hold_each_prompt_once_and_point_to_it():
+def test_sampling_batch_hold_each_prompt_once_and_point_to_it():
     task, rows = make_task(lambda q, c, a: 0.0), make_rows()
-    inputs = sampling_inputs(task.train, [rows], 1, MEAN_TOKENS)
-    assert inputs["prompt_tokens"].shape == (ROWS // 3, WIDTH)
+    inputs = sampling_batch(task.train, [rows], 1, MEAN_TOKENS)
+    assert inputs.prompt_tokens.shape == (ROWS // 3, WIDTH)
     for row in np.flatnonzero(rows.row_mask):
-        visit, prompt = inputs["prompt_of_row"][row], inputs["prompt_ids"][row]
+        visit, prompt = inputs.prompt_of_row[row], inputs.prompt_ids[row]
         assert prompt == (2 if row < 4 else 0)
-        np.testing.assert_array_equal(inputs["prompt_tokens"][visit], task.train.tokens[prompt])
-        assert inputs["prompt_lengths"][visit] == len(QUESTIONS[prompt])
-    np.testing.assert_array_equal(inputs["rollout_index"], [0, 1, 2, 3, 0, 1, 2, 0])
-    np.testing.assert_array_equal(inputs["row_mask"], np.arange(ROWS) < 7)
-    assert (inputs["prompt_ids"] >= 0).all()
+        np.testing.assert_array_equal(inputs.prompt_tokens[visit], task.train.tokens[prompt])
+        assert inputs.prompt_lengths[visit] == len(QUESTIONS[prompt])
+    np.testing.assert_array_equal(inputs.rollout_index, [0, 1, 2, 3, 0, 1, 2, 0])
+    np.testing.assert_array_equal(inputs.row_mask, np.arange(ROWS) < 7)
+    assert (inputs.prompt_ids >= 0).all()
     # a step with a single visit: what is not used must still index something
     (rows,) = plan(np.array([0, 3, 0]), np.arange(3), rows_per_step=ROWS, min_group=3)
-    np.testing.assert_array_equal(sampling_inputs(task.train, [rows], 1, MEAN_TOKENS)["prompt_lengths"], [2, 1])
+    np.testing.assert_array_equal(sampling_batch(task.train, [rows], 1, MEAN_TOKENS).prompt_lengths, [2, 1])
 
 
 def test_each_rollout_is_verified_against_its_own_prompt_and_padding_never():
@@ -150,16 +151,19 @@ def test_rollouts_verified_as_they_end_are_those_verified_together():
         on_end(np.array([5, 6]), ROLLOUTS)
         return ROLLOUTS
 
-    batch = sampling_inputs(task.train, [rows], 1, MEAN_TOKENS)
-    rollouts, verified = draw_verified(sample, None, 0, np.zeros(ROWS), batch, make_task(judge))
+    batch = sampling_batch(task.train, [rows], 1, MEAN_TOKENS)
+    verification = Verification(make_task(judge), batch)
+    rollouts = sample(None, 0, np.zeros(ROWS), batch, verification.on_end)
+    verified, seconds = verification.result()
+    assert seconds > 0
     whole = verify(task, task.train, rows.prompt_ids, ROLLOUTS, rows.row_mask)
-    assert rollouts is ROLLOUTS
     assert verified.completions == whole.completions
     assert verified.verdicts == whole.verdicts
     np.testing.assert_array_equal(verified.reward, whole.reward)
     assert judged[:2] == ["b", "a"]
-    _, second = step_of(1, 3, rollouts, verified)
-    assert second.completions == TEXTS[3:6]
+    parts = list(split_steps(rollouts, verified, 4))
+    assert [part.completions for _, part in parts] == [TEXTS[:4], TEXTS[4:]]
+    np.testing.assert_array_equal(parts[1][0].tokens, ROLLOUTS.tokens[4:])
 
 
 @pytest.mark.parametrize("truncated", ["wrong", "mask"])
@@ -183,7 +187,7 @@ def test_a_verification_that_timed_out_is_charged_and_no_evidence():
     np.testing.assert_array_equal(result.num_correct, [1, 0])
     np.testing.assert_array_equal(result.batch.reward, np.float32([1, 0, 0.49, 0, 0, 0, 0, 0]))
     np.testing.assert_array_equal(result.batch.row_mask, np.arange(ROWS) < 7)
-    row = step_row(make_rows(), result)
+    row = step_metrics(result)
     assert (row["num_rollouts"], row["num_evidence"]) == ([4, 3], [3, 1])
     assert row["status"] == {"right": 1, "wrong": 2, "no answer": 0, "too long": 1, "timed out": 3, "error": 0}
     rows, allocator = make_rows(), cero_jax.cero(total_budget=100, num_epochs=1, discount=1.0)
@@ -196,7 +200,7 @@ def test_a_verification_that_timed_out_is_charged_and_no_evidence():
 
 
 def test_one_sample_of_each_visit_is_kept_to_read():
-    samples = step_samples(make_rows(), scored())
+    samples = step_samples(scored())
     assert [(each["prompt_id"], each["completion"], each["status"]) for each in samples] == [
         (2, "a", "right"),
         (0, "a", "right"),
@@ -240,9 +244,13 @@ def random_batch(seed, num_rows=16, num_groups=5):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_live_rows_are_those_of_grpo(seed):
+def test_live_rows_are_those_of_a_group_with_two_rewards(seed):
     batch = random_batch(seed)
-    want = grpo.has_variance(batch.reward, batch.group_ids, batch.row_mask, 16)
+    rewards = {}
+    for group, reward, real in zip(batch.group_ids, batch.reward, batch.row_mask, strict=True):
+        if real:
+            rewards.setdefault(group, set()).add(float(reward))
+    want = [real and len(rewards[g]) > 1 for g, real in zip(batch.group_ids, batch.row_mask, strict=True)]
     np.testing.assert_array_equal(live_rows(batch), want)
 
 
@@ -294,6 +302,12 @@ def test_a_step_is_full_only_where_no_group_fits_any_more():
     assert pack_live([batch(*live, *dead)], 5)[1]  # four places are too few for a group of five
     packed, full = pack_live([batch(*live, *dead), batch(*dead, *live)], 4)
     assert (packed.row_mask.sum(), full) == (8, True)
+    collector = Collector(min_group=4)
+    assert collector.add(batch(*live, *dead)) is None
+    assert len(collector.held) == 1
+    whole = collector.add(batch(*dead, *live))
+    np.testing.assert_array_equal(whole.reward, packed.reward)
+    assert collector.held == []
 
 
 def allocation(cumulative, reserved=0):
@@ -325,8 +339,8 @@ def test_visit_rates_are_clipped():
     assert weight[:7].mean() == pytest.approx(1)
 
 
-def test_step_row_says_who_was_drawn_and_what_came_of_it():
-    row = step_row(make_rows(), scored())
+def test_step_metrics_say_who_was_drawn_and_what_came_of_it():
+    row = step_metrics(scored())
     assert row["prompt_ids"] == [2, 0]
     assert row["num_rollouts"] == [4, 3]
     assert row["num_correct"] == [2, 2]
@@ -336,4 +350,4 @@ def test_step_row_says_who_was_drawn_and_what_came_of_it():
     assert row["truncated_share"] == pytest.approx(1 / 7)
     assert row["completion_tokens"] == pytest.approx((2 + 2 + 2 + 3 + 2 + 2 + 2) / 7)
     same = scored_by(lambda q, c, a: float(q == "a" and c == "x"))
-    assert step_row(make_rows(), same)["live_share"] == pytest.approx(3 / 7)
+    assert step_metrics(same)["live_share"] == pytest.approx(3 / 7)

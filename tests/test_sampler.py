@@ -1,16 +1,15 @@
 """Drawing: what full forward passes and softmax say, whatever the slot and the neighbours."""
 
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
 
 from cero_jax import model, sharding
 from cero_jax.model import ModelConfig
-from cero_jax.sampler import SamplerConfig, cache_sizes, draw, keep_likely, make_sampler, row_keys
+from cero_jax.sampler import SamplerConfig, SamplingBatch, cache_sizes, make_sampler, row_keys
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -40,14 +39,14 @@ def make_batch(seed=0):
     """Prompts of 1, 4 and 2 tokens; rows of all three, the last a padding row."""
     rng = np.random.default_rng(seed)
     prompt_of_row = np.array([0, 1, 2, 1, 0, 1, 2, 0], np.int32)
-    return {
-        "prompt_tokens": rng.integers(0, VOCAB, (PROMPTS, WIDTH)).astype(np.int32),
-        "prompt_lengths": np.array([1, 4, 2], np.int32),
-        "prompt_of_row": prompt_of_row,
-        "row_mask": np.arange(ROWS) < ROWS - 1,
-        "prompt_ids": prompt_of_row + 10,
-        "rollout_index": np.array([0, 0, 0, 1, 1, 2, 1, 0], np.int32),
-    }
+    return SamplingBatch(
+        prompt_tokens=rng.integers(0, VOCAB, (PROMPTS, WIDTH)).astype(np.int32),
+        prompt_lengths=np.array([1, 4, 2], np.int32),
+        prompt_of_row=prompt_of_row,
+        row_mask=np.arange(ROWS) < ROWS - 1,
+        prompt_ids=prompt_of_row + 10,
+        rollout_index=np.array([0, 0, 0, 1, 1, 2, 1, 0], np.int32),
+    )
 
 
 @jax.jit
@@ -59,9 +58,9 @@ def _full_logits(params, tokens, lengths):
 
 def full_logits(params, batch, rollouts):
     """[R, T, V] float64 of one forward pass over prompt and completion: what each token was drawn from."""
-    prompt = batch["prompt_tokens"][batch["prompt_of_row"]]
+    prompt = batch.prompt_tokens[batch.prompt_of_row]
     tokens = np.concatenate([prompt, np.asarray(rollouts.tokens)], axis=1)
-    lengths = batch["prompt_lengths"][batch["prompt_of_row"]] + rollouts.tokens.shape[1]
+    lengths = batch.prompt_lengths[batch.prompt_of_row] + rollouts.tokens.shape[1]
     out = _full_logits(params, tokens, lengths)[:, prompt.shape[1] - 1 : -1]
     return np.asarray(out, np.float64)
 
@@ -118,7 +117,7 @@ def test_a_completion_ends_at_any_eos_with_nothing_behind_it():
 
 def permuted(batch, order):
     rows = ("prompt_of_row", "row_mask", "prompt_ids", "rollout_index")
-    return batch | {name: batch[name][order] for name in rows}
+    return batch._replace(**{name: getattr(batch, name)[order] for name in rows})
 
 
 def test_tokens_are_bit_equal_in_any_slot():
@@ -135,14 +134,14 @@ def test_tokens_are_bit_equal_in_any_slot():
 def test_tokens_do_not_depend_on_the_neighbours():
     batch, other = make_batch(), make_batch(seed=1)
     want = sampler()(params(), SEED, STEP, batch)
-    kept = batch["prompt_of_row"] == 1
+    kept = batch.prompt_of_row == 1
     neighbours = np.array([True, False, True])
-    changed = batch | {
-        "prompt_tokens": np.where(neighbours[:, None], other["prompt_tokens"], batch["prompt_tokens"]),
-        "prompt_lengths": np.where(neighbours, 3, batch["prompt_lengths"]).astype(np.int32),
-        "prompt_ids": np.where(kept, batch["prompt_ids"], 99).astype(np.int32),
-        "row_mask": kept | (np.arange(ROWS) == 0),
-    }
+    changed = batch._replace(
+        prompt_tokens=np.where(neighbours[:, None], other.prompt_tokens, batch.prompt_tokens),
+        prompt_lengths=np.where(neighbours, 3, batch.prompt_lengths).astype(np.int32),
+        prompt_ids=np.where(kept, batch.prompt_ids, 99).astype(np.int32),
+        row_mask=kept | (np.arange(ROWS) == 0),
+    )
     got = sampler()(params(), SEED, STEP, changed)
     np.testing.assert_array_equal(np.asarray(got.tokens)[kept], np.asarray(want.tokens)[kept])
     assert not np.array_equal(np.asarray(got.tokens)[0], np.asarray(want.tokens)[0])
@@ -159,15 +158,14 @@ def same_but_for_near_ties(got, want):
 @pytest.mark.parametrize(("slots", "window", "devices"), [(3, 2, 1), (1, 1, 1), (5, 64, 1), (8, 2, 8), (8, 4, 1)])
 def test_refilled_slots_draw_what_slots_of_their_own_do(slots, window, devices):
     limit, batch = 16, make_batch()  # caches of several sizes
-    many = {name: np.tile(batch[name], 2) for name in ("prompt_of_row", "row_mask", "prompt_ids")}
-    many["rollout_index"] = np.arange(2 * ROWS, dtype=np.int32)
-    batch |= many
+    twice = {name: np.tile(getattr(batch, name), 2) for name in ("prompt_of_row", "row_mask", "prompt_ids")}
+    batch = batch._replace(**twice, rollout_index=np.arange(2 * ROWS, dtype=np.int32))
     want = sampler(limit=limit)(params(), SEED, STEP, batch)
     assert want.truncated.any()
     assert len(set(want.lengths)) > 4
     few = sampler(limit=limit, slots=slots, window=window, devices=devices)
     same_but_for_near_ties(few(params(), SEED, STEP, batch), want)
-    longest_first = batch | {"expected_tokens": want.lengths.astype(np.float32)}
+    longest_first = batch._replace(expected_tokens=want.lengths.astype(np.float32))
     same_but_for_near_ties(few(params(), SEED, STEP, longest_first), want)
 
 
@@ -175,7 +173,7 @@ def test_refilled_slots_draw_what_slots_of_their_own_do(slots, window, devices):
 def test_a_row_is_cut_at_its_own_limit(slots):
     batch, limits = make_batch(), np.array([1, 2, 3, 1, 1, 2, LIMIT, 1], np.int32)
     want = sampler(slots=slots)(params(), SEED, STEP, batch)
-    got = sampler(slots=slots)(params(), SEED, STEP, batch | {"max_tokens": limits})
+    got = sampler(slots=slots)(params(), SEED, STEP, batch._replace(max_tokens=limits))
     np.testing.assert_array_equal(got.lengths, np.minimum(want.lengths, limits))
     np.testing.assert_array_equal(got.truncated, want.truncated | (want.lengths > limits))
     assert got.truncated.sum() > want.truncated.sum()
@@ -185,7 +183,7 @@ def test_a_row_is_cut_at_its_own_limit(slots):
 
 @pytest.mark.parametrize("wrong", [0, LIMIT + 1])
 def test_limits_out_of_range_are_refused(wrong):
-    batch = make_batch() | {"max_tokens": np.full(ROWS, wrong)}
+    batch = make_batch()._replace(max_tokens=np.full(ROWS, wrong))
     with pytest.raises(
         ValueError, match=rf"max_tokens={wrong}\.\.{wrong} must lie in 1\.\.max_completion_tokens={LIMIT}"
     ):
@@ -231,60 +229,6 @@ def test_a_single_token_is_a_completion():
     tokens, real = np.asarray(rollouts.tokens)[:-1], np.arange(ROWS) < ROWS - 1
     np.testing.assert_array_equal(rollouts.lengths, real)
     np.testing.assert_array_equal(np.asarray(rollouts.truncated)[:-1], ~np.isin(tokens[:, 0], EOS))
-
-
-# --- one draw ---
-
-LOGITS = np.array([2.0, 1.5, 1.0, 0.5, 0.0, -1.0, -3.0], np.float32)
-
-
-@pytest.mark.parametrize(
-    ("settings", "kept"),
-    [
-        ({}, 7),
-        ({"temperature": 0.6}, 7),
-        ({"temperature": 1.7, "top_k": 3}, 3),
-        # at temperature 1 the four likeliest have 0.42, 0.25, 0.15, 0.09: three are short of 0.85
-        ({"top_p": 0.85}, 4),
-        ({"top_k": 3, "top_p": 0.6}, 2),  # of the three that are left 0.51, 0.31, 0.19
-    ],
-)
-def test_frequencies_are_those_of_softmax(settings, kept):
-    config = SamplerConfig(1, **{"temperature": 1.0, **settings})
-    num_draws = 20_000
-    keys = jax.random.split(jax.random.key(0), num_draws)
-    token, log_prob = jax.jit(partial(draw, config=config))(jnp.tile(LOGITS, (num_draws, 1)), keys)
-    scaled = LOGITS.astype(np.float64) / config.temperature
-    counts, chance = np.bincount(token, minlength=len(LOGITS)), np.exp(log_softmax(scaled))
-    assert (counts[kept:] == 0).all()
-    expected = chance[:kept] / chance[:kept].sum() * num_draws
-    assert stats.chisquare(counts[:kept], expected).pvalue > 1e-3
-    # of the full vocabulary at the temperature, whatever was drawn from
-    np.testing.assert_allclose(log_prob, np.log(chance)[np.asarray(token)], rtol=1e-5)
-
-
-def sorted_keep(logits, top_k, top_p):
-    """[V] bool by sorting: a token stays where it ties with the last that must."""
-    keep, descending = np.ones(len(logits), bool), np.sort(logits)[::-1]
-    if top_k:
-        keep = logits >= descending[min(top_k, len(logits)) - 1]
-    if top_p < 1:
-        descending = np.sort(logits[keep])[::-1]
-        mass = np.cumsum(np.exp(log_softmax(descending)))
-        keep &= logits >= descending[np.flatnonzero(mass >= top_p)[0]]
-    return keep
-
-
-@pytest.mark.parametrize("top_k", [0, 1, 3, 9, 50])
-@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 1e-6])
-def test_top_k_and_top_p_equal_a_sort(top_k, top_p):
-    rng = np.random.default_rng(0)
-    spread = rng.normal(0, 2, (100, VOCAB))
-    logits = np.concatenate([spread, spread.round()]).astype(np.float32)  # the second half is full of ties
-    got = np.asarray(keep_likely(jnp.asarray(logits), top_k, top_p))
-    for row, kept in zip(logits, got, strict=True):
-        keep = sorted_keep(row.astype(np.float64), top_k, top_p)
-        np.testing.assert_array_equal(kept, np.where(keep, row, -np.inf))
 
 
 # --- settings ---

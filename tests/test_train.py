@@ -12,6 +12,8 @@ import train
 from cero_jax import evaluate
 from cero_jax import run as runs
 from cero_jax.allocator.base import AllocatorState
+from cero_jax.checkpoint import StopSignal
+from cero_jax.dynamic_sampling import Collector
 from cero_jax.learner import LearnerConfig
 from cero_jax.tasks.dataset import Dataset
 
@@ -26,9 +28,9 @@ def rows_of(work_dir):
 
 
 def settled(config) -> AllocatorState:
-    run, state, at = runs.start(config)
+    run, state, cursor = runs.start(config)
     run.close()
-    assert at.finished
+    assert cursor.finished
     return state.allocation
 
 
@@ -78,26 +80,24 @@ def test_ledger_and_metrics_agree(folder, changes):
 
 
 def test_nothing_compiles_after_the_first_steps(folder):
-    """Over later rounds, whose allocations differ, no jitted function compiles again."""
-    run, state, at = runs.start(tiny_config(folder / "compile"))
+    """Over later epochs, whose allocations differ, no jitted function compiles again."""
+    run, state, cursor = runs.start(tiny_config(folder / "compile"))
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: (
             compiled.append(event) if event == "/jax/core/compile/backend_compile_duration" else None
         )
     )
-    seen = []
-    at = train.log_evaluation(run, state, at)
-    for _ in range(4):
-        num_rollouts, allocation = run.allocate(state.allocation)
-        state = state._replace(allocation=allocation, num_rollouts=num_rollouts)
-        seen.append(np.asarray(num_rollouts).tolist())
-        for rows in run.plan(num_rollouts, at.epoch):
-            state, at = train.learn(run, state, at, rows, train.draw(run, state, at, [rows])[0], [])
-        at = train.log_evaluation(run, state, at._replace(epoch=at.epoch + 1))
-        if at.epoch == 1:
+    seen, stop = [], StopSignal()
+    cursor = run.evaluate(state, cursor)
+    for epoch in range(4):
+        state, cursor = train.train_epoch(run, state, cursor, stop, Collector(2))
+        seen.append(np.asarray(state.num_rollouts).tolist())
+        assert cursor.epoch == epoch + 1
+        if epoch == 0:
             assert compiled  # the listener hears
             compiled.clear()
+    stop.close()
     run.close()
     assert len({str(counts) for counts in seen}) == 4
     assert compiled == []

@@ -1,0 +1,31 @@
+"""The supervised step against direct computations."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_learner import CONFIG, LIMIT, PLAIN, VOCAB, drawn, log_probs_of, make_batch, one_device, params
+
+from cero_jax.learner import make_stepper
+from cero_jax.warm_start import WarmStartConfig, make_supervised_step
+
+
+def test_supervised_steps_lower_the_mean_negative_log_likelihood():
+    batch = make_batch()
+    stepper = make_stepper(CONFIG, VOCAB, PLAIN, one_device())
+    step = make_supervised_step(CONFIG, stepper, one_device())
+    state = stepper.init(jax.tree.map(jnp.copy, params()))
+    log_probs = log_probs_of(params(), CONFIG, batch, temperature=1.0, chunk=LIMIT)
+    losses = []
+    for _ in range(20):
+        state, loss = step(state, batch, np.float32(1e-2))
+        losses.append(float(loss))
+    assert losses[0] == pytest.approx(-np.asarray(log_probs, np.float64)[drawn(batch)].mean(), rel=1e-4)
+    assert losses[-1] < 0.5 * losses[0]
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("changes", [{"num_steps": -1}, {"rows_per_step": 0}, {"learning_rate": 0.0}])
+def test_settings_out_of_range_are_refused(changes):
+    with pytest.raises(ValueError, match=f"warm_start: .*{next(iter(changes))}="):
+        WarmStartConfig(**changes)
