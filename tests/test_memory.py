@@ -82,6 +82,6 @@ def test_configs_of_large_models_say_what_they_need_and_fit(name):
 
 def test_too_much_is_said_with_what_to_change():
     needed = estimate()
-    assert "\n" not in memory.describe(needed, 10**12)
-    said = memory.describe(needed, 10**6)
-    assert "that will hardly fit: activations: lower learner.rows_per_microbatch, or set model.remat=True" in said
+    assert "\n" not in memory.memory_report(needed, 10**12)
+    said = memory.memory_report(needed, 10**6)
+    assert "this will probably not fit: activations: lower learner.rows_per_microbatch, or set model.remat=True" in said

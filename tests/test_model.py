@@ -217,10 +217,10 @@ def test_prefill_and_cached_decoding_equal_the_full_forward_pass(config):
     np.testing.assert_allclose(np.concatenate(steps, axis=1), full[:, WIDTH - 1 :], rtol=1e-5, atol=1e-5)
 
 
-def test_the_keys_last_seen_by_hand():
+def test_keep_last_by_hand():
     mask = jnp.asarray([[[0, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]], bool)
     want = [[0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
-    np.testing.assert_array_equal(model._last_seen(mask, 2)[0], want)
+    np.testing.assert_array_equal(model._keep_last(mask, 2)[0], want)
 
 
 def test_cast_leaves_norm_scales_and_changes_nothing_that_is_computed():
