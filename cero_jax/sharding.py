@@ -90,7 +90,7 @@ def shard_params(params: Any, mesh: Mesh) -> Any:
             raise ValueError(f"parameter {path} {tuple(leaf.shape)} has no rule in sharding.RULES: add one")
         if not _fits(RULES[path], leaf.shape, mesh):
             raise ValueError(
-                f"parameter {path} {tuple(leaf.shape)} cannot be split evenly over the mesh {dict(mesh.shape)} as "
+                f"parameter {path} {tuple(leaf.shape)} does not divide evenly over the mesh {dict(mesh.shape)} as "
                 f"{RULES[path]} says: choose a smaller mesh.fsdp or mesh.tensor"
             )
         return NamedSharding(mesh, RULES[path])
