@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cero_jax import lora, model, sharding
 from cero_jax.huggingface.families import read_config, read_json
@@ -288,7 +288,7 @@ def _fetch(shard: list[Piece], alpha: float) -> Iterator[tuple[str, np.ndarray]]
     """(name, tensor) of each piece, in the file's axes, on the host; one at a time."""
     for name, leaf, adapter, layer, stored in shard:
         assert isinstance(leaf.sharding, NamedSharding)
-        everywhere = sharding.replicated(leaf.sharding.mesh)
+        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
         array = _gather(leaf, adapter, None if layer is None else jnp.int32(layer), alpha, everywhere)
         yield name, np.ascontiguousarray(_as_stored(np.asarray(array), stored))
 
