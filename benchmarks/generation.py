@@ -88,27 +88,26 @@ def ours(args: argparse.Namespace) -> dict[str, list[float]]:
 
     from cero_jax import sharding
     from cero_jax.huggingface import weights
-    from cero_jax.sampler import SamplerConfig, make_sampler
+    from cero_jax.sampler import SamplerConfig, SamplingBatch, make_sampler
 
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     config, params = weights.load(args.folder, mesh)
-    settings = SamplerConfig(TAIL * args.median, slots=args.slots, window=args.window)
-    sample = make_sampler(config, settings, (), 0, mesh)
+    sample = make_sampler(config, SamplerConfig(TAIL * args.median, slots=args.slots, window=args.window), (), 0, mesh)
     tokens, rows = prompts(args, params["embed"].shape[0]), np.arange(args.rows, dtype=np.int32)
-    batch = {
-        "prompt_tokens": tokens,
-        "prompt_lengths": np.full(len(tokens), args.prompt_tokens, np.int32),
-        "prompt_of_row": rows // args.group,
-        "row_mask": np.ones(args.rows, bool),
-        "prompt_ids": rows // args.group,
-        "rollout_index": rows % args.group,
-    }
-    sample(params, np.uint32(0), np.uint32(0), batch | {"max_tokens": np.ones(args.rows, np.int32)})
+    batch = SamplingBatch(
+        prompt_tokens=tokens,
+        prompt_lengths=np.full(len(tokens), args.prompt_tokens, np.int32),
+        prompt_of_row=rows // args.group,
+        row_mask=np.ones(args.rows, bool),
+        prompt_ids=rows // args.group,
+        rollout_index=rows % args.group,
+    )
+    sample(params, np.uint32(0), np.uint32(0), batch._replace(max_tokens=np.ones(args.rows, np.int32)))
     seconds = {}
     for step, (name, wanted) in enumerate(lengths(args).items()):
-        expected = {"expected_tokens": wanted} if name == "known" else {}
+        limited = batch._replace(max_tokens=wanted, expected_tokens=wanted if name == "known" else None)
         start = clocks()
-        drawn = sample(params, np.uint32(0), np.uint32(step), batch | {"max_tokens": wanted} | expected)
+        drawn = sample(params, np.uint32(0), np.uint32(step), limited)
         seconds[name] = (clocks() - start).tolist()
         assert (drawn.lengths == wanted).all()
     return seconds
@@ -244,7 +243,7 @@ def profile(args: argparse.Namespace) -> None:
     import jax.numpy as jnp
 
     from cero_jax import model
-    from cero_jax.sampler import SamplerConfig, draw
+    from cero_jax.next_token import draw
 
     config, _, params = model_of(args)
     params, num_steps = model.cast(params, config.compute_dtype), 16
@@ -259,13 +258,12 @@ def profile(args: argparse.Namespace) -> None:
 
     def drawn(params, i, hidden, cache):
         folded = jax.vmap(jax.random.fold_in)(keys, length + i)
-        token, log_prob = draw(logits(params, i, hidden, cache)[0], folded, SamplerConfig())
+        token, log_prob = draw(logits(params, i, hidden, cache)[0], folded, temperature=1.0, top_k=0, top_p=1.0)
         return (token + log_prob)[:, None], cache
 
     def forward(params, i, hidden, cache, token=jnp.int32(0)):  # noqa: B008
-        token = token + (hidden[:, :1] > 1e9).astype(
-            jnp.int32
-        )  # depends on the step before, so that XLA moves nothing out of the loop
+        # Depends on the step before, so that XLA moves nothing out of the loop.
+        token = token + (hidden[:, :1] > 1e9).astype(jnp.int32)
         sees = jnp.arange(space, dtype=jnp.int32)[None, None] <= length[:, None, None] + i
         hidden, cache = model.forward(params, config, token, length[:, None] + i, sees, cache, length + i)
         return hidden[:, 0], cache
@@ -333,8 +331,7 @@ def learner_step(args: argparse.Namespace) -> None:
     config, vocab, params = model_of(args)
     rows, width, limit = args.rows, args.prompt_tokens, TAIL * args.median
     settings = LearnerConfig(rows_per_step=rows, rows_per_microbatch=args.microbatch)
-    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    learner = make_learner(config, vocab, settings, 1.0, mesh)
+    learner = make_learner(config, vocab, settings, 1.0, sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
     rng = np.random.default_rng(0)
     batch = Batch(
         prompt_tokens=rng.integers(0, vocab, (rows, width), dtype=np.int32),
@@ -354,7 +351,8 @@ def learner_step(args: argparse.Namespace) -> None:
 
     def step():
         nonlocal state
-        state, metrics = learner.step(state, Fixed({}, None), batch, np.float32(1e-4), np.ones(rows, bool))
+        inputs = batch, learner.advantages(batch), np.float32(1e-4), np.ones(rows, bool)
+        state, metrics = learner.step(state, Fixed({}, None), *inputs)
         return metrics
 
     seconds = best_seconds({"step": step, "matmul": lambda: matmul(square, square)}, repeats=args.repeats)

@@ -102,20 +102,20 @@ def _draw(
     params, config, tokenizer, mesh, prompts: list[np.ndarray], rows_each: int, temperature: float, num_tokens: int
 ):
     """A function that, for a step number, draws `rows_each` completions of each prompt: [R, num_tokens] tokens."""
-    from cero_jax.sampler import SamplerConfig, make_sampler
+    from cero_jax.sampler import SamplerConfig, SamplingBatch, make_sampler
 
     width, rows = max(map(len, prompts)), len(prompts) * rows_each
     settings = SamplerConfig(max_completion_tokens=num_tokens, temperature=temperature)
     sample = make_sampler(config, settings, tokenizer.eos_ids, tokenizer.pad_id, mesh)
     prompt_of_row = np.repeat(np.arange(len(prompts), dtype=np.int32), rows_each)
-    batch = {
-        "prompt_tokens": np.stack([np.pad(p, (width - len(p), 0)) for p in prompts]).astype(np.int32),
-        "prompt_lengths": np.array([len(p) for p in prompts], np.int32),
-        "prompt_of_row": prompt_of_row,
-        "row_mask": np.ones(rows, bool),
-        "prompt_ids": prompt_of_row,
-        "rollout_index": np.arange(rows, dtype=np.int32),
-    }
+    batch = SamplingBatch(
+        prompt_tokens=np.stack([np.pad(p, (width - len(p), 0)) for p in prompts]).astype(np.int32),
+        prompt_lengths=np.array([len(p) for p in prompts], np.int32),
+        prompt_of_row=prompt_of_row,
+        row_mask=np.ones(rows, bool),
+        prompt_ids=prompt_of_row,
+        rollout_index=np.arange(rows, dtype=np.int32),
+    )
     return lambda step: np.asarray(sample(params, np.uint32(0), np.uint32(step), batch).tokens)
 
 

@@ -12,10 +12,10 @@ import pytest
 from tiny_run import tiny_config
 
 import train
-from cero_jax import evaluate as evaluation
 from cero_jax import lora, memory, model, sharding
 from cero_jax import run as runs
 from cero_jax.config import AllocatorConfig
+from cero_jax.evaluate import restore_policy
 from cero_jax.evaluation import EvaluationConfig
 from cero_jax.huggingface import weights
 from cero_jax.learner import Batch, Fixed, LearnerConfig, make_learner
@@ -72,7 +72,9 @@ def gradient(config, params, frozen, ref=None, mesh=None, learner=LEARNER):
     """(gradient, state, metrics) of one step; the gradient is read from Adam's first moment."""
     made = make_learner(config, VOCAB, learner, 1.0, mesh or one_device())
     state = made.init(jax.device_put(params, made.shardings.params))
-    state, metrics = made.step(state, Fixed(frozen, ref), batch(), np.float32(1e-2), batch().row_mask)
+    state, metrics = made.step(
+        state, Fixed(frozen, ref), batch(), made.advantages(batch()), np.float32(1e-2), batch().row_mask
+    )
     return jax.tree.map(lambda m: np.asarray(m) / (1 - B1), optax.tree.get(state.opt_state, "mu")), state, metrics
 
 
@@ -186,15 +188,15 @@ def adapted(work_dir, **changes):
 def test_a_run_trains_and_saves_adapters_alone_and_resumes(tmp_path, monkeypatch):
     config = adapted(tmp_path / "whole")
     assert train.main(config) == 0
-    run, state, at_end = runs.start(config)
+    run, state, cursor = runs.start(config)
     run.close()
-    assert at_end.optimizer_steps > 8
+    assert cursor.optimizer_steps > 8
     assert jax.tree.structure(state.policy.params) == jax.tree.structure(fresh(0, config.model))
     assert (
         min(np.abs(leaf).max() for leaf in jax.tree.leaves(state.policy.params)) > 0
     )  # B, which starts at 0, has moved
 
-    evaluate, seen = evaluation.evaluate, []
+    evaluate, seen = runs.evaluate, []
 
     def interrupted(*args, **kwargs):
         seen.append(None)
@@ -202,7 +204,7 @@ def test_a_run_trains_and_saves_adapters_alone_and_resumes(tmp_path, monkeypatch
             raise KeyboardInterrupt
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(train, "evaluate", interrupted)
+    monkeypatch.setattr(runs, "evaluate", interrupted)
     cut = adapted(tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt):
         train.main(cut)
@@ -226,13 +228,13 @@ def test_a_folder_is_exported_with_its_adapters_merged(tmp_path):
         evaluation=EvaluationConfig(every_rollouts=64, samples=1, rows=16),
     )
     assert train.main(config) == 0
-    run, state, at_end = runs.start(config)
+    run, state, cursor = runs.start(config)
     run.close()
-    assert at_end.optimizer_steps > 0
+    assert cursor.optimizer_steps > 0
     shape, exported = weights.load(tmp_path / "run/export-64", one_device())
     assert shape.lora_rank is None
     whole = run.policy(state)
-    jax.tree.map(np.testing.assert_array_equal, runs.restore_policy(config.run_dir, {}, {}).params, whole)
+    jax.tree.map(np.testing.assert_array_equal, restore_policy(config.run_dir, {}, {}).params, whole)
     tokens = np.arange(10, 18, dtype=np.int32)[None]
     positions = np.arange(8, dtype=np.int32)[None]
     mask = model.causal_mask(jax.numpy.ones((1, 8), bool))

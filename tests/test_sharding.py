@@ -13,7 +13,7 @@ import cero_jax
 from cero_jax import model, sharding
 from cero_jax.learner import Batch, Fixed, LearnerConfig, make_learner
 from cero_jax.model import ModelConfig
-from cero_jax.sampler import SamplerConfig, make_sampler, row_keys
+from cero_jax.sampler import SamplerConfig, SamplingBatch, make_sampler, row_keys
 from cero_jax.sharding import MeshConfig
 
 CONFIG = ModelConfig(num_layers=2, width=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=16)
@@ -110,14 +110,14 @@ def params():
 def sampling_batch():
     rng = np.random.default_rng(0)
     prompt_of_row = np.repeat(np.arange(PROMPTS, dtype=np.int32), ROWS // PROMPTS)
-    return {
-        "prompt_tokens": rng.integers(0, VOCAB, (PROMPTS, WIDTH)).astype(np.int32),
-        "prompt_lengths": np.array([4, 1, 2, 3], np.int32),
-        "prompt_of_row": prompt_of_row,
-        "row_mask": np.arange(ROWS) < ROWS - 1,
-        "prompt_ids": prompt_of_row,
-        "rollout_index": np.tile(np.arange(ROWS // PROMPTS, dtype=np.int32), PROMPTS),
-    }
+    return SamplingBatch(
+        prompt_tokens=rng.integers(0, VOCAB, (PROMPTS, WIDTH)).astype(np.int32),
+        prompt_lengths=np.array([4, 1, 2, 3], np.int32),
+        prompt_of_row=prompt_of_row,
+        row_mask=np.arange(ROWS) < ROWS - 1,
+        prompt_ids=prompt_of_row,
+        rollout_index=np.tile(np.arange(ROWS // PROMPTS, dtype=np.int32), PROMPTS),
+    )
 
 
 def draw_on(mesh):
@@ -137,14 +137,14 @@ def batch():
     """Groups of 3 and 4, and a padding row."""
     given = sampling_batch()
     return Batch(
-        prompt_tokens=given["prompt_tokens"][given["prompt_of_row"]],
-        prompt_lengths=given["prompt_lengths"][given["prompt_of_row"]],
+        prompt_tokens=given.prompt_tokens[given.prompt_of_row],
+        prompt_lengths=given.prompt_lengths[given.prompt_of_row],
         tokens=rollouts().tokens,
         lengths=rollouts().lengths,
         log_probs=rollouts().log_probs,
         reward=np.array([1, 0, 0, 0, 1, 1, 0, 0], np.float32),
         group_ids=np.array([0, 0, 0, 1, 1, 1, 1, 0], np.int32),
-        row_mask=given["row_mask"],
+        row_mask=given.row_mask,
         row_weight=np.ones(ROWS, np.float32),
     )
 
@@ -154,7 +154,8 @@ def step_on(mesh):
     learner = make_learner(CONFIG, VOCAB, LEARNER, 1.0, mesh)
     state = learner.init(jax.device_put(params(), learner.shardings.params))
     live = batch().row_mask  # both groups have two different rewards
-    state, metrics = learner.step(state, Fixed({}, None), batch(), np.float32(1e-3), live)
+    advantages = learner.advantages(batch())
+    state, metrics = learner.step(state, Fixed({}, None), batch(), advantages, np.float32(1e-3), live)
     gradient = jax.tree.map(lambda m: np.asarray(m) / (1 - B1), optax.tree.get(state.opt_state, "mu"))
     return float(metrics["loss"]), gradient, state
 
@@ -189,7 +190,7 @@ def close_calls():
     given, tokens = sampling_batch(), rollouts().tokens
     lengths = batch().prompt_lengths + LIMIT
     texts = np.concatenate([batch().prompt_tokens, tokens], axis=1)
-    keys = row_keys(jnp.uint32(0), jnp.zeros(ROWS, jnp.uint32), given["prompt_ids"], given["rollout_index"])
+    keys = row_keys(jnp.uint32(0), jnp.zeros(ROWS, jnp.uint32), given.prompt_ids, given.rollout_index)
 
     @jax.jit
     def chances(params, texts, lengths, keys):

@@ -24,7 +24,7 @@ from cero_jax.huggingface import weights
 from cero_jax.huggingface.tokenizer import FolderTokenizer
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
-from cero_jax.sampler import SamplerConfig, make_sampler
+from cero_jax.sampler import SamplerConfig, SamplingBatch, make_sampler
 from cero_jax.sharding import MeshConfig
 from cero_jax.tasks.chain_sum import ChainSum
 from cero_jax.tasks.dataset import Dataset
@@ -80,14 +80,14 @@ def test_greedy_decoding_with_the_cache_gives_the_tokens_of_transformers(family)
     want = np.load(FIXTURES / f"{family}.npz")
     prompts = [want[f"prompt_{row}"] for row in range(3)]
     width = max(map(len, prompts))
-    batch = {
-        "prompt_tokens": np.stack([np.pad(prompt, (width - len(prompt), 0)) for prompt in prompts]).astype(np.int32),
-        "prompt_lengths": np.array([len(prompt) for prompt in prompts], np.int32),
-        "prompt_of_row": np.arange(3, dtype=np.int32),
-        "row_mask": np.ones(3, bool),
-        "prompt_ids": np.arange(3, dtype=np.int32),
-        "rollout_index": np.zeros(3, np.int32),
-    }
+    batch = SamplingBatch(
+        prompt_tokens=np.stack([np.pad(prompt, (width - len(prompt), 0)) for prompt in prompts]).astype(np.int32),
+        prompt_lengths=np.array([len(prompt) for prompt in prompts], np.int32),
+        prompt_of_row=np.arange(3, dtype=np.int32),
+        row_mask=np.ones(3, bool),
+        prompt_ids=np.arange(3, dtype=np.int32),
+        rollout_index=np.zeros(3, np.int32),
+    )
     settings = SamplerConfig(NEW_TOKENS, temperature=0.0, slots=2, window=5)
     sample = make_sampler(config, settings, eos_ids=(-1,), pad_id=0, mesh=one_device())
     got = sample(params, np.uint32(0), np.uint32(0), batch)
@@ -272,10 +272,10 @@ def test_a_run_starts_from_a_folder_and_ends_with_one(tmp_path):
     config = folder_config(tmp_path)
     assert train.main(config) == 0
     exported = tmp_path / "run" / "export-64"
-    run, state, at = runs.start(config)
+    run, state, cursor = runs.start(config)
     run.close()
-    assert at.finished
-    assert at.optimizer_steps > 0
+    assert cursor.finished
+    assert cursor.optimizer_steps > 0
     assert run.task.tokenizer.encode("1 + 1 =") == FolderTokenizer(exported).encode("1 + 1 =")
     shape, params = weights.load(exported, one_device())
     assert shape == run.config.model == loaded("qwen2")[0]
@@ -284,7 +284,7 @@ def test_a_run_starts_from_a_folder_and_ends_with_one(tmp_path):
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), params, run.fixed.ref_params)
     assert min(jax.tree.leaves(moved)) > 0  # biases too
     before = (exported / "model.safetensors").stat()
-    assert run.export(state, at) == exported
+    assert run.export(state, cursor) == exported
     assert (exported / "model.safetensors").stat() == before  # not written again
 
 
@@ -299,7 +299,7 @@ def test_the_folder_sets_the_shape_and_the_run_the_dtypes_and_remat(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": ChainSum(num_prompts=24, num_heldout=8)}, "ChainSum has its own: give it a task of text"),
+        ({"task": ChainSum(num_prompts=24, num_heldout=8)}, "ChainSum has a tokenizer of its own .* a task of text"),
         ({"warm_start": WarmStartConfig(num_steps=1)}, "set it to 0 with a model_folder"),
         ({"model_folder": "nowhere"}, r"nowhere.config.json: no such file"),
     ],
