@@ -75,11 +75,11 @@ class ModelConfig:
     max_positions: int | None = None
     """The longest context that the model is made for, in tokens; None: no limit."""
     remat: bool = False
-    """Compute each layer's inner activations again in the backward pass, to save memory, instead of keeping them."""
+    """Compute each layer's inner activations again in the backward, to save memory, instead of keeping them."""
     param_dtype: Dtype = "float32"
     """Dtype of the stored parameters; adapters and the optimiser's state are always float32."""
     compute_dtype: Dtype = "float32"
-    """Dtype of the forward pass's matrix products; norms, softmax and log-probabilities are always float32."""
+    """Dtype of matrix products; norms, softmax and log-probabilities are always float32."""
 
     def __post_init__(self):
         if min(self.num_layers, self.width, self.num_heads, self.num_kv_heads, self.mlp_width) < 1:

@@ -190,7 +190,7 @@ def test_causal_mask_by_hand():
 
 
 @pytest.mark.parametrize("config", [TIED, UNTIED, EVERYTHING], ids=["tied", "untied", "everything"])
-def test_prefill_and_cached_decoding_equal_the_full_forward_pass(config):
+def test_prefill_and_cached_decoding_equal_one_forward_over_the_whole_text(config):
     params, space = make_params(config), 4
     rng = np.random.default_rng(3)
     prompt, _, mask = padded_rows()
