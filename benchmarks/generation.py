@@ -1,21 +1,21 @@
-"""How fast completions are drawn, beside transformers' `generate`, and how fast a learner's step is.
+"""How fast completions are drawn, compared with transformers' `generate`, and how fast an optimiser step is.
 
-    python benchmarks/generation.py --reference reference/bin/python       # tokens a second, both sides
+    python benchmarks/generation.py --reference reference/bin/python       # tokens a second of both sides
     python benchmarks/generation.py --profile                              # where a decode step's time goes
-    python benchmarks/generation.py --step --rows 16                       # of the measured matmul peak
+    python benchmarks/generation.py --step --rows 16                       # share of the measured matmul peak
     python benchmarks/generation.py --step --shape qwen2.5-0.5b --dtype bfloat16 --rows 64 --microbatch 8     # on a GPU
 
 `--reference` is the Python of an environment with torch and transformers (gemma_folder.py says how to make it). Both
-sides read one folder, random weights of `--shape` unless `--folder` names another, and draw the same rows: prompts of
-`--prompt-tokens` tokens, `--group` rollouts of each, in `--slots` rows at once. Each row's length is imposed, by
-`max_tokens` here and by a StoppingCriteria there, so that both draw exactly the same number of tokens:
+sides read one model folder (`--folder`, or random weights of `--shape`) and draw the same rows: `--group` rollouts of
+each prompt of `--prompt-tokens` tokens, `--slots` rows at once. Each row's length is imposed, on our side by
+`max_tokens` and on theirs by a StoppingCriteria, so that both draw the same number of tokens:
 
 - fixed: every completion has `--median` tokens;
-- long tail: log-normal lengths, cut and scaled so that the longest is 8 x the median; nobody knows them beforehand;
-- known: the same lengths, known to both: here the longest first, there batches of equals.
+- long tail: log-normal lengths, scaled so that the longest is 8 times the median; neither side knows them beforehand;
+- known: the same lengths, known to both sides: ours takes the longest first, theirs makes batches of like length.
 
-Sides alternate, each run in its own process, warmed up first, on `--threads` cores; one gives the fairer ratio where
-other work runs beside: torch's threads wait for each other at every operation.
+The sides alternate. Each run is a process of its own on `--threads` cores, and warms up before it is measured. Where
+other work runs, one thread gives the fairer ratio: torch's threads wait for each other at every operation.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from pathlib import Path
 
 import numpy as np
 
-TAIL = 8  # longest completion, in medians
-SHAPES = {  # Qwen2's config.json: layers, width, heads, key-value heads, MLP, vocabulary
+TAIL = 8  # length of the longest completion over the median length
+SHAPES = {  # of Qwen2: layers, width, heads, key-value heads, MLP width, vocabulary
     "small": (12, 512, 8, 2, 2048, 32_768),  # 62M parameters
     "qwen2.5-0.5b": (24, 896, 14, 2, 4864, 151_936),
     "qwen2.5-1.5b": (28, 1536, 12, 2, 8960, 151_936),
@@ -44,14 +44,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--step", action="store_true")
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--folder", help="a Hugging Face folder, instead of random weights of --shape")
+    parser.add_argument("--folder", help="a Hugging Face folder instead of random weights of --shape")
     parser.add_argument("--dtype", default="float32", help="compute dtype of --profile and --step")
-    parser.add_argument("--rows", type=int, default=128, help="rollouts drawn, or of a learner's step")
+    parser.add_argument("--rows", type=int, default=128, help="rollouts to draw, or rows of an optimiser step")
     parser.add_argument("--slots", type=int, default=16, help="rows decoded at once")
-    parser.add_argument("--group", type=int, default=8, help="rollouts a prompt")
+    parser.add_argument("--group", type=int, default=8, help="rollouts of each prompt")
     parser.add_argument("--window", type=int, default=8, help="decode steps between two refills")
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--median", type=int, default=16, help="tokens of a completion")
+    parser.add_argument("--median", type=int, default=16, help="median tokens of a completion")
     parser.add_argument("--microbatch", type=int, default=4, help="rows whose gradient is computed at once")
     parser.add_argument("--threads", type=int, default=2, help="cores that a side may use")
     parser.add_argument("--repeats", type=int, default=3)
@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
 
 
 def lengths(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Tokens of each row's completion, a workload each."""
+    """The workloads: [R] int32, the tokens of each row's completion."""
     normal = np.random.default_rng(0).standard_normal(args.rows)
     normal -= np.median(normal)
     tail = np.exp(normal * np.log(TAIL) / normal.max())  # median 1, longest TAIL
@@ -72,50 +72,49 @@ def lengths(args: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 def prompts(args: argparse.Namespace, vocab_size: int) -> np.ndarray:
-    """[U, P] int32 random tokens; row r draws from prompt r // group."""
+    """[U, Tp] int32 random tokens; row r draws from prompt r // group."""
     shape = (-(-args.rows // args.group), args.prompt_tokens)
     return np.random.default_rng(1).integers(10, vocab_size, shape, dtype=np.int32)
 
 
 def clocks() -> np.ndarray:
-    """Wall and CPU seconds: other work on the machine lengthens the first, and hardly the second."""
+    """[2] wall and CPU seconds. Other work on the machine adds to the first and hardly to the second."""
     return np.array([time.perf_counter(), time.process_time()])
 
 
 def ours(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Wall and CPU seconds of each workload, by this project's sampler."""
+    """Wall and CPU seconds that this project's sampler takes for each workload."""
     import jax
 
     from cero_jax import sharding
     from cero_jax.huggingface import weights
-    from cero_jax.sampler import SamplerConfig, make_sampler
+    from cero_jax.sampler import SamplerConfig, SamplingBatch, make_sampler
 
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     config, params = weights.load(args.folder, mesh)
-    settings = SamplerConfig(TAIL * args.median, slots=args.slots, window=args.window)
-    sample = make_sampler(config, settings, (), 0, mesh)
+    sample = make_sampler(config, SamplerConfig(TAIL * args.median, slots=args.slots, window=args.window), (), 0, mesh)
     tokens, rows = prompts(args, params["embed"].shape[0]), np.arange(args.rows, dtype=np.int32)
-    batch = {
-        "prompt_tokens": tokens,
-        "prompt_lengths": np.full(len(tokens), args.prompt_tokens, np.int32),
-        "prompt_of_row": rows // args.group,
-        "row_mask": np.ones(args.rows, bool),
-        "prompt_ids": rows // args.group,
-        "rollout_index": rows % args.group,
-    }
-    sample(params, np.uint32(0), np.uint32(0), batch | {"max_tokens": np.ones(args.rows, np.int32)})
+    batch = SamplingBatch(
+        prompt_tokens=tokens,
+        prompt_lengths=np.full(len(tokens), args.prompt_tokens, np.int32),
+        prompt_of_row=rows // args.group,
+        row_mask=np.ones(args.rows, bool),
+        prompt_ids=rows // args.group,
+        rollout_index=rows % args.group,
+    )
+    sample(params, np.uint32(0), np.uint32(0), batch._replace(max_tokens=np.ones(args.rows, np.int32)))
     seconds = {}
     for step, (name, wanted) in enumerate(lengths(args).items()):
-        expected = {"expected_tokens": wanted} if name == "known" else {}
+        limited = batch._replace(max_tokens=wanted, expected_tokens=wanted if name == "known" else None)
         start = clocks()
-        drawn = sample(params, np.uint32(0), np.uint32(step), batch | {"max_tokens": wanted} | expected)
+        drawn = sample(params, np.uint32(0), np.uint32(step), limited)
         seconds[name] = (clocks() - start).tolist()
         assert (drawn.lengths == wanted).all()
     return seconds
 
 
 def transformers(args: argparse.Namespace) -> dict[str, list[float]]:
-    """Wall and CPU seconds of each workload, by `generate` on batches of `slots` rows."""
+    """Wall and CPU seconds that `generate` takes for each workload, in batches of `slots` rows."""
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM, StoppingCriteriaList  # pyright: ignore[reportMissingImports]
 
@@ -158,9 +157,8 @@ def compare(args: argparse.Namespace) -> None:
     seconds = {side: [] for side in pythons}
     for repeat in range(args.repeats):
         for side, python in pythons.items():
-            run = subprocess.run(
-                [python, __file__, f"--side={side}", *options], check=True, stdout=subprocess.PIPE, text=True
-            )
+            command = [python, __file__, f"--side={side}", *options]
+            run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             seconds[side].append(json.loads(run.stdout.splitlines()[-1]))
             print(f"run {repeat} of {side}: {run.stdout.splitlines()[-1]}", file=sys.stderr)
     print("| lengths | tokens | steps here / there | clock | ours, tokens/s | transformers, tokens/s | ratio (range) |")
@@ -175,7 +173,7 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def steps(args: argparse.Namespace, name: str, wanted: np.ndarray) -> str:
-    """Decode steps that each side takes, by arithmetic: slots refilled every window, and batches to their longest."""
+    """Decode steps here / there, by arithmetic: slots refilled after every window, or batches run to their longest."""
     rows = list(np.sort(wanted)[::-1] if name == "known" else wanted)
     there = sum(max(rows[first : first + args.slots]) for first in range(0, len(rows), args.slots))
     here, slots = 0, np.zeros(args.slots, int)
@@ -188,7 +186,7 @@ def steps(args: argparse.Namespace, name: str, wanted: np.ndarray) -> str:
 
 
 def write_folder(args: argparse.Namespace, folder: Path) -> str:
-    """Random weights of the shape as a Hugging Face folder."""
+    """Write random weights of `--shape` as a Hugging Face folder; returns its path."""
     from cero_jax.huggingface import weights
 
     layers, width, heads, kv_heads, mlp, vocab = SHAPES[args.shape]
@@ -209,7 +207,7 @@ def write_folder(args: argparse.Namespace, folder: Path) -> str:
 
 
 def model_of(args: argparse.Namespace):
-    """The shape's config in the dtype, vocabulary size, and random parameters."""
+    """Of `--shape`: the ModelConfig, with `--dtype` as compute dtype, the vocabulary size, and random parameters."""
     import jax
 
     from cero_jax import model, sharding
@@ -226,7 +224,7 @@ def model_of(args: argparse.Namespace):
 
 
 def best_seconds(functions: dict, repeats: int = 7) -> dict[str, float]:
-    """The fastest of some calls of each, in turn: what other work disturbs least."""
+    """The shortest of several calls of each function, which other work on the machine disturbs least."""
     import jax
 
     best = {}
@@ -240,12 +238,12 @@ def best_seconds(functions: dict, repeats: int = 7) -> dict[str, float]:
 
 
 def profile(args: argparse.Namespace) -> None:
-    """Print milliseconds of a decode step, and of its parts, each alone in a loop of as many steps."""
+    """Print the milliseconds of a decode step and of its parts, each measured alone in a loop of as many steps."""
     import jax
     import jax.numpy as jnp
 
     from cero_jax import model
-    from cero_jax.sampler import SamplerConfig, draw
+    from cero_jax.next_token import draw
 
     config, _, params = model_of(args)
     params, num_steps = model.cast(params, config.compute_dtype), 16
@@ -259,13 +257,13 @@ def profile(args: argparse.Namespace) -> None:
         return model.logits(params, config, hidden), cache
 
     def drawn(params, i, hidden, cache):
-        token, log_prob = draw(
-            logits(params, i, hidden, cache)[0], jax.vmap(jax.random.fold_in)(keys, length + i), SamplerConfig()
-        )
+        folded = jax.vmap(jax.random.fold_in)(keys, length + i)
+        token, log_prob = draw(logits(params, i, hidden, cache)[0], folded, temperature=1.0, top_k=0, top_p=1.0)
         return (token + log_prob)[:, None], cache
 
     def forward(params, i, hidden, cache, token=jnp.int32(0)):  # noqa: B008
-        token = token + (hidden[:, :1] > 1e9).astype(jnp.int32)  # hangs on the step before, so nothing is hoisted
+        # Depends on the step before, so that XLA moves nothing out of the loop.
+        token = token + (hidden[:, :1] > 1e9).astype(jnp.int32)
         sees = jnp.arange(space, dtype=jnp.int32)[None, None] <= length[:, None, None] + i
         hidden, cache = model.forward(params, config, token, length[:, None] + i, sees, cache, length + i)
         return hidden[:, 0], cache
@@ -319,11 +317,11 @@ def profile(args: argparse.Namespace) -> None:
         print(f"  {name:24s} {value:6.1f} ms  {value / sum(split.values()):4.0%}")
 
 
-# --- a learner's step ---
+# --- an optimiser step ---
 
 
 def learner_step(args: argparse.Namespace) -> None:
-    """Print a step's model FLOPs a second beside those of a large matmul in its dtype."""
+    """Print an optimiser step's model FLOPs a second and what share that is of a large matmul's in the same dtype."""
     import jax
     import jax.numpy as jnp
 
@@ -333,8 +331,7 @@ def learner_step(args: argparse.Namespace) -> None:
     config, vocab, params = model_of(args)
     rows, width, limit = args.rows, args.prompt_tokens, TAIL * args.median
     settings = LearnerConfig(rows_per_step=rows, rows_per_microbatch=args.microbatch)
-    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    learner = make_learner(config, vocab, settings, 1.0, mesh)
+    learner = make_learner(config, vocab, settings, 1.0, sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]))
     rng = np.random.default_rng(0)
     batch = Batch(
         prompt_tokens=rng.integers(0, vocab, (rows, width), dtype=np.int32),
@@ -354,7 +351,8 @@ def learner_step(args: argparse.Namespace) -> None:
 
     def step():
         nonlocal state
-        state, metrics = learner.step(state, Fixed({}, None), batch, np.float32(1e-4), np.ones(rows, bool))
+        inputs = batch, learner.advantages(batch), np.float32(1e-4), np.ones(rows, bool)
+        state, metrics = learner.step(state, Fixed({}, None), *inputs)
         return metrics
 
     seconds = best_seconds({"step": step, "matmul": lambda: matmul(square, square)}, repeats=args.repeats)
@@ -366,10 +364,10 @@ def learner_step(args: argparse.Namespace) -> None:
 
 
 def step_flops(config, vocab: int, rows: int, width: int, limit: int) -> float:
-    """Model FLOPs of a step, forward and backward: what is computed again in the backward pass does not count.
+    """Model FLOPs of an optimiser step: three times the forward's, whatever `remat` computes again.
 
-    Three times the forward pass, of which a parameter that multiplies costs 2 a token, and a causal score and its use
-    4 x heads x head size a pair of tokens; logits are for completion tokens alone.
+    width, limit: tokens of each prompt, of each completion. A forward takes 2 FLOPs for each weight and token, and in a
+    layer 4 * H * Dh for each pair of tokens of which one sees the other. Only completion tokens have logits.
     """
     c, tokens = config, width + limit - 1
     heads = 2 * c.num_heads + 2 * c.num_kv_heads

@@ -1,8 +1,9 @@
-"""Kill a small run at random times, resume it each time, and compare its end with an uninterrupted one's, bit by bit.
+"""Kill a small run at random times, resume it each time, and compare its end with that of an uninterrupted run.
 
     python benchmarks/kill_resume.py --kills 20 --seed 0
 
-SIGKILL comes after a random number of seconds, wherever the run then is: start-up, compilation, a step, a save.
+SIGKILL comes after a random number of seconds, wherever the run then is: start-up, compilation, a step, a checkpoint.
+Metrics, parameters and the allocator's state must be the same to the bit. The run is that of tests/tiny_run.py.
 """
 
 import argparse
@@ -15,14 +16,22 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("NPROC", "8")  # fixes XLA's thread pool, and with it the bits of a matrix product
+os.environ.setdefault("NPROC", "8")  # fixes the size of XLA's thread pool, and with it the bits of a matrix product
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-SCRIPT = Path(__file__).parent.parent / "tests" / "tiny_run.py"
+ROOT = Path(__file__).parent.parent
+COMPARE = """
+import sys
+import numpy as np
+from tests.tiny_run import runs_end
+mine, theirs = (runs_end(path) for path in sys.argv[1:])
+assert mine[0].spent == theirs[0].spent and all(np.array_equal(a, b) for a, b in zip(mine[1], theirs[1], strict=True))
+"""
 
 
 def run(work_dir: Path, seconds: float | None = None) -> int:
-    """Start or resume; with `seconds`, kill after them. Returns the exit status."""
-    process = subprocess.Popen([sys.executable, str(SCRIPT), str(work_dir)], stderr=subprocess.DEVNULL)
+    """Start the run or resume it, and kill it after `seconds` where given. Returns the exit status."""
+    command = [sys.executable, "-m", "tests.tiny_run", str(work_dir)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
         return process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -36,7 +45,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     folder, rng = Path(tempfile.mkdtemp()), random.Random(args.seed)
-    run(folder / "whole")  # compiles
+    run(folder / "whole")  # fills the cache of compiled programs, so that the next run's time is a resumed run's
     began = time.monotonic()
     run(folder / "timed")
     whole_seconds = time.monotonic() - began
@@ -48,22 +57,13 @@ def main() -> None:
         assert run(folder / f"cut{part}") == 0
         whole, cut = ((folder / name / "metrics.jsonl").read_bytes() for name in ("whole", f"cut{part}"))
         state = subprocess.run(
-            [sys.executable, "-c", COMPARE, str(SCRIPT.parent), str(folder / "whole"), str(folder / f"cut{part}")]
+            [sys.executable, "-c", COMPARE, str(folder / "whole"), str(folder / f"cut{part}")], cwd=ROOT
         )
         same = whole == cut and state.returncode == 0
         print(f"run {part}, {kills} kills so far: metrics, parameters, allocator {'identical' if same else 'DIFFER'}")
         if not same:
             sys.exit(1)
 
-
-COMPARE = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import jax, numpy as np
-from tiny_run import runs_end
-mine, theirs = (runs_end(path) for path in sys.argv[2:])
-assert mine[0].spent == theirs[0].spent and all(np.array_equal(a, b) for a, b in zip(mine[1], theirs[1], strict=True))
-"""
 
 if __name__ == "__main__":
     main()

@@ -1,13 +1,14 @@
-"""A real model here and in transformers, float32 on CPU: greedy tokens, log-probabilities, and what sampling draws.
+"""A real model in cero_jax and in transformers, float32 on a CPU: greedy tokens, log-probabilities, sampled tokens.
 
-Two halves, since torch is no dependency of this project (benchmarks/gemma_folder.py says how to make its environment):
+It has two halves, since this project does not depend on torch (gemma_folder.py says how to make torch's environment):
 
     reference/bin/python benchmarks/parity.py reference models/gemma-3-270m reference.npz gsm8k_test.jsonl
     .venv/bin/python benchmarks/parity.py compare models/gemma-3-270m reference.npz
 
-The first writes what transformers computes, the second compares and exits with 1 where something differs by more than
-it may. The last argument of the first is any JSONL file with a `question` a line. Gemma 3 270M on two cores, busy with
-other work as well: 18 minutes and 2.2 GB of memory for the first, 12 minutes and 6 GB for the second.
+The first writes what transformers computes. The second compares it with cero_jax, and exits with 1 where they differ by
+more than a tolerance. The last argument of the first is any JSONL file with a `question` on each line. With Gemma 3
+270M on two cores that had other work as well, the first took 18 minutes and 2.2 GB of memory, the second 12 minutes and
+6 GB.
 """
 
 import json
@@ -40,14 +41,14 @@ PROMPTS = (
 )
 NEW_TOKENS = 64
 NUM_QUESTIONS = 50
-SAMPLED = (0, 1, 6, 12)  # prompts whose next two tokens are drawn
-NUM_SAMPLES, ROWS = 2048, 256
+SAMPLED = (0, 1, 6, 12)  # prompts whose next two tokens are sampled
+NUM_SAMPLES, ROWS = 2048, 256  # of each of these prompts; drawn at once
 LOG_PROB_TOLERANCE = 1e-3
-P_VALUE = 1e-3  # of a test that should come out below it once in a thousand
+P_VALUE = 1e-3  # a right sampler falls below it once in a thousand tests
 
 
 def reference(folder: str, out: str, questions: str) -> None:
-    """What transformers computes, one unpadded row at a time; run in the environment that has torch."""
+    """Write what transformers computes, one row at a time and unpadded. Runs in the environment that has torch."""
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM, AutoTokenizer  # pyright: ignore[reportMissingImports]
 
@@ -77,7 +78,7 @@ def reference(folder: str, out: str, questions: str) -> None:
 
 
 def compare(folder: str, reference: str) -> bool:
-    """Whether all is as transformers has it."""
+    """Whether cero_jax agrees with the reference in everything; prints how far."""
     from cero_jax import sharding
     from cero_jax.huggingface import weights
     from cero_jax.huggingface.tokenizer import FolderTokenizer
@@ -100,26 +101,26 @@ def compare(folder: str, reference: str) -> bool:
 def _draw(
     params, config, tokenizer, mesh, prompts: list[np.ndarray], rows_each: int, temperature: float, num_tokens: int
 ):
-    """A function of the step: `rows_each` completions of each prompt, in one batch, prompts padded on the left."""
-    from cero_jax.sampler import SamplerConfig, make_sampler
+    """A function that, for a step number, draws `rows_each` completions of each prompt: [R, num_tokens] tokens."""
+    from cero_jax.sampler import SamplerConfig, SamplingBatch, make_sampler
 
     width, rows = max(map(len, prompts)), len(prompts) * rows_each
     settings = SamplerConfig(max_completion_tokens=num_tokens, temperature=temperature)
     sample = make_sampler(config, settings, tokenizer.eos_ids, tokenizer.pad_id, mesh)
     prompt_of_row = np.repeat(np.arange(len(prompts), dtype=np.int32), rows_each)
-    batch = {
-        "prompt_tokens": np.stack([np.pad(p, (width - len(p), 0)) for p in prompts]).astype(np.int32),
-        "prompt_lengths": np.array([len(p) for p in prompts], np.int32),
-        "prompt_of_row": prompt_of_row,
-        "row_mask": np.ones(rows, bool),
-        "prompt_ids": prompt_of_row,
-        "rollout_index": np.arange(rows, dtype=np.int32),
-    }
+    batch = SamplingBatch(
+        prompt_tokens=np.stack([np.pad(p, (width - len(p), 0)) for p in prompts]).astype(np.int32),
+        prompt_lengths=np.array([len(p) for p in prompts], np.int32),
+        prompt_of_row=prompt_of_row,
+        row_mask=np.ones(rows, bool),
+        prompt_ids=prompt_of_row,
+        rollout_index=np.arange(rows, dtype=np.int32),
+    )
     return lambda step: np.asarray(sample(params, np.uint32(0), np.uint32(step), batch).tokens)
 
 
 def greedy(params, config, tokenizer, mesh, want) -> bool:
-    """Every prompt's continuation, token for token; prints where one leaves the reference, and how near a tie."""
+    """Whether every greedy continuation is the reference's; prints where one differs and how near a tie that was."""
     prompts = [want[f"prompt_{i}"] for i in range(len(PROMPTS))]
     drawn = _draw(params, config, tokenizer, mesh, prompts, 1, 0.0, NEW_TOKENS)(0)
     same, gaps = 0, []
@@ -131,15 +132,15 @@ def greedy(params, config, tokenizer, mesh, want) -> bool:
         if len(differs):
             place = differs[0]
             print(f"  prompt {i} differs from token {place} on: {got[place]}, not {expected[place]}, whose logit is "
-                  f"{want[f'gap_{i}'][place]:.2e} above the second there")  # fmt: skip
+                  f"{want[f'gap_{i}'][place]:.2e} above the second largest in the reference")  # fmt: skip
         same += not len(differs)
-    print(f"greedy: {same} of {len(PROMPTS)} prompts give the same {NEW_TOKENS} tokens (or up to an eos); "
-          f"the nearest that two best logits came is {min(gaps):.1e}")  # fmt: skip
+    print(f"greedy: {same} of {len(PROMPTS)} prompts give the same {NEW_TOKENS} tokens (or fewer, up to an eos); "
+          f"the smallest gap between the two largest logits is {min(gaps):.1e}")  # fmt: skip
     return same == len(PROMPTS)
 
 
 def question_log_probs(params, config, want) -> bool:
-    """Log-probabilities of each question's tokens behind its first, by the learner's own function."""
+    """Whether the learner's log-probabilities of each question's tokens after the first are the reference's."""
     import jax
 
     from cero_jax.learner import Batch, completion_log_probs
@@ -170,7 +171,7 @@ def question_log_probs(params, config, want) -> bool:
 
 
 def sampling(params, config, tokenizer, mesh, want) -> bool:
-    """Chi-square tests of the first token drawn, and of the second where the first was the likeliest."""
+    """Whether sampled tokens pass a chi-square test: the first, and the second in samples with the likeliest first."""
     fine = True
     for i in SAMPLED:
         draw = _draw(params, config, tokenizer, mesh, [want[f"prompt_{i}"]], ROWS, 1.0, 2)
@@ -184,7 +185,10 @@ def sampling(params, config, tokenizer, mesh, want) -> bool:
 
 
 def chi_square(drawn: np.ndarray, probability: np.ndarray) -> tuple[float, int]:
-    """The p-value of drawn tokens under `probability` [V]: a cell for each token expected 5 times, one for the rest."""
+    """(p-value, number of cells) of drawn tokens [n] under `probability` [V].
+
+    Each token that is expected at least 5 times has a cell; all others share one.
+    """
     from scipy.stats import chisquare
 
     expected = probability.astype(np.float64) / probability.sum(dtype=np.float64) * len(drawn)

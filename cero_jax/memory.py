@@ -1,6 +1,7 @@
-"""What a run needs of each device's memory, by formula, before anything is allocated: said at the start, with advice.
+"""How much memory of each device a run needs, by formula before anything is allocated, and advice if it is too much.
 
-An estimate: XLA fuses, pads and reuses. Tests hold it against the compiler's own account of a step.
+It is an estimate: XLA fuses operations, pads arrays and uses memory again. The tests compare it with the compiler's own
+figures for a step.
 """
 
 import math
@@ -20,20 +21,20 @@ GB = 1e9
 
 
 class Estimate(NamedTuple):
-    """Bytes on each device."""
+    """Bytes on each device, by what they hold."""
 
     parameters: int
-    sampling_copy: int  # in the dtype that is multiplied in, where parameters are kept in another
+    sampling_copy: int  # the parameters in compute_dtype, where param_dtype is another
     optimizer: int  # Adam's two moments, float32
-    gradients: int  # float32: the sum, and what is added to it
-    reference: int  # the frozen policy of a KL term
-    cache: int  # keys and values of all slots at full length, and of the prompts that are read once
+    gradients: int  # float32: the sum over micro-batches, and that of one micro-batch
+    reference: int  # the frozen policy that a KL term compares with
+    cache: int  # keys and values of all slots at full length, and of each prompt of the batch once
     activations: int  # of one micro-batch
-    logits: int  # of one chunk, with its softmax and gradient
+    logits: int  # of one chunk of tokens, with softmax and gradient
 
     @property
     def total(self) -> int:
-        """Bytes held at once at the worst moment: in a step, or while drawing."""
+        """Bytes held at the worst moment, which is in an optimiser step or while completions are drawn."""
         held = self.parameters + self.optimizer + self.reference
         return held + max(self.gradients + self.activations + self.logits, self.sampling_copy + self.cache)
 
@@ -48,9 +49,9 @@ def estimate(
     prompt_tokens: int,
     min_group: int,
 ) -> Estimate:
-    """The estimate for prompts of up to `prompt_tokens` tokens in visits of at least `min_group` rollouts."""
+    """The estimate for prompts of up to `prompt_tokens` tokens that get at least `min_group` rollouts each."""
     c, shards = model_config, sharding.row_shards(mesh)
-    abstract = jax.eval_shape(lambda: model.init_params(c, vocab_size, 0))
+    abstract = model.abstract_params(c, vocab_size)
     layout = sharding.shard_params(abstract, mesh)
     number = jax.tree.map(lambda p, s: math.prod(s.shard_shape(p.shape)), abstract, layout)
     stored = jax.tree.map(lambda n, p: n * p.dtype.itemsize, number, abstract)
@@ -58,15 +59,15 @@ def estimate(
     tensor, length = mesh.shape["tensor"], prompt_tokens + sampler.max_completion_tokens
 
     rows = learner.rows_per_step * learner.steps_per_batch
-    in_cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size  # a token
+    in_cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size  # bytes a token
     if c.num_kv_heads % tensor == 0:
         in_cache //= tensor
     slots = min(sampler.slots or rows, rows) // shards
 
     here = microbatch_rows(learner, shards) // shards
     inner = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 3 * c.mlp_width
-    layer = here * length * (4 * c.width + inner / tensor) * size  # a layer's inputs and what is multiplied inside it
-    layer += 2 * here * c.num_heads / tensor * length**2 * 4  # scores and probabilities, float32
+    layer = here * length * (4 * c.width + inner / tensor) * size  # inputs and outputs of a layer's matrix products
+    layer += 2 * here * c.num_heads / tensor * length**2 * 4  # attention scores and probabilities, float32
     kept = here * length * c.width * size * c.num_layers + layer if c.remat else layer * c.num_layers
     chunk = min(learner.logit_chunk_tokens, sampler.max_completion_tokens)
     return Estimate(
@@ -86,17 +87,17 @@ def _sum(tree: Any) -> int:
 
 
 def device_bytes() -> int:
-    """Memory of one device: what the backend says, else, on a CPU, the machine's."""
+    """Bytes of memory of one device: as the backend says; a CPU's is the machine's, shared by its virtual devices."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
-def describe(needed: Estimate, available: int) -> str:
-    """One line, and a second with advice where it will not fit."""
+def memory_report(needed: Estimate, available: int) -> str:
+    """One line: what is needed of the `available` bytes of a device; a second line of advice where that is too much."""
     parts = ", ".join(f"{name} {value / GB:.2f}" for name, value in needed._asdict().items() if value)
-    line = f"memory a device: about {needed.total / GB:.2f} of {available / GB:.1f} GB ({parts})"
+    line = f"memory on each device: about {needed.total / GB:.2f} of {available / GB:.1f} GB ({parts})"
     if needed.total <= available:
         return line
     advice = {
@@ -110,4 +111,4 @@ def describe(needed: Estimate, available: int) -> str:
         "logits": "lower learner.logit_chunk_tokens or learner.rows_per_microbatch",
     }
     largest = sorted(advice, key=lambda name: -getattr(needed, name))[:2]
-    return f"{line}\nthat will hardly fit: {'; '.join(f'{name}: {advice[name]}' for name in largest)}"
+    return f"{line}\nthis will probably not fit: {'; '.join(f'{name}: {advice[name]}' for name in largest)}"

@@ -1,11 +1,13 @@
-"""The policy: a decoder-only Flax transformer, and the functions that run it on a plain tree of parameters.
+"""The policy: a decoder-only Flax transformer, and functions that run it on a nested dict of parameters.
 
-RMSNorm before each half, rotary positions, grouped-query attention, gated MLP, layers scanned so that compile time does
-not grow with depth. One forward pass serves training, prefill and decoding: what differs is the cache. One code path
-serves the families, too: what Qwen2, Qwen3, Llama 3 and Gemma 3 add to this are settings, off by default.
+A layer is attention, then a gated MLP, each behind an RMSNorm. Attention has rotary positions and may share keys and
+values between heads. The layers are scanned, so compile time does not grow with depth. Training, prefill and decoding
+use the same forward function; they differ only in the cache. What Qwen2, Qwen3, Llama 3 and Gemma 3 add to this is
+switched on by settings of ModelConfig.
 
-Letters: B rows, T tokens of this call, S tokens a query may look at, D width, H heads, G key-value heads, K head size,
-F hidden size of the MLP, V vocabulary, L layers.
+Letters: B rows of this call, T tokens of this call in each row, C keys that a query may look at (the cache's places
+where there is a cache, else T), V vocabulary, L layers, D width, H heads, Hkv key-value heads, Dh head size,
+F hidden size of the MLP.
 """
 
 import functools
@@ -23,59 +25,61 @@ from cero_jax.lora import Adapter
 from cero_jax.rope import RopeScaling
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Params = dict  # a nested dict of arrays, as nnx.to_pure_dict gives it
+Params = dict  # a nested dict of arrays; `init_params` makes one, sharding.RULES lists the paths
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the policy."""
+    """Shape of the policy, and the dtypes it is stored and computed in. Raises ValueError for an impossible shape."""
 
     num_layers: int = 2
     width: int = 96
-    """D, size of the residual stream."""
+    """D, the size of a token's hidden state between layers."""
     num_heads: int = 4
     num_kv_heads: int = 2
-    """Heads that keys and values are shared by; must divide num_heads."""
+    """Heads of keys and values; each serves num_heads / num_kv_heads query heads."""
     head_dim: int = 24
+    """Dh, even."""
     mlp_width: int = 256
     """F, hidden size of the gated MLP."""
     rope_base: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     tied_embeddings: bool = True
-    """Read the output projection from the embedding table."""
+    """Use the embedding table as output projection, too."""
     qkv_bias: bool = False
     """Biases on queries, keys and values (Qwen2)."""
     qk_norm: bool = False
-    """RMSNorm of each head's queries and keys (Qwen3, Gemma 3)."""
+    """RMSNorm on each head's queries and keys (Qwen3, Gemma 3)."""
     post_norms: bool = False
-    """RMSNorm behind each half as well as before it (Gemma 3)."""
+    """RMSNorm after attention and after the MLP as well as before them (Gemma 3)."""
     norm_offset: float = 0.0
-    """Added to every norm's stored scale; 1 in Gemma 3, which stores the scale less one."""
+    """Added to every norm's stored scale; 1 for Gemma 3, which stores each scale minus one."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
-    """Of the MLP's gate."""
+    """What the MLP's gate goes through."""
     scaled_embeddings: bool = False
-    """Multiply embeddings by sqrt(D), rounded to the compute dtype (Gemma 3)."""
+    """Multiply embeddings by sqrt(D) (Gemma 3)."""
     query_pre_attn_scalar: float | None = None
-    """Scores are divided by its square root; None is head_dim."""
+    """Attention scores are divided by the square root of this; None: by that of head_dim."""
     sliding_layers: tuple[int, ...] = ()
-    """Layers, from 0, whose tokens see only the last `sliding_window` tokens, their own counted."""
+    """Layers, counted from 0, in which a token sees only the last `sliding_window` tokens, itself included."""
     sliding_window: int = 4096
     """Tokens."""
     sliding_rope_base: float | None = None
-    """Rotary base of the sliding layers, unscaled; None rotates them as the others."""
+    """Rotary base of the sliding layers, without rope_scaling; None: they rotate as the other layers do."""
     lora_rank: int | None = None
-    """Rank of the adapters that are trained beside every linear layer of a frozen model (LoRA); None trains it all."""
+    """Rank of LoRA adapters: they are trained, one beside each linear layer, and the model itself is frozen. None: no
+    adapters, every parameter is trained."""
     lora_alpha: float = 32.0
-    """Adapters count lora_alpha / lora_rank times."""
+    """An adapter's output is multiplied by lora_alpha / lora_rank."""
     max_positions: int | None = None
-    """Tokens of the longest context that the model is made for; None: of any."""
+    """The longest context that the model is made for, in tokens; None: no limit."""
     remat: bool = False
-    """Compute each layer again in the backward pass instead of keeping what is inside it."""
+    """Compute each layer's inner activations again in the backward, to save memory, instead of keeping them."""
     param_dtype: Dtype = "float32"
-    """What parameters keep; optimiser and adapters are float32."""
+    """Dtype of the stored parameters; adapters and the optimiser's state are always float32."""
     compute_dtype: Dtype = "float32"
-    """What the forward pass multiplies in; norms, softmax and log-probabilities are float32 always."""
+    """Dtype of matrix products; norms, softmax and log-probabilities are always float32."""
 
     def __post_init__(self):
         if min(self.num_layers, self.width, self.num_heads, self.num_kv_heads, self.mlp_width) < 1:
@@ -83,7 +87,7 @@ class ModelConfig:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs")
+            raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn a head's values in pairs")
         if self.lora_rank is not None and (self.lora_rank < 1 or not self.lora_alpha > 0):
             raise ValueError(
                 f"lora_rank={self.lora_rank} must be at least 1, or None, and lora_alpha={self.lora_alpha} positive"
@@ -98,20 +102,20 @@ class ModelConfig:
 class Cache(NamedTuple):
     """Keys and values of the tokens seen so far."""
 
-    k: Array  # [L, B, S, G, K] compute dtype
-    v: Array  # [L, B, S, G, K] compute dtype
+    k: Array  # [L, B, C, Hkv, Dh] compute dtype
+    v: Array  # [L, B, C, Hkv, Dh] compute dtype
 
 
 class View(NamedTuple):
-    """Where a layer's tokens stand and what they look at."""
+    """Where the tokens of this call stand and what they may look at, for one kind of layer (full or sliding)."""
 
     positions: Array  # [B, T] int32
-    mask: Array  # [B, T, S] bool
-    frequency: Array  # [K/2] float32
+    mask: Array  # [B, T, C] bool
+    frequency: Array  # [Dh/2] float32, radians a position
 
 
 def rms_norm(x: Array, scale: Array, config: ModelConfig) -> Array:
-    """Divide x [..., D] by its root mean square, in float32, times scale [D] + norm_offset; returns x's dtype."""
+    """[..., D]: x over its root mean square, times (scale [D] + norm_offset), computed in float32, in x's dtype."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + config.norm_eps)
     return jnp.einsum("...d,d->...d", normed, scale.astype(jnp.float32) + config.norm_offset).astype(x.dtype)
@@ -129,23 +133,23 @@ class Attention(nnx.Module):
     """Causal grouped-query attention with rotary positions."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        d, h, g, k, dtype = config.width, config.num_heads, config.num_kv_heads, config.head_dim, config.param_dtype
+        d, h, hkv, dh, dtype = config.width, config.num_heads, config.num_kv_heads, config.head_dim, config.param_dtype
         self.config = config
-        self.q = _normal(rngs.params(), (d, h, k), d, dtype)
-        self.k = _normal(rngs.params(), (d, g, k), d, dtype)
-        self.v = _normal(rngs.params(), (d, g, k), d, dtype)
-        self.o = _normal(rngs.params(), (h, k, d), h * k * 2 * config.num_layers, dtype)
+        self.q = _normal(rngs.params(), (d, h, dh), d, dtype)
+        self.k = _normal(rngs.params(), (d, hkv, dh), d, dtype)
+        self.v = _normal(rngs.params(), (d, hkv, dh), d, dtype)
+        self.o = _normal(rngs.params(), (h, dh, d), h * dh * 2 * config.num_layers, dtype)
         if config.qkv_bias:
-            self.q_bias, self.k_bias, self.v_bias = (nnx.Param(jnp.zeros((n, k), dtype)) for n in (h, g, g))
+            self.q_bias, self.k_bias, self.v_bias = (nnx.Param(jnp.zeros((n, dh), dtype)) for n in (h, hkv, hkv))
         if config.qk_norm:
-            self.q_norm, self.k_norm = _scale(k, config), _scale(k, config)
+            self.q_norm, self.k_norm = _scale(dh, config), _scale(dh, config)
         if config.lora_rank:
             adapter = functools.partial(Adapter, rank=config.lora_rank, alpha=config.lora_alpha, rngs=rngs)
-            self.q_lora, self.o_lora = adapter(d, h * k), adapter(h * k, d)
-            self.k_lora, self.v_lora = adapter(d, g * k), adapter(d, g * k)
+            self.q_lora, self.o_lora = adapter(d, h * dh), adapter(h * dh, d)
+            self.k_lora, self.v_lora = adapter(d, hkv * dh), adapter(d, hkv * dh)
 
     def _heads(self, x: Array, name: str) -> Array:
-        """The projection `name` of x [B, T, D] -> [B, T, heads, K], with its bias and norm where the model has them."""
+        """Queries, keys or values (`name` q, k or v) of x [B, T, D] -> [B, T, H or Hkv, Dh], bias and norm applied."""
         heads = jnp.einsum("btd,dhk->bthk", x, getattr(self, name)[...].astype(x.dtype))
         if self.config.lora_rank:
             heads = heads + getattr(self, f"{name}_lora")(x).reshape(heads.shape)
@@ -156,11 +160,11 @@ class Attention(nnx.Module):
         return heads
 
     def __call__(self, x: Array, view: View, cache: Cache | None, layer: Array, start: Array):
-        """Inputs x [B, T, D] -> [B, T, D] and the cache with this call's tokens written from `start` [B]."""
+        """From x [B, T, D]: [B, T, D], and the cache with row b's new keys and values from place start[b] on."""
         q, k = (rope.rotate(self._heads(x, name), view.positions, view.frequency) for name in ("q", "k"))
         v = self._heads(x, "v")
         if cache is not None:
-            # Written in place in the scan's carry: the cache is never copied whole.
+            # The cache is the scan's carry, which XLA updates in place: it is never copied whole.
             rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
             places = start[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
             at = (layer, rows, places)
@@ -178,21 +182,21 @@ class Attention(nnx.Module):
 
 
 def _attend_one(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
-    """Attention of one token a row: q [B, 1, H, K] to k, v [B, S, G, K] where mask [B, 1, S]; returns [B, 1, H, K].
+    """Attention of one token a row: q [B, 1, H, Dh] to k, v [B, C, Hkv, Dh] where mask [B, 1, C]; [B, 1, H, Dh].
 
-    What jax.nn.dot_product_attention computes, with the keys on the left: XLA on a CPU then copies keys and values row
-    by row and does not transpose them, which made attention alone 1.2 to 2.3 times as fast.
+    The same as jax.nn.dot_product_attention, but with the keys as the product's left operand: on a CPU, XLA then does
+    not transpose keys and values, which made attention alone 1.2 to 2.3 times as fast.
     """
-    grouped = q.reshape(q.shape[0], k.shape[2], -1, q.shape[3])  # [B, G, H/G, K]
+    grouped = q.reshape(q.shape[0], k.shape[2], -1, q.shape[3])  # [B, Hkv, H/Hkv, Dh]
     dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-    scores = dot(k, grouped, (((3,), (3,)), ((0, 2), (0, 1)))).swapaxes(2, 3) * scale  # [B, G, H/G, S]
+    scores = dot(k, grouped, (((3,), (3,)), ((0, 2), (0, 1)))).swapaxes(2, 3) * scale  # [B, Hkv, H/Hkv, C]
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
     probability = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return dot(probability, v, (((3,), (1,)), ((0, 1), (0, 2)))).reshape(q.shape).astype(v.dtype)
 
 
 class GatedMLP(nnx.Module):
-    """down(activation(gate x) * up x)."""
+    """The gated MLP, down(activation(gate(x)) * up(x)): [B, T, D] -> [B, T, D]."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         d, f, dtype = config.width, config.mlp_width, config.param_dtype
@@ -214,7 +218,7 @@ class GatedMLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention, then the MLP, each behind a norm and beside the residual stream."""
+    """One layer: x + attention(norm(x)), then x + MLP(norm(x))."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -234,13 +238,13 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Embedding, L scanned blocks, a last norm; the output projection is `unembed`, apart, so that a caller may
-    project only the positions that it needs.
+    """Embedding, L scanned blocks, a last norm. The output projection is a method of its own, `logits`, so that a
+    caller may project only the positions that it needs.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, rngs: nnx.Rngs):
         self.config = config
-        # 0.02: a tied table is read as an output projection too, and wide logits at the start learn slowly.
+        # 0.02: a tied table is the output projection, too, and a policy that starts with large logits learns slowly.
         table = jax.random.normal(rngs.params(), (vocab_size, config.width), jnp.float32) * 0.02
         self.embed = nnx.Param(table.astype(config.param_dtype))
         self.layers = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(
@@ -252,14 +256,14 @@ class Transformer(nnx.Module):
 
     def __call__(self, tokens: Array, positions: Array, mask: Array, cache: Cache | None, start: Array):
         config = self.config
-        # Cast behind the gather: the table's gradient is then summed in its own dtype.
+        # Cast after the look-up and not before it: gradients of one token's row are then summed in the table's dtype.
         x = self.embed[...][tokens].astype(config.compute_dtype)
         if config.scaled_embeddings:
             x = x * jnp.asarray(config.width**0.5, x.dtype)
         frequency = rope.frequencies(config.head_dim, config.rope_base, config.rope_scaling)
         full = View(positions, mask, frequency)
         if config.sliding_layers:
-            near = _last_seen(mask, config.sliding_window)
+            near = _keep_last(mask, config.sliding_window)
             if config.sliding_rope_base is not None:
                 frequency = rope.frequencies(config.head_dim, config.sliding_rope_base)
             sliding = View(positions, near, frequency)
@@ -274,11 +278,12 @@ class Transformer(nnx.Module):
         indices = np.arange(config.num_layers)
         flags = jnp.asarray(indices), jnp.asarray(np.isin(indices, config.sliding_layers))
         if config.remat:
-            layer_step = jax.checkpoint(layer_step, prevent_cse=False)  # a scan keeps the two passes apart by itself
+            layer_step = jax.checkpoint(layer_step, prevent_cse=False)  # False: not needed inside a scan
         (x, cache), _ = jax.lax.scan(layer_step, (x, cache), (self.layers, *flags))
         return rms_norm(x, self.final_norm[...], config), cache
 
     def logits(self, hidden: Array) -> Array:
+        """Output projection: hidden [..., D] -> [..., V] float32."""
         if self.config.tied_embeddings:
             table = self.embed[...].astype(hidden.dtype)
             return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
@@ -289,24 +294,24 @@ class Transformer(nnx.Module):
 
 @functools.cache
 def _graphdef(config: ModelConfig, vocab_size: int) -> nnx.GraphDef:
-    """The module without its arrays; graph=False: a tree, whose walk costs nothing in the hot path."""
+    """The module without its arrays. graph=False: flax treats it as a plain tree, which is cheap in every call."""
     module = jax.eval_shape(lambda: Transformer(config, vocab_size, nnx.Rngs(0)))
     return nnx.split(module, graph=False)[0]
 
 
 def init_params(config: ModelConfig, vocab_size: int, seed: int) -> Params:
-    """Random parameters, a nested dict of arrays in `param_dtype`; a pure function of its arguments."""
+    """Random parameters, a nested dict of arrays in `param_dtype` (adapters: float32), reproducible from the seed."""
     _, state = nnx.split(Transformer(config, vocab_size, nnx.Rngs(seed)), graph=False)
     return nnx.to_pure_dict(state)
 
 
 def abstract_params(config: ModelConfig, vocab_size: int) -> Params:
-    """Shape and dtype of each parameter, jax.ShapeDtypeStructs in a tree like that of `init_params`; uses no memory."""
+    """Shape and dtype of every parameter: `init_params` with jax.ShapeDtypeStruct leaves; nothing is allocated."""
     return jax.eval_shape(functools.partial(init_params, config, vocab_size, 0))
 
 
 def init_cache(config: ModelConfig, num_rows: int, length: int) -> Cache:
-    """An empty cache for `num_rows` rows of `length` tokens each."""
+    """A cache of zeros for `num_rows` rows of `length` tokens each."""
     shape = (config.num_layers, num_rows, length, config.num_kv_heads, config.head_dim)
     return Cache(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
 
@@ -327,12 +332,12 @@ def forward(
       config: the model's shape.
       tokens: [B, T] int32.
       positions: [B, T] int32, each token's place in its own row, padding not counted.
-      mask: [B, T, S] bool, which of the S keys each token may look at; S = T without a cache, else the cache's length.
-      cache: keys and values so far; this call's are written from `start`, those beyond its end nowhere.
-      start: [B] int32, where in the cache each row's tokens go; None is 0.
+      mask: [B, T, C] bool, which of the C keys each token may look at; C = T without a cache, else the cache's length.
+      cache: keys and values of earlier calls; this call's are added. A token beyond the cache's end is not written.
+      start: [B] int32, the cache place of each row's first token of this call; None: 0.
 
     Returns:
-      [B, T, D] in compute dtype, behind the last norm (feed it to `logits`), and the cache.
+      [B, T, D] in compute dtype, after the last norm (`logits` takes it), and the cache with this call's tokens.
     """
     vocab_size = params["embed"].shape[0]
     model = nnx.merge(_graphdef(config, vocab_size), params)
@@ -347,7 +352,7 @@ def logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
 
 
 def cast(params: Params, dtype: Any) -> Params:
-    """Parameters in the dtype that the forward pass multiplies in; norm scales, which it reads in float32, stay."""
+    """The parameters in `dtype`, except for the scales of norms: these stay, since norms compute in float32."""
 
     def one(path, leaf: Array) -> Array:
         return leaf if path[-1].key.endswith("norm") else leaf.astype(dtype)
@@ -355,25 +360,29 @@ def cast(params: Params, dtype: Any) -> Params:
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-def _last_seen(mask: Array, window: int) -> Array:
-    """[B, T, S] `mask` less all but the last `window` keys that it lets each token see; keys lie in order along S."""
-    later = jax.lax.cumsum(mask.astype(jnp.int32), axis=2, reverse=True)  # a key itself counted
-    return mask & (later <= window)
+def _keep_last(mask: Array, window: int) -> Array:
+    """[B, T, C] the mask of a sliding window: of the keys that `mask` allows a token, only the last `window` are left.
+
+    Keys must lie along C in the order of their positions.
+    """
+    allowed_from_here = jax.lax.cumsum(mask.astype(jnp.int32), axis=2, reverse=True)  # the key itself included
+    return mask & (allowed_from_here <= window)
 
 
 def left_padded(lengths: Array, width: int) -> tuple[Array, Array]:
-    """Which of `width` places hold a token, and each token's position, for rows padded on the left.
+    """For rows padded on the left to `width` places: which places hold a token, and each token's position.
 
-    lengths: [B] int32. Returns valid [B, width] bool and positions [B, width] int32 (0 on padding).
+    lengths: [B] int32, tokens of each row. Returns valid [B, width] bool and positions [B, width] int32 (0 on padding).
     """
     place = jnp.arange(width, dtype=jnp.int32)[None, :] - (width - lengths[:, None])
     return place >= 0, jnp.maximum(place, 0)
 
 
 def causal_mask(valid: Array) -> Array:
-    """[B, T] which places hold a token -> [B, T, T]: a query sees the tokens up to its own, and itself on padding.
+    """[B, T, T] bool: a token sees itself and the tokens before it.
 
-    (A padded query that saw nothing would be a softmax over an empty set: NaN, which leaks into gradients.)
+    valid: [B, T] bool, which places hold a token. Padding sees itself, too: a softmax over no key at all would be NaN,
+    which leaks into gradients.
     """
     width = valid.shape[1]
     causal = jnp.tril(jnp.ones((width, width), bool))

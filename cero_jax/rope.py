@@ -1,4 +1,7 @@
-"""Rotary positions: how far each pair of a head turns with its token's place. K: head size."""
+"""Rotary positions: each pair of a head's values is turned by an angle that grows with the token's position.
+
+Letters as in model.py: B rows, T tokens, Dh head size.
+"""
 
 import math
 from dataclasses import dataclass
@@ -10,23 +13,23 @@ from jax import Array
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Rotary frequencies stretched for contexts longer than those trained on first."""
+    """Lower rotary frequencies, for contexts longer than those that the model was first trained on."""
 
     kind: Literal["linear", "llama3"]
-    """linear: all are divided by `factor` (Gemma 3); llama3: the slow ones are, with a ramp between."""
+    """linear: every frequency is divided by `factor` (Gemma 3); llama3: only the low ones are, with a ramp between."""
     factor: float
     low_freq_factor: float = 1.0
-    """Wavelengths above original_max_positions / this are divided by `factor` (llama3)."""
+    """llama3: frequencies of wavelengths above original_max_positions / low_freq_factor are divided by `factor`."""
     high_freq_factor: float = 4.0
-    """Wavelengths below original_max_positions / this stay (llama3)."""
+    """llama3: frequencies of wavelengths below original_max_positions / high_freq_factor stay as they are."""
     original_max_positions: int = 8192
-    """Tokens of the context trained on first (llama3)."""
+    """llama3: the context that the model was first trained on, in tokens."""
 
 
 def frequencies(head_dim: int, base: float, scaling: RopeScaling | None = None) -> Array:
-    """[K/2] float32, radians a position.
+    """[Dh/2] float32, the angle by which each pair turns from one position to the next, in radians.
 
-    Source: Su et al. 2021; "llama3" as in Meta's release of Llama 3.1.
+    Source: Su et al. 2021 (arXiv 2104.09864); the kind "llama3" is that of Meta's release of Llama 3.1.
     """
     half = head_dim // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -35,14 +38,14 @@ def frequencies(head_dim: int, base: float, scaling: RopeScaling | None = None) 
     stretched = frequency / scaling.factor
     if scaling.kind == "linear":
         return stretched
-    turns = scaling.original_max_positions * frequency / (2 * math.pi)  # that the first context's length makes
+    turns = scaling.original_max_positions * frequency / (2 * math.pi)  # over the whole first context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
     return (1 - keep) * stretched + keep * frequency
 
 
 def rotate(x: Array, positions: Array, frequency: Array) -> Array:
-    """Rotate x [B, T, heads, K] by its positions [B, T] (Su et al. 2021, half-split pairs as Llama has them)."""
+    """Rotate x [B, T, heads, Dh] by its positions [B, T]; value j of a head pairs with j + Dh/2, as in Llama."""
     angle = positions.astype(jnp.float32)[:, :, None, None] * frequency[None, None, None, :]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

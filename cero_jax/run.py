@@ -277,4 +277,4 @@ def memory_needed(config: Config, task: Task, mesh: Mesh) -> str:
         prompt_tokens=task.train.tokens.shape[1],
         min_group=config.allocator.min_group,
     )
-    return memory.describe(needed, memory.device_bytes())
+    return memory.memory_report(needed, memory.device_bytes())

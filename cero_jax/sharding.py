@@ -1,7 +1,7 @@
-"""One mesh, one table: which axis of each parameter lies on which axis of the mesh.
+"""The mesh of devices, and one table: which axis of each parameter is split over which axis of the mesh.
 
-Axes: `data` splits rows, `fsdp` splits rows and parameters, `tensor` splits heads and hidden units. One device is a
-1 x 1 x 1 mesh and runs the same code.
+The mesh has three axes. `data` splits rows, `fsdp` splits rows and parameters, `tensor` splits heads and the MLP's
+hidden units. One device is a 1 x 1 x 1 mesh and runs the same code. Letters in shapes: as in model.py.
 """
 
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from jax.sharding import PartitionSpec as P
 
 ROWS = P(("data", "fsdp"))
 
-RULES: dict[str, P] = {  # path of the parameter -> spec
+RULES: dict[str, P] = {  # path of the parameter -> for each of its axes, the axis of the mesh that splits it
     "embed": P("tensor", "fsdp"),  # [V, D]
     "unembed": P("fsdp", "tensor"),  # [D, V]
     "final_norm": P(),  # [D]
     "layers/attn_norm": P(),  # [L, D]
-    "layers/attn/q": P(None, "fsdp", "tensor", None),  # [L, D, H, K]
-    "layers/attn/k": P(None, "fsdp", "tensor", None),  # [L, D, G, K]
-    "layers/attn/v": P(None, "fsdp", "tensor", None),  # [L, D, G, K]
-    "layers/attn/o": P(None, "tensor", None, "fsdp"),  # [L, H, K, D]
-    "layers/attn/q_bias": P(None, "tensor", None),  # [L, H, K]
-    "layers/attn/k_bias": P(None, "tensor", None),  # [L, G, K]
-    "layers/attn/v_bias": P(None, "tensor", None),  # [L, G, K]
-    "layers/attn/q_norm": P(),  # [L, K]
-    "layers/attn/k_norm": P(),  # [L, K]
+    "layers/attn/q": P(None, "fsdp", "tensor", None),  # [L, D, H, Dh]
+    "layers/attn/k": P(None, "fsdp", "tensor", None),  # [L, D, Hkv, Dh]
+    "layers/attn/v": P(None, "fsdp", "tensor", None),  # [L, D, Hkv, Dh]
+    "layers/attn/o": P(None, "tensor", None, "fsdp"),  # [L, H, Dh, D]
+    "layers/attn/q_bias": P(None, "tensor", None),  # [L, H, Dh]
+    "layers/attn/k_bias": P(None, "tensor", None),  # [L, Hkv, Dh]
+    "layers/attn/v_bias": P(None, "tensor", None),  # [L, Hkv, Dh]
+    "layers/attn/q_norm": P(),  # [L, Dh]
+    "layers/attn/k_norm": P(),  # [L, Dh]
     "layers/attn_post_norm": P(),  # [L, D]
     "layers/mlp_norm": P(),  # [L, D]
     "layers/mlp_post_norm": P(),  # [L, D]
@@ -36,35 +36,35 @@ RULES: dict[str, P] = {  # path of the parameter -> spec
 }
 for _layer in ("attn/q", "attn/k", "attn/v", "mlp/gate", "mlp/up"):
     RULES[f"layers/{_layer}_lora/lora_a"] = P(None, "fsdp", None)  # [L, D, rank]
-    RULES[f"layers/{_layer}_lora/lora_b"] = P(None, None, "tensor")  # [L, rank, H K or F]
+    RULES[f"layers/{_layer}_lora/lora_b"] = P(None, None, "tensor")  # [L, rank, heads * Dh or F]
 for _layer in ("attn/o", "mlp/down"):
-    RULES[f"layers/{_layer}_lora/lora_a"] = P(None, "tensor", None)  # [L, H K or F, rank]
+    RULES[f"layers/{_layer}_lora/lora_a"] = P(None, "tensor", None)  # [L, H * Dh or F, rank]
     RULES[f"layers/{_layer}_lora/lora_b"] = P(None, None, "fsdp")  # [L, rank, D]
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh."""
+    """Number of devices along each axis of the mesh."""
 
     data: int = -1
-    """Rows are split over these; -1 takes every device that is left."""
+    """Rows are split over this many devices; -1: all devices / (fsdp * tensor)."""
     fsdp: int = 1
-    """Rows and parameters are split over these."""
+    """Rows and parameters are split over this many devices."""
     tensor: int = 1
-    """Heads and hidden units are split over these."""
+    """Attention heads and the MLP's hidden units are split over this many devices."""
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
-    """The mesh. Raises ValueError where the sizes do not multiply to the number of devices."""
+    """The mesh over `devices` (None: all). Raises ValueError where its sizes do not multiply to their number."""
     devices = jax.devices() if devices is None else devices
     inner = config.fsdp * config.tensor
     data = len(devices) // max(inner, 1) if config.data == -1 else config.data
     if min(data, config.fsdp, config.tensor) < 1 or data * inner != len(devices):
         raise ValueError(
             f"mesh.data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not cover the {len(devices)} "
-            "device(s) here: the product must be their number; data=-1 takes what a divisor fsdp x tensor leaves"
+            "device(s) here: choose fsdp and tensor so that their product divides that number, and leave data=-1"
         )
-    # Auto: an Explicit axis (make_mesh's default) makes gathers over sharded rows raise.
+    # Auto: with Explicit axes (jax.make_mesh's default), indexing into sharded rows raises.
     return jax.make_mesh(
         (data, config.fsdp, config.tensor), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=devices
     )
@@ -79,9 +79,9 @@ def _fits(spec: P, shape: tuple[int, ...], mesh: Mesh) -> bool:
 
 
 def shard_params(params: Any, mesh: Mesh) -> Any:
-    """A tree of NamedShardings for a tree of parameters (arrays or shapes), by RULES.
+    """The NamedSharding of each parameter, by RULES; `params` holds arrays or their shapes (model.abstract_params).
 
-    Raises ValueError for a parameter without a rule, or one whose axis the mesh does not divide.
+    Raises ValueError for a parameter without a rule, or with an axis that cannot be split evenly.
     """
 
     def sharding(key_path, leaf) -> NamedSharding:
@@ -90,8 +90,8 @@ def shard_params(params: Any, mesh: Mesh) -> Any:
             raise ValueError(f"parameter {path} {tuple(leaf.shape)} has no rule in sharding.RULES: add one")
         if not _fits(RULES[path], leaf.shape, mesh):
             raise ValueError(
-                f"parameter {path} {tuple(leaf.shape)} does not divide over the mesh {dict(mesh.shape)} by "
-                f"{RULES[path]}: choose a smaller fsdp or tensor axis"
+                f"parameter {path} {tuple(leaf.shape)} does not divide evenly over the mesh {dict(mesh.shape)} as "
+                f"{RULES[path]} says: choose a smaller mesh.fsdp or mesh.tensor"
             )
         return NamedSharding(mesh, RULES[path])
 
@@ -99,15 +99,15 @@ def shard_params(params: Any, mesh: Mesh) -> Any:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
 
 
 def rows(mesh: Mesh) -> NamedSharding:
-    """The leading axis, rows, over `data` and `fsdp`."""
+    """The sharding of an array whose first axis is rows: split over `data` and `fsdp`."""
     return NamedSharding(mesh, ROWS)
 
 
 def row_shards(mesh: Mesh) -> int:
-    """Into how many pieces rows are cut: rows a step must be a multiple."""
+    """The number of pieces that rows are split into; rows_per_step must be a multiple of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]

@@ -1,29 +1,31 @@
-"""What a figure from a few prompts and samples is worth: pass@k without bias, and intervals over prompts."""
+"""How sure a measured accuracy is: unbiased pass@k, and confidence intervals over prompts."""
 
 import numpy as np
 from scipy import stats
 
 
 def pass_at_k(num_correct: np.ndarray, num_samples: int, k: int) -> np.ndarray:
-    """[N] probability that one of k samples of a prompt is right: 1 - C(n - c, k) / C(n, k), without bias for k <= n.
+    """[N] float64, for each prompt the probability that at least one of k samples is right, without bias.
 
-    num_correct: [N] int, c of the n = num_samples that are right. Raises ValueError where k is not in 1..n.
-    Source: Chen et al. 2021 (arXiv 2107.03374), equation 1, as a product that does not overflow.
+    num_correct: [N] int, how many of a prompt's num_samples samples are right. Raises ValueError where k is not in
+    1..num_samples. Source: Chen et al. 2021 (arXiv 2107.03374), equation 1: 1 - C(n - c, k) / C(n, k) with
+    n = num_samples and c = num_correct; here as a product, which does not overflow.
     """
     if not 1 <= k <= num_samples:
-        raise ValueError(f"pass@{k} needs k in 1..{num_samples}, the samples a prompt")
+        raise ValueError(f"pass@{k} needs k in 1..{num_samples}, the number of samples of each prompt")
     wrong = num_samples - np.asarray(num_correct, int)
-    drawn = np.arange(k)  # the j-th draw without replacement is wrong too with (wrong - j) / (n - j)
+    drawn = np.arange(k)  # after j wrong draws without replacement, the next is wrong with (wrong - j) / (n - j)
     all_wrong = np.prod(np.maximum(wrong[..., None] - drawn, 0) / (num_samples - drawn), axis=-1)
     return 1 - all_wrong
 
 
 def bootstrap_interval(values: np.ndarray, confidence: float = 0.95, draws: int = 2000) -> tuple[float, float]:
-    """(low, high) for the mean of prompts like these: a bootstrap over prompts, fixed draws, so it is reproducible.
+    """(low, high): a confidence interval for the mean over all prompts like these, by a bootstrap over prompts.
 
-    values: [N] each prompt's mean reward, or its pass@k. The percentiles are widened for small N, as Student's t is
-    (the expanded percentile interval; Hesterberg 2015, arXiv 1411.5279). Where all values are the same, of which a
-    bootstrap knows no spread, the exact binomial interval (Clopper and Pearson's) over prompts. N = 1 gives (0, 1).
+    values: [N] in 0..1, each prompt's mean reward or pass@k. The generator is seeded, so the result is reproducible.
+    The percentiles are widened for small N as Student's t widens the normal (the expanded percentile interval:
+    Hesterberg 2015, arXiv 1411.5279). Where all values are the same a bootstrap sees no spread: the interval is then
+    the exact binomial one over prompts (Clopper and Pearson). N = 1 gives (0, 1).
     """
     values = np.asarray(values, float)
     number, tail = len(values), (1 - confidence) / 2

@@ -1,11 +1,13 @@
-"""What transformers computes, as fixtures: tiny random models of each family, their logits, tokens and tokenizations.
+"""Write tests/fixtures: a tiny random model of each family, and what transformers computes with it.
 
-Needs an environment of its own, since torch is no dependency of this project:
+It needs an environment of its own, since this project does not depend on torch:
 
     python3 -m venv reference && reference/bin/pip install torch==2.13.0 transformers==5.24 safetensors
-    reference/bin/python tests/make_fixtures.py                          writes tests/fixtures
+    reference/bin/python tests/make_fixtures.py
     reference/bin/python tests/make_fixtures.py read-back .venv/bin/python
-                                        checks that folders written by cero_jax, run by that Python, are the same models
+
+The second form lets cero_jax, run by that Python, load each fixture and write it to a new folder, and checks that
+transformers computes the same with the new folder.
 """
 
 import json
@@ -21,7 +23,7 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 HERE = Path(__file__).parent / "fixtures"
-VOCAB = 320  # more than the tokenizers know: published models pad theirs, too
+VOCAB = 320  # more than the tokenizers' tokens, as in published models
 NEW_TOKENS = 16
 TEXTS = [
     "Natalia sold 48 clips in April.",
@@ -60,7 +62,7 @@ CONFIGS = {
     ),
 }  # fmt: skip
 LENGTHS = {"qwen2": (5, 13, 24), "qwen3": (5, 13, 24), "llama": (9, 24, 72), "gemma3": (5, 13, 40)}
-OLD_KEYS = {  # as transformers 4 wrote them, and as most published folders have them
+OLD_KEYS = {  # keys of config.json as transformers 4 wrote them, which most published folders have
     "llama": {"rope_theta": 10000.0, "rope_scaling": LLAMA3, "torch_dtype": "float32"},
     "qwen3": {"rope_theta": 10000.0, "torch_dtype": "bfloat16"},
 }
@@ -86,7 +88,7 @@ LLAMA_TEMPLATE = (
 
 
 def random_model(config, seed: int) -> torch.nn.Module:
-    """Every parameter matters: norms and biases are no ones and zeros."""
+    """A random model in which every parameter matters: no norm is 1 and no bias is 0."""
     torch.manual_seed(seed)
     dtype = config.dtype or torch.float32
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype="float32").eval()
@@ -97,7 +99,7 @@ def random_model(config, seed: int) -> torch.nn.Module:
 
 
 def make_tokenizer(folder: Path, name: str) -> None:
-    """A byte-level BPE of a few merges, with the files that published folders have."""
+    """Write a byte-level BPE tokenizer with a few merges, in the files that published folders have."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -117,7 +119,7 @@ def make_tokenizer(folder: Path, name: str) -> None:
 
 
 def tokenized(folder: Path) -> dict:
-    """What transformers' own tokenizer of the folder makes of TEXTS and MESSAGES."""
+    """What transformers' tokenizer for the folder makes of TEXTS and MESSAGES."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = [tokenizer(text).input_ids for text in TEXTS]
     chat = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
@@ -133,7 +135,7 @@ def tokenized(folder: Path) -> dict:
 
 @torch.no_grad()
 def reference(folder: Path, name: str) -> dict[str, np.ndarray]:
-    """Each row alone, unpadded, without a cache: logits in float32, and the greedy continuation."""
+    """Random prompts, their logits and greedy continuations: each alone, unpadded, float32, without a cache."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32", attn_implementation="eager")
     rng, out = np.random.default_rng(1), {}
     for row, length in enumerate(LENGTHS[name]):
@@ -149,7 +151,7 @@ def reference(folder: Path, name: str) -> dict[str, np.ndarray]:
 
 
 def make(name: str, seed: int) -> None:
-    """One fixture: HERE/name, a model folder; HERE/name.npz and, with a tokenizer, HERE/name.json, what is expected."""
+    """Write one fixture: the model folder HERE/name, and what is expected of it in name.npz and name.json."""
     folder = HERE / name
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
@@ -178,7 +180,7 @@ weights.save(folder, source, *weights.load(source, mesh, param_dtype=dtype))
 
 
 def read_back(python: str) -> None:
-    """Let cero_jax load each fixture and write a folder; transformers' logits of that are the same to the bit."""
+    """Check that cero_jax loads and writes each fixture such that transformers' logits are the same to the bit."""
     for name in CONFIGS:
         with tempfile.TemporaryDirectory() as scratch:
             dtype = "bfloat16" if name == "qwen3" else "float32"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cero_jax.data import prompts_hash
+from cero_jax.tasks import chain_sum
 from cero_jax.tasks.chain_sum import ChainSum
 
 LABELS = {"length 2-4", "length 8-12", "length 13-18", "length 19-24", "wrong gold"}
@@ -32,8 +33,10 @@ def task():
     return ChainSum().build(seed=0)
 
 
-def test_the_example():
-    assert sums_by_hand("3141....................=") == "3489"
+def test_the_example_of_the_docstring():
+    assert '"3141....................=" -> "3489"' in (chain_sum.__doc__ or "")
+    assert chain_sum.question("3141") == "3141....................="
+    assert chain_sum.running_sums("3141") == sums_by_hand("3141....................=") == "3489"
 
 
 @pytest.mark.parametrize("wrong_share", [0.0, 0.2, 0.4, 0.6, 1.0])
@@ -74,13 +77,13 @@ def test_prompts_are_distinct_and_the_heldout_are_kept_apart(task):
     assert held_short[2] >= 10
 
 
-def test_ids_say_nothing_of_the_prompt(task):
-    """Labels are in random order: the mean place of the wrong gold lies within 5 deviations of the middle."""
+def test_ids_say_nothing_about_the_prompt(task):
+    """Labels are in random order: the mean place of wrong gold lies within 5 standard deviations of the middle."""
     places = np.flatnonzero([label == "wrong gold" for label in task.train.labels])
     assert abs(places.mean() - 255.5) < 5 * 512 / np.sqrt(12 * len(places))
 
 
-def test_a_function_of_settings_and_seed(task):
+def test_the_task_is_reproducible_from_settings_and_seed(task):
     again = ChainSum().build(seed=0)
     assert prompts_hash(again.train) == prompts_hash(task.train)
     assert prompts_hash(again.heldout) == prompts_hash(task.heldout)
@@ -97,7 +100,7 @@ def test_verifier_wants_the_whole_completion(task):
         assert task.verify(question, wrong, answer).reward == 0.0
 
 
-def test_demonstrations_slip_at_their_rate_and_go_on_from_what_is_written(task):
+def test_demonstrations_err_at_their_rate_and_go_on_from_what_is_written(task):
     questions, completions = task.demonstrations(np.random.default_rng(0), 4000)
     assert len(questions) == len(completions) == 4000
     assert not set(questions) & set(task.heldout.questions)
@@ -118,7 +121,7 @@ def test_demonstrations_slip_at_their_rate_and_go_on_from_what_is_written(task):
     assert again == (questions, completions)
 
 
-def test_demonstrations_without_slips_are_right():
+def test_demonstrations_without_errors_are_right():
     task = ChainSum(demonstration_error_rate=0.0).build(seed=0)
     assert task.demonstrations is not None
     questions, completions = task.demonstrations(np.random.default_rng(1), 100)

@@ -1,8 +1,7 @@
-"""config.json of each family, of today's and of older transformers, as a ModelConfig."""
+"""The config.json of each family as a ModelConfig, as today's and as older versions of transformers wrote it."""
 
 import json
 import shutil
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -53,7 +52,7 @@ def test_configs_by_hand():
         ("qwen2", ("rope_parameters", "layer_types", "num_key_value_heads"), {"rope_theta": 1000.0, "head_dim": None}),
     ],
 )
-def test_the_keys_of_older_versions_mean_the_same(family, remove, old, tmp_path):
+def test_keys_of_older_versions_give_the_same_config(family, remove, old, tmp_path):
     config, _ = read_config(FIXTURES / family)
     folder = copy_of(family, tmp_path)
     change_config(folder, remove, **old)
@@ -82,7 +81,7 @@ def test_qwen2_with_sliding_windows(tmp_path):
         ({"rope_parameters": {"rope_type": "linear"}}, "factor of rope_type='linear' is missing"),
     ],
 )
-def test_what_there_is_no_code_for_is_refused_in_one_message(changes, message, tmp_path):
+def test_settings_without_code_are_refused_in_one_message(changes, message, tmp_path):
     folder = copy_of("qwen2", tmp_path)
     change_config(folder, **changes)
     with pytest.raises(ValueError, match=message):
@@ -110,10 +109,10 @@ LLAMA_1B = {"model_type": "llama", "hidden_size": 2048, "intermediate_size": 819
     [(DEEPSEEK_1_5B, 1_777_088_000, 8), (QWEN2_5_7B, 7_615_616_512, 4), (QWEN3_4B, 4_022_468_096, 2),
      (LLAMA_1B, 1_235_814_400, 8)],
 )  # fmt: skip
-def test_published_models_have_as_many_parameters_here(published, num_parameters, fsdp, tmp_path):
+def test_published_models_have_their_published_number_of_parameters(published, num_parameters, fsdp, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(published))
     config, vocab_size = read_config(tmp_path)
     assert not config.sliding_layers
-    shapes = jax.eval_shape(partial(model.init_params, config, vocab_size, 0))
+    shapes = model.abstract_params(config, vocab_size)
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == num_parameters
-    sharding.shard_params(shapes, sharding.make_mesh(MeshConfig(fsdp=fsdp)))  # raises where they do not divide
+    sharding.shard_params(shapes, sharding.make_mesh(MeshConfig(fsdp=fsdp)))  # raises where one cannot be split evenly

@@ -1,13 +1,10 @@
-"""Hostile strings through every verifier, gold answers against their neighbours: benchmarks/fuzz.py made small."""
+"""Hostile strings through every verifier, gold answers against each other: benchmarks/fuzz.py, made small."""
 
-import sys
+import os
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-
 import fuzz
+import pytest
 
 from cero_jax.rewards.pool import Pool
 
@@ -20,21 +17,35 @@ GOLDS = {  # in the shape of GSM8K's, AIME's, AMC's and MATH-500's
 
 
 @pytest.fixture(scope="module")
-def pool():
+def folder(tmp_path_factory):
+    """The empty folder in which the tests and the pool's workers run: a string that is executed makes a file there."""
+    before, folder = Path.cwd(), tmp_path_factory.mktemp("folder")
+    os.chdir(folder)
+    yield folder
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def pool(folder):
     pool = Pool(fuzz.MATHEMATICS, seconds=0.5)
     yield pool
     pool.close()
 
 
+def test_a_string_that_is_executed_would_be_seen(folder):
+    eval(fuzz.CODE[0]).close()
+    assert [path.name for path in folder.iterdir()] == [fuzz.CANARY]
+    (folder / fuzz.CANARY).unlink()
+
+
 @pytest.mark.parametrize("verifier", fuzz.GOLD)
-def test_hostile_strings_earn_nothing_and_none_is_executed(pool, tmp_path, monkeypatch, verifier):
-    monkeypatch.chdir(tmp_path)
+def test_hostile_strings_earn_nothing_and_none_is_executed(pool, folder, verifier):
     status, accepted, longest = fuzz.fuzz(verifier, pool, 2000, seed=1)  # 100,000 in benchmarks/fuzz.py
     assert accepted == []
     assert status.total() == 2000
     assert status["error"] == 0
     assert longest < 2
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.parametrize("verifier", GOLDS)
@@ -44,5 +55,5 @@ def test_gold_answers_verify_against_themselves_and_not_their_neighbours(pool, v
     assert passed == []
 
 
-def test_strings_are_a_function_of_the_seed():
+def test_the_same_seed_gives_the_same_strings():
     assert list(fuzz.hostile(100, 3)) == list(fuzz.hostile(100, 3)) != list(fuzz.hostile(100, 4))

@@ -1,4 +1,4 @@
-"""Adapters: what they add, their gradient by the chain rule, what a step and a checkpoint hold, and the export."""
+"""Adapters: what they compute, their gradient by the chain rule, what a step and a checkpoint hold, and the export."""
 
 import dataclasses
 import json
@@ -12,10 +12,10 @@ import pytest
 from tiny_run import tiny_config
 
 import train
-from cero_jax import evaluate as evaluation
 from cero_jax import lora, memory, model, sharding
 from cero_jax import run as runs
 from cero_jax.config import AllocatorConfig
+from cero_jax.evaluate import restore_policy
 from cero_jax.evaluation import EvaluationConfig
 from cero_jax.huggingface import weights
 from cero_jax.learner import Batch, Fixed, LearnerConfig, make_learner
@@ -39,21 +39,21 @@ def one_device():
 
 @cache
 def parameters():
-    """Of a plain model, and adapters that are no longer fresh."""
+    """Random parameters of a model, and of adapters whose B is no longer 0."""
     rng = np.random.default_rng(0)
-    draw = lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32)  # noqa: E731
-    frozen, adapters = lora.split(jax.eval_shape(lambda: model.init_params(ADAPTED, VOCAB, 0)))
-    return jax.tree.map(draw, frozen), jax.tree.map(draw, adapters)
+    shapes = lora.split(model.abstract_params(ADAPTED, VOCAB))
+    return jax.tree.map(lambda x: rng.normal(0, 0.4, x.shape).astype(np.float32), shapes)
 
 
 @partial(jax.jit, static_argnames=("seed", "config"))
 def fresh(seed, config=ADAPTED):
+    """The adapters of a new model."""
     return lora.split(model.init_params(config, VOCAB, seed))[1]
 
 
 @cache
 def batch():
-    """Groups of 3 and 4 and a padding row, by no policy in particular."""
+    """Groups of 3 and 4 rows and a padding row, with log-probabilities of no policy in particular."""
     rng = np.random.default_rng(1)
     return Batch(
         prompt_tokens=rng.integers(0, VOCAB, (ROWS, WIDTH)).astype(np.int32),
@@ -69,14 +69,17 @@ def batch():
 
 
 def gradient(config, params, frozen, ref=None, mesh=None, learner=LEARNER):
-    """By Adam's first moment after one step; and where the step led."""
+    """(gradient, state, metrics) of one step; the gradient is read from Adam's first moment."""
     made = make_learner(config, VOCAB, learner, 1.0, mesh or one_device())
     state = made.init(jax.device_put(params, made.shardings.params))
-    state, metrics = made.step(state, Fixed(frozen, ref), batch(), np.float32(1e-2), batch().row_mask)
+    state, metrics = made.step(
+        state, Fixed(frozen, ref), batch(), made.advantages(batch()), np.float32(1e-2), batch().row_mask
+    )
     return jax.tree.map(lambda m: np.asarray(m) / (1 - B1), optax.tree.get(state.opt_state, "mu")), state, metrics
 
 
 def at(tree, path):
+    """The part of a nested dict at a path of keys, joined by slashes."""
     for key in path.split("/"):
         tree = tree[key]
     return tree
@@ -100,7 +103,7 @@ def test_fresh_adapters_change_nothing(strict_dtypes):
 def test_joining_undoes_the_split_without_a_copy():
     frozen, adapters = parameters()
     whole = lora.join(frozen, adapters)
-    assert jax.tree.structure(whole) == jax.tree.structure(jax.eval_shape(lambda: model.init_params(ADAPTED, VOCAB, 0)))
+    assert jax.tree.structure(whole) == jax.tree.structure(model.abstract_params(ADAPTED, VOCAB))
     for mine, theirs in zip(jax.tree.leaves(lora.split(whole)), jax.tree.leaves((frozen, adapters)), strict=True):
         assert mine is theirs
     assert lora.split(frozen) == ({}, frozen)
@@ -108,7 +111,7 @@ def test_joining_undoes_the_split_without_a_copy():
 
 
 def merged():
-    """The plain model that the adapted one equals, by float64."""
+    """The model with its adapters merged into the weights, in float64."""
     frozen, adapters = parameters()
     whole = jax.tree.map(np.copy, frozen)
     for name in LINEAR:
@@ -117,7 +120,7 @@ def merged():
     return whole
 
 
-def test_merged_it_is_the_same_policy():
+def test_the_merged_model_is_the_same_policy():
     frozen, adapters = parameters()
     np.testing.assert_allclose(logits(PLAIN, merged()), logits(ADAPTED, lora.join(frozen, adapters)), atol=2e-4)
     assert np.abs(logits(PLAIN, merged()) - logits(PLAIN, frozen)).max() > 0.1
@@ -127,13 +130,13 @@ def test_merged_it_is_the_same_policy():
         np.testing.assert_allclose(lora.merge(of_layer[0], **beside, alpha=ADAPTED.lora_alpha), of_layer[1], atol=1e-5)
 
 
-def test_gradient_is_the_full_one_by_the_chain_rule():
-    """W + s A B: dA = s dW B^T and dB = s A^T dW, where dW is the gradient of the merged model. With a KL term."""
+def test_the_gradient_follows_from_the_merged_models_by_the_chain_rule():
+    """Of W + s A B: dA = s dW B^T and dB = s A^T dW, where dW is the gradient of the merged model. With a KL term."""
     frozen, adapters = parameters()
     settings = dataclasses.replace(LEARNER, kl_coef=0.3)
     full, _, want = gradient(PLAIN, merged(), {}, frozen, learner=settings)
     got, state, metrics = gradient(ADAPTED, adapters, frozen, fresh(5), learner=settings)
-    assert jax.tree.structure(got) == jax.tree.structure(adapters)  # nothing else has a gradient, nor is moved
+    assert jax.tree.structure(got) == jax.tree.structure(adapters)  # nothing else has a gradient or is moved
     assert jax.tree.structure(state.params) == jax.tree.structure(adapters)
     assert float(metrics["loss"]) == pytest.approx(float(want["loss"]), rel=1e-4)
     for name in LINEAR:
@@ -161,17 +164,18 @@ def test_a_sharded_step_is_that_of_one_device():
         assert leaf.sharding.is_equivalent_to(layout, leaf.ndim)
 
 
-def test_memory_is_asked_for_what_is_trained():
-    of = lambda config: memory.estimate(  # noqa: E731
-        config, VOCAB, LEARNER, SamplerConfig(), one_device(), prompt_tokens=WIDTH, min_group=2
+def test_the_memory_of_gradients_and_optimiser_is_that_of_the_adapters():
+    sizes = {"prompt_tokens": WIDTH, "min_group": 2}
+    adapted, plain = (
+        memory.estimate(config, VOCAB, LEARNER, SamplerConfig(), one_device(), **sizes) for config in (ADAPTED, PLAIN)
     )
     number = sum(leaf.size for leaf in jax.tree.leaves(parameters()[1]))
-    assert of(ADAPTED).optimizer == of(ADAPTED).gradients == 8 * number < of(PLAIN).optimizer
-    assert of(ADAPTED).parameters == of(PLAIN).parameters + 4 * number
+    assert adapted.optimizer == adapted.gradients == 8 * number < plain.optimizer
+    assert adapted.parameters == plain.parameters + 4 * number
 
 
 @pytest.mark.parametrize("wrong", [{"lora_rank": 0}, {"lora_rank": 2, "lora_alpha": 0.0}])
-def test_a_rank_must_be_a_rank(wrong):
+def test_a_rank_or_an_alpha_that_is_not_positive_is_refused(wrong):
     with pytest.raises(ValueError, match="must be at least 1, or None, and lora_alpha="):
         ModelConfig(**wrong)
 
@@ -184,13 +188,15 @@ def adapted(work_dir, **changes):
 def test_a_run_trains_and_saves_adapters_alone_and_resumes(tmp_path, monkeypatch):
     config = adapted(tmp_path / "whole")
     assert train.main(config) == 0
-    run, state, at_end = runs.start(config)
+    run, state, cursor = runs.start(config)
     run.close()
-    assert at_end.optimizer_steps > 8
+    assert cursor.optimizer_steps > 8
     assert jax.tree.structure(state.policy.params) == jax.tree.structure(fresh(0, config.model))
-    assert min(np.abs(leaf).max() for leaf in jax.tree.leaves(state.policy.params)) > 0  # what starts at zero has moved
+    assert (
+        min(np.abs(leaf).max() for leaf in jax.tree.leaves(state.policy.params)) > 0
+    )  # B, which starts at 0, has moved
 
-    evaluate, seen = evaluation.evaluate, []
+    evaluate, seen = runs.evaluate, []
 
     def interrupted(*args, **kwargs):
         seen.append(None)
@@ -198,7 +204,7 @@ def test_a_run_trains_and_saves_adapters_alone_and_resumes(tmp_path, monkeypatch
             raise KeyboardInterrupt
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(train, "evaluate", interrupted)
+    monkeypatch.setattr(runs, "evaluate", interrupted)
     cut = adapted(tmp_path / "cut")
     with pytest.raises(KeyboardInterrupt):
         train.main(cut)
@@ -222,13 +228,13 @@ def test_a_folder_is_exported_with_its_adapters_merged(tmp_path):
         evaluation=EvaluationConfig(every_rollouts=64, samples=1, rows=16),
     )
     assert train.main(config) == 0
-    run, state, at_end = runs.start(config)
+    run, state, cursor = runs.start(config)
     run.close()
-    assert at_end.optimizer_steps > 0
+    assert cursor.optimizer_steps > 0
     shape, exported = weights.load(tmp_path / "run/export-64", one_device())
     assert shape.lora_rank is None
     whole = run.policy(state)
-    jax.tree.map(np.testing.assert_array_equal, runs.restore_policy(config.run_dir, {}, {}).params, whole)
+    jax.tree.map(np.testing.assert_array_equal, restore_policy(config.run_dir, {}, {}).params, whole)
     tokens = np.arange(10, 18, dtype=np.int32)[None]
     positions = np.arange(8, dtype=np.int32)[None]
     mask = model.causal_mask(jax.numpy.ones((1, 8), bool))

@@ -1,10 +1,13 @@
-r"""Mathematical answers through the pool: equal ones in every dress, cheats and monsters in none."""
+r"""Mathematical answers through the pool: equal ones are right in every form; cheats and monsters never are."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from cero_jax.rewards import STATUSES
 from cero_jax.rewards.mathematics import beyond_bounds, read_answer, read_gold
 from cero_jax.rewards.pool import Pool
 
@@ -24,7 +27,7 @@ READ = [
     (r"\boxed{7} and \boxed{", None),
     ("it is 7", None),
     ("", None),
-    (r"\boxed{1}" + " " * 5000, None),  # what stands that far from the end is no answer
+    (r"\boxed{1}" + " " * 5000, None),  # too far from the end to be searched
 ]
 
 RIGHT = [
@@ -49,7 +52,7 @@ RIGHT = [
     (r"x \ge 2", [r"[2, \infty)", r"2 \le x"]),
 ]
 
-# Each of these would be worth a try to a policy that has no idea.
+# What a policy that does not know the answer might try.
 CHEATS = [
     "", "x", "0=0", "1=1", "x=x", "y", "?", r"\text{True}", "True", r"\emptyset", r"\{\}", "()", r"\infty",
     r"\mathbb{R}", r"\text{nan}", "0/0", r"\frac{0}{0}",
@@ -61,7 +64,7 @@ CHEATS = [
 GOLDS = ["5", "-3", r"\frac{3}{4}", r"2\sqrt{3}", "(1, 2)", "x^2 + 1", r"\{4, 6\}", r"[2, \infty)", r"\text{Evelyn}",
          r"90^\circ", "y = 2x + 3", r"\begin{pmatrix} 1 \\ -2 \end{pmatrix}", "3 + 4i", r"\pi"]  # fmt: skip
 
-# Every one ends: bounded before it is read, or killed. (seconds is small here, so that the killed ones end soon.)
+# Every one ends: refused before it is parsed, or killed after a time, which the test makes short.
 MONSTERS = [
     "9^9^9", "9**9**9", "9^{9^{9}}", "9^{9^{9^{9}}}", "10^8!", "(10^8)!", "10000000!", "(" * 1000, ")" * 1000,
     "((((" * 90,
@@ -114,7 +117,7 @@ def test_what_is_close_is_not_equal(pool):
     assert [pair for pair, found in zip(pairs, boxed(pool, pairs), strict=True) if found.reward] == []
 
 
-def test_other_answers_and_cheats_are_not(pool):
+def test_other_answers_and_cheats_are_not_right(pool):
     pairs = [
         (a, b)
         for i, (a, _) in enumerate(RIGHT[:8])
@@ -135,7 +138,7 @@ def test_monsters_end_and_earn_nothing(tmp_path, monkeypatch):
     ]
     found = pool.many(asked)
     right = [asked[i][1] for i, each in enumerate(found) if each.reward]
-    assert {each.status for each in found} <= {"right", "wrong", "no answer", "too long", "timed out", "error"}
+    assert {"wrong", "no answer", "too long"} <= {each.status for each in found} <= set(STATUSES)
     assert all("5" in text and len(text) < 20 for text in right)  # 5 with an invisible character beside it
     assert pool("", r"\boxed{5}", "5").reward == 1.0  # it still stands
     assert list(Path(tmp_path).iterdir()) == []  # nothing was executed
@@ -149,10 +152,7 @@ def test_honest_answers_are_within_bounds(answer):
     assert not beyond_bounds(answer)
 
 
-def test_importing_the_verifier_brings_no_jax():
-    import subprocess
-    import sys
-
+def test_importing_the_verifier_imports_no_jax():
     code = "import cero_jax.rewards.mathematics, sys; print(json.dumps(sorted(sys.modules)))"
     out = subprocess.run(
         [sys.executable, "-c", f"import json; {code}"], capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""The estimate of memory against the arrays themselves and the compiler's own account of a step."""
+"""The estimate of memory, compared with the arrays themselves and with the compiler's own figures for a step."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cero_jax import memory, model, sharding
-from cero_jax.learner import Batch, LearnerConfig, grpo_loss, weigh
+from cero_jax.learner import Batch, LearnerConfig, advantages, grpo_loss
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig
 from cero_jax.sharding import MeshConfig
@@ -40,7 +40,7 @@ def test_parameters_and_cache_are_those_of_the_arrays():
 
 
 @pytest.mark.parametrize("remat", [False, True])
-def test_activations_and_logits_are_near_the_compilers_account(remat):
+def test_activations_and_logits_are_near_the_compilers_figure(remat):
     config = dataclasses.replace(CONFIG, remat=remat)
     rows, zeros = LEARNER.rows_per_microbatch, np.zeros
     batch = Batch(
@@ -49,8 +49,8 @@ def test_activations_and_logits_are_near_the_compilers_account(remat):
         zeros(rows, bool), zeros(rows, np.float32),
     )  # fmt: skip
     loss = partial(grpo_loss, model_config=config, config=LEARNER, temperature=1.0)
-    step = jax.jit(jax.grad(lambda params, batch: loss(params, None, batch, weigh(batch, LEARNER))[0]))
-    compiled = step.lower(jax.eval_shape(partial(model.init_params, config, VOCAB, 0)), batch).compile()
+    step = jax.jit(jax.grad(lambda params, batch: loss(params, None, batch, advantages(batch, LEARNER))[0]))
+    compiled = step.lower(model.abstract_params(config, VOCAB), batch).compile()
     needed, held = estimate(config), compiled.memory_analysis().temp_size_in_bytes
     assert 0.6 < (needed.activations + needed.logits) / held < 1.7
 
@@ -65,7 +65,7 @@ PUBLISHED = {  # shapes and vocabularies of the models' own config.json
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_configs_of_large_models_say_what_they_need_and_fit(name):
-    """On 80 GB devices, as many as the config splits parameters over."""
+    """On as many devices of 80 GB as the config splits parameters over."""
     path = Path(__file__).parent.parent / "configs" / f"{name}.py"
     loaded, (*sizes, tied, vocab) = runpy.run_path(str(path)), PUBLISHED[name]
     config, fields = loaded["config"], ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
@@ -80,8 +80,8 @@ def test_configs_of_large_models_say_what_they_need_and_fit(name):
     assert round(needed.total / memory.GB) == int(said[1]) < 70
 
 
-def test_too_much_is_said_with_what_to_change():
+def test_too_much_memory_is_reported_with_advice():
     needed = estimate()
-    assert "\n" not in memory.describe(needed, 10**12)
-    said = memory.describe(needed, 10**6)
-    assert "that will hardly fit: activations: lower learner.rows_per_microbatch, or set model.remat=True" in said
+    assert "\n" not in memory.memory_report(needed, 10**12)
+    said = memory.memory_report(needed, 10**6)
+    assert "this will probably not fit: activations: lower learner.rows_per_microbatch, or set model.remat=True" in said

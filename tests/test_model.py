@@ -1,7 +1,7 @@
-"""The transformer against a float64 one written with loops, and what must hold of any causal decoder with a cache."""
+"""The transformer against one in float64 written with loops, and what must hold for any causal decoder with a cache."""
 
 import math
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ TIED = ModelConfig(num_layers=2, width=16, num_heads=4, num_kv_heads=2, head_dim
 UNTIED = ModelConfig(
     num_layers=2, width=16, num_heads=4, num_kv_heads=1, head_dim=4, mlp_width=24, norm_eps=1e-2, tied_embeddings=False
 )
-EVERYTHING = ModelConfig(  # at once, as no family has it
+EVERYTHING = ModelConfig(  # all settings at once; no family has all of them
     num_layers=3, width=16, num_heads=4, num_kv_heads=2, head_dim=6, mlp_width=24, qkv_bias=True, qk_norm=True,
     post_norms=True, norm_offset=1.0, activation="gelu_tanh", scaled_embeddings=True, query_pre_attn_scalar=5.0,
     sliding_layers=(0, 2), sliding_window=3, sliding_rope_base=50.0, rope_base=100.0,
@@ -34,14 +34,14 @@ logits_of = jax.jit(model.logits, static_argnames="config")
 
 @cache
 def make_params(config, seed=0):
-    """Random parameters whose norms and embeddings are no ones and no small numbers: every one of them must matter."""
+    """Random parameters of which every one matters: norms are not 1, embeddings are not small."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(partial(model.init_params, config, VOCAB, 0))
+    shapes = model.abstract_params(config, VOCAB)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0.1, 0.4, x.shape), x.dtype), shapes)
 
 
 def padded_rows(seed=0):
-    """Rows of unequal length, padded on the left with arbitrary tokens: tokens, positions, mask."""
+    """(tokens, positions, mask) of rows of unequal length, padded on the left with arbitrary tokens."""
     tokens = np.random.default_rng(seed).integers(0, VOCAB, (len(LENGTHS), WIDTH)).astype(np.int32)
     valid, positions = model.left_padded(jnp.asarray(LENGTHS, jnp.int32), WIDTH)
     return tokens, positions, model.causal_mask(valid)
@@ -53,14 +53,14 @@ def run(params, config, tokens, positions, mask):
 
 
 def unpadded(tokens):
-    """One row alone: tokens [1, T], positions, mask."""
+    """(tokens [1, T], positions, mask) of one row alone."""
     tokens = np.asarray(tokens, np.int32)[None]
     valid, positions = model.left_padded(jnp.asarray([tokens.shape[1]], jnp.int32), tokens.shape[1])
     return tokens, positions, model.causal_mask(valid)
 
 
 def loop_transformer(params, config, tokens):
-    """Logits [T, V] of one row in float64, one token, head and pair at a time."""
+    """Logits [T, V] of one row in float64, computed one token, head and pair of values at a time."""
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), params)
 
     def norm(x, scale):
@@ -74,7 +74,7 @@ def loop_transformer(params, config, tokens):
         plain, scaling = config.rope_base ** (-2 * j / config.head_dim), config.rope_scaling
         if scaling is None:
             return plain
-        wavelength = 2 * math.pi / plain  # the published rule, by cases
+        wavelength = 2 * math.pi / plain  # three cases, as Meta's release has them
         longest = scaling.original_max_positions / scaling.low_freq_factor
         shortest = scaling.original_max_positions / scaling.high_freq_factor
         if wavelength < shortest:
@@ -105,7 +105,7 @@ def loop_transformer(params, config, tokens):
     x = p["embed"][tokens] * (math.sqrt(config.width) if config.scaled_embeddings else 1)
     scalar = config.query_pre_attn_scalar or config.head_dim
     for n in range(config.num_layers):
-        layer, sliding = jax.tree.map(lambda w: w[n], p["layers"]), n in config.sliding_layers
+        layer, sliding = jax.tree.map(lambda w, n=n: w[n], p["layers"]), n in config.sliding_layers
         y, attended = norm(x, layer["attn_norm"]), np.zeros_like(x)
         for head in range(config.num_heads):
             shared = head * config.num_kv_heads // config.num_heads
@@ -149,7 +149,9 @@ def test_left_padding_and_the_other_rows_change_nothing():
 
 
 def test_no_gradient_comes_from_later_tokens():
-    """Distinct tokens and a table of its own for the output: a token's gradient is its row's in the embedding."""
+    """The row's tokens are distinct and the output has a table of its own, so that the gradient of a token's embedding
+    is that of its place.
+    """
     params = make_params(UNTIED)
     row = [4, 9, 0, 7, 2, 5]
     tokens, positions, mask = unpadded(row)
@@ -160,7 +162,9 @@ def test_no_gradient_comes_from_later_tokens():
         hidden, _ = model.forward(params | {"embed": embed}, UNTIED, tokens, positions, mask)
         return model.logits(params, UNTIED, hidden)[0].sum(axis=-1)  # [T]
 
-    reaches = np.abs(gradient(params["embed"])).max(axis=-1)[:, row] > 0  # [T, T] place, token
+    reaches = (
+        np.abs(gradient(params["embed"])).max(axis=-1)[:, row] > 0
+    )  # [T, T] place of the logits, place of the token
     np.testing.assert_array_equal(reaches, np.tril(np.ones((len(row), len(row)), bool)))
 
 
@@ -186,7 +190,7 @@ def test_causal_mask_by_hand():
 
 
 @pytest.mark.parametrize("config", [TIED, UNTIED, EVERYTHING], ids=["tied", "untied", "everything"])
-def test_prefill_and_cached_decoding_equal_the_full_forward_pass(config):
+def test_prefill_and_cached_decoding_equal_one_forward_over_the_whole_text(config):
     params, space = make_params(config), 4
     rng = np.random.default_rng(3)
     prompt, _, mask = padded_rows()
@@ -217,13 +221,13 @@ def test_prefill_and_cached_decoding_equal_the_full_forward_pass(config):
     np.testing.assert_allclose(np.concatenate(steps, axis=1), full[:, WIDTH - 1 :], rtol=1e-5, atol=1e-5)
 
 
-def test_the_keys_last_seen_by_hand():
+def test_keep_last_by_hand():
     mask = jnp.asarray([[[0, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]], bool)
     want = [[0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1], [0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0]]
-    np.testing.assert_array_equal(model._last_seen(mask, 2)[0], want)
+    np.testing.assert_array_equal(model._keep_last(mask, 2)[0], want)
 
 
-def test_cast_leaves_norm_scales_and_changes_nothing_that_is_computed():
+def test_cast_leaves_norm_scales_and_does_not_change_the_result():
     half = ModelConfig(**{**vars(EVERYTHING), "compute_dtype": "bfloat16"})
     params = make_params(EVERYTHING)
     cast = model.cast(params, half.compute_dtype)
@@ -241,18 +245,18 @@ def test_the_program_does_not_grow_with_depth():
 
     def size(num_layers):
         config = ModelConfig(num_layers=num_layers, width=8, num_heads=2, num_kv_heads=1, head_dim=4, mlp_width=8)
-        params = jax.eval_shape(partial(model.init_params, config, VOCAB, 0))
+        params = model.abstract_params(config, VOCAB)
         assert params["layers"]["mlp"]["up"].shape == (num_layers, 8, 8)
 
         def loss(params):
             return model.logits(params, config, model.forward(params, config, tokens, positions, mask)[0]).sum()
 
-        return str(jax.make_jaxpr(jax.grad(loss))(params)).count(" = ")  # equations, the nested ones too
+        return str(jax.make_jaxpr(jax.grad(loss))(params)).count(" = ")  # equations, nested ones included
 
     assert size(2) == size(8) > 100
 
 
-def test_bfloat16_computes_near_float32_and_keeps_what_it_is_told():
+def test_bfloat16_gives_nearly_what_float32_gives_and_dtypes_are_as_set():
     half = ModelConfig(**{**vars(TIED), "compute_dtype": "bfloat16"})
     params = make_params(TIED)
     tokens, positions, mask = padded_rows()
@@ -264,15 +268,14 @@ def test_bfloat16_computes_near_float32_and_keeps_what_it_is_told():
     assert model.init_cache(half, 2, 3).k.dtype == jnp.bfloat16
     want = run(params, TIED, tokens, positions, mask)
     assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
-    stored = jax.eval_shape(
-        partial(model.init_params, ModelConfig(**{**vars(TIED), "param_dtype": "bfloat16"}), VOCAB, 0)
-    )
+    stored = model.abstract_params(ModelConfig(**{**vars(TIED), "param_dtype": "bfloat16"}), VOCAB)
     assert {leaf.dtype for leaf in jax.tree.leaves(stored)} == {jnp.dtype("bfloat16")}
 
 
-def test_parameters_are_a_function_of_the_seed():
+def test_parameters_are_reproducible_from_the_seed_and_have_their_abstract_shapes():
     one, same, other = (model.init_params(TIED, VOCAB, seed) for seed in (0, 0, 1))
     jax.tree.map(np.testing.assert_array_equal, one, same)
+    assert jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), one) == model.abstract_params(TIED, VOCAB)
     for name in ("q", "k", "v", "o"):
         weights = np.asarray(one["layers"]["attn"][name])
         assert not np.array_equal(weights, other["layers"]["attn"][name])
@@ -288,6 +291,6 @@ def test_parameters_are_a_function_of_the_seed():
         ({"sliding_window": 0}, "sliding_window=0 be at least 1"),
     ],
 )
-def test_shapes_that_cannot_be_are_refused(wrong, message):
+def test_impossible_shapes_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**wrong)

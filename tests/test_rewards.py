@@ -1,4 +1,4 @@
-r"""Verifiers: right answers in every dress, wrong ones in none, and no string that breaks or hangs them."""
+r"""Verifiers: right answers in every form, wrong ones in none, and no string that breaks or hangs them."""
 
 import time
 from fractions import Fraction
@@ -12,7 +12,7 @@ from cero_jax.rewards.choice import choice, read_choice
 from cero_jax.rewards.exact import exact
 from cero_jax.rewards.final_number import final_number, read_final_number
 
-# Written out: what a reader would call the final number, or None where there is none to be sure of.
+# By hand: what a reader would call the final number; None where a reader could not be sure.
 READ = [
     ("#### 72", 72),
     ("#### 1,234", 1234),
@@ -133,7 +133,7 @@ def test_strings_of_number_characters_give_a_reward(text):
 
 
 @given(st.integers(-(10**12), 10**12), st.integers(-(10**12), 10**12))
-def test_integers_in_every_dress(number, other):
+def test_integers_in_every_form(number, other):
     gold = f"so it is\n#### {number:,}"
     for dress in (f"{number}", f"The answer is {number:,}.", f"#### {number}", rf"\boxed{{{number}}}", f"{number}.00"):
         assert final_number("", dress, gold).reward == 1.0
@@ -205,7 +205,7 @@ def test_read_choice(text, letter):
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:12]))
-def test_hostile_strings_choose_nothing(text):
+def test_hostile_strings_end_at_once_and_choose_nothing(text):
     start = time.perf_counter()
     assert choice("", text, "B").reward == 0.0
     assert time.perf_counter() - start < 1

@@ -1,4 +1,4 @@
-"""The rule table, the mesh, and eight devices that do what one does."""
+"""The table of rules, the mesh, and that eight devices compute what one does."""
 
 from functools import cache
 
@@ -13,7 +13,7 @@ import cero_jax
 from cero_jax import model, sharding
 from cero_jax.learner import Batch, Fixed, LearnerConfig, make_learner
 from cero_jax.model import ModelConfig
-from cero_jax.sampler import SamplerConfig, make_sampler, row_keys
+from cero_jax.sampler import SamplerConfig, SamplingBatch, make_sampler, row_keys
 from cero_jax.sharding import MeshConfig
 
 CONFIG = ModelConfig(num_layers=2, width=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=16)
@@ -33,7 +33,7 @@ def one_device():
 
 
 def shapes(config):
-    return jax.eval_shape(lambda: model.init_params(config, VOCAB, 0))
+    return model.abstract_params(config, VOCAB)
 
 
 def paths(tree, prefix=""):
@@ -45,14 +45,14 @@ def paths(tree, prefix=""):
 # --- the table and the mesh ---
 
 
-def test_every_rule_is_some_parameters_and_every_parameter_has_one():
+def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
     tied = shapes(CONFIG)
     untied = shapes(ModelConfig(tied_embeddings=False, qkv_bias=True, qk_norm=True, post_norms=True, lora_rank=2))
     assert set(paths(tied)) | set(paths(untied)) == set(sharding.RULES)
-    for leaf, spec in zip(
-        jax.tree.leaves(tied), jax.tree.leaves(sharding.shard_params(tied, one_device())), strict=True
-    ):
-        assert len(spec.spec) <= len(leaf.shape)
+    for params in (tied, untied):
+        layout = sharding.shard_params(params, one_device())
+        for leaf, each in zip(jax.tree.leaves(params), jax.tree.leaves(layout), strict=True):
+            assert len(each.spec) <= len(leaf.shape)
 
 
 def test_a_parameter_without_a_rule_is_named():
@@ -62,10 +62,10 @@ def test_a_parameter_without_a_rule_is_named():
         sharding.shard_params(params, one_device())
 
 
-def test_a_parameter_that_does_not_divide_is_named_with_the_mesh():
+def test_a_parameter_that_cannot_be_split_evenly_is_named_with_the_mesh():
     mesh = sharding.make_mesh(MeshConfig(data=1, fsdp=1, tensor=8))
     with pytest.raises(
-        ValueError, match=r"embed \(12, 16\) does not divide over the mesh.*'tensor': 8.*smaller fsdp or"
+        ValueError, match=r"embed \(12, 16\) does not divide evenly over the mesh.*'tensor': 8.*smaller mesh.fsdp or"
     ):
         sharding.shard_params(shapes(CONFIG), mesh)
 
@@ -110,14 +110,14 @@ def params():
 def sampling_batch():
     rng = np.random.default_rng(0)
     prompt_of_row = np.repeat(np.arange(PROMPTS, dtype=np.int32), ROWS // PROMPTS)
-    return {
-        "prompt_tokens": rng.integers(0, VOCAB, (PROMPTS, WIDTH)).astype(np.int32),
-        "prompt_lengths": np.array([4, 1, 2, 3], np.int32),
-        "prompt_of_row": prompt_of_row,
-        "row_mask": np.arange(ROWS) < ROWS - 1,
-        "prompt_ids": prompt_of_row,
-        "rollout_index": np.tile(np.arange(ROWS // PROMPTS, dtype=np.int32), PROMPTS),
-    }
+    return SamplingBatch(
+        prompt_tokens=rng.integers(0, VOCAB, (PROMPTS, WIDTH)).astype(np.int32),
+        prompt_lengths=np.array([4, 1, 2, 3], np.int32),
+        prompt_of_row=prompt_of_row,
+        row_mask=np.arange(ROWS) < ROWS - 1,
+        prompt_ids=prompt_of_row,
+        rollout_index=np.tile(np.arange(ROWS // PROMPTS, dtype=np.int32), PROMPTS),
+    )
 
 
 def draw_on(mesh):
@@ -128,7 +128,7 @@ def draw_on(mesh):
 
 @cache
 def rollouts():
-    """The samples of one device, which every mesh then learns from."""
+    """What one device draws; the step on every mesh learns from these."""
     return jax.device_get(draw_on(one_device()))
 
 
@@ -137,25 +137,25 @@ def batch():
     """Groups of 3 and 4, and a padding row."""
     given = sampling_batch()
     return Batch(
-        prompt_tokens=given["prompt_tokens"][given["prompt_of_row"]],
-        prompt_lengths=given["prompt_lengths"][given["prompt_of_row"]],
+        prompt_tokens=given.prompt_tokens[given.prompt_of_row],
+        prompt_lengths=given.prompt_lengths[given.prompt_of_row],
         tokens=rollouts().tokens,
         lengths=rollouts().lengths,
         log_probs=rollouts().log_probs,
         reward=np.array([1, 0, 0, 0, 1, 1, 0, 0], np.float32),
         group_ids=np.array([0, 0, 0, 1, 1, 1, 1, 0], np.int32),
-        row_mask=given["row_mask"],
+        row_mask=given.row_mask,
         row_weight=np.ones(ROWS, np.float32),
     )
 
 
 def step_on(mesh):
-    """Loss, gradient (by Adam's first moment: mu = (1 - b1) g after one step) and the state of one step."""
+    """(loss, gradient, state) of one step. Adam's first moment is then (1 - b1) times the gradient."""
     learner = make_learner(CONFIG, VOCAB, LEARNER, 1.0, mesh)
     state = learner.init(jax.device_put(params(), learner.shardings.params))
-    state, metrics = learner.step(
-        state, Fixed({}, None), batch(), np.float32(1e-3), batch().row_mask
-    )  # every real row is live
+    live = batch().row_mask  # both groups have two different rewards
+    advantages = learner.advantages(batch())
+    state, metrics = learner.step(state, Fixed({}, None), batch(), advantages, np.float32(1e-3), live)
     gradient = jax.tree.map(lambda m: np.asarray(m) / (1 - B1), optax.tree.get(state.opt_state, "mu"))
     return float(metrics["loss"]), gradient, state
 
@@ -166,7 +166,7 @@ def step_of_one_device():
 
 
 @every_mesh
-def test_a_step_is_that_of_one_device_and_stays_laid_out(mesh_config):
+def test_a_step_is_that_of_one_device_and_keeps_its_sharding(mesh_config):
     mesh = sharding.make_mesh(mesh_config)
     want_loss, want, _ = step_of_one_device()
     loss, gradient, state = step_on(mesh)
@@ -182,11 +182,15 @@ def test_a_step_is_that_of_one_device_and_stays_laid_out(mesh_config):
 
 @cache
 def close_calls():
-    """[R, T] where the uniform lies within 1e-4 of a token's end, from full forward passes and the keys themselves."""
+    """[R, T] bool: places where another rounding may draw another token.
+
+    There the uniform number of the draw lies within 1e-4 of the border between two tokens, both computed anew: the
+    borders by a forward over the whole text, the number from the row's key.
+    """
     given, tokens = sampling_batch(), rollouts().tokens
     lengths = batch().prompt_lengths + LIMIT
     texts = np.concatenate([batch().prompt_tokens, tokens], axis=1)
-    keys = row_keys(jnp.uint32(0), jnp.zeros(ROWS, jnp.uint32), given["prompt_ids"], given["rollout_index"])
+    keys = row_keys(jnp.uint32(0), jnp.zeros(ROWS, jnp.uint32), given.prompt_ids, given.rollout_index)
 
     @jax.jit
     def chances(params, texts, lengths, keys):
@@ -210,7 +214,7 @@ def drawn():
 
 @every_mesh
 def test_draws_are_those_of_one_device(mesh_config):
-    """A token may differ only at a close call; what follows then differs too."""
+    """A token may differ at a close call only; the tokens after it then differ, too."""
     tokens = rollouts().tokens
     got = jax.device_get(draw_on(sharding.make_mesh(mesh_config)))
     agree = np.cumprod((got.tokens == tokens) | ~drawn(), axis=1).astype(bool)
@@ -223,18 +227,18 @@ def test_draws_are_those_of_one_device(mesh_config):
 
 
 def allocate_on(mesh):
-    """Four rounds of cero, [4, N]."""
+    """[4, N] rollouts that cero allocates in four epochs."""
     allocator, everywhere = cero_jax.cero(total_budget=2000, num_epochs=10, max_group=16), sharding.replicated(mesh)
     allocate = jax.jit(allocator.allocate, out_shardings=everywhere)
     update = jax.jit(allocator.update, out_shardings=everywhere)
-    state, rng, rounds = jax.device_put(allocator.init(100, 0), everywhere), np.random.default_rng(0), []
+    state, rng, epochs = jax.device_put(allocator.init(100, 0), everywhere), np.random.default_rng(0), []
     for _ in range(4):
         num_rollouts, state = allocate(state)
         assert num_rollouts.sharding.is_fully_replicated
         counts = np.asarray(num_rollouts)
         state = update(state, None, counts, rng.binomial(counts, np.linspace(0, 1, 100)).astype(np.int32))
-        rounds.append(counts)
-    return np.stack(rounds)
+        epochs.append(counts)
+    return np.stack(epochs)
 
 
 @cache
@@ -244,6 +248,6 @@ def allocations_of_one_device():
 
 @every_mesh
 def test_an_allocation_is_that_of_one_device(mesh_config):
-    """Integers, round after round: hosts that disagreed by one rollout would lay other rows and part for good."""
+    """The same integers in every epoch: hosts that differed by one rollout would draw different rows from then on."""
     assert allocations_of_one_device().sum() == 800
     np.testing.assert_array_equal(allocate_on(sharding.make_mesh(mesh_config)), allocations_of_one_device())

@@ -1,4 +1,4 @@
-"""pass@k against all subsets, and intervals that cover at their rate on simulated models."""
+"""pass@k against a count over all subsets; intervals hold the true mean as often as they say, on simulated models."""
 
 from itertools import combinations
 
@@ -43,8 +43,8 @@ MODELS = {  # success rates of a data set's prompts
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 @pytest.mark.parametrize("num_prompts", [30, 100])
 @pytest.mark.parametrize("model", MODELS)
-def test_intervals_cover_at_their_nominal_rate(model, num_prompts, confidence):
-    """500 data sets of prompts like these, 4 samples each: the true mean lies inside as often as is said."""
+def test_intervals_hold_the_true_mean_at_their_nominal_rate(model, num_prompts, confidence):
+    """Over 500 data sets of such prompts, with 4 samples of each prompt."""
     rng = np.random.default_rng(0)
     truth = MODELS[model](rng, 10**6).mean()
     covered = 0
@@ -52,14 +52,14 @@ def test_intervals_cover_at_their_nominal_rate(model, num_prompts, confidence):
         rates = MODELS[model](rng, num_prompts)
         low, high = bootstrap_interval(rng.binomial(4, rates) / 4, confidence, draws=300)
         covered += low <= truth <= high
-    # three standard errors of 500 draws, and two points for what a bootstrap of 30 prompts may miss
+    # three standard errors of 500 data sets, and 0.02 for what a bootstrap over 30 prompts may miss
     assert abs(covered / 500 - confidence) < 3 * np.sqrt(confidence * (1 - confidence) / 500) + 0.02
 
 
-def test_all_alike_is_the_exact_binomial_interval():
+def test_equal_values_give_the_exact_binomial_interval():
     low, high = bootstrap_interval(np.zeros(30))
     assert low == 0
-    assert (1 - high) ** 30 == pytest.approx(0.025)  # at that rate, all wrong is as rare as this
+    assert (1 - high) ** 30 == pytest.approx(0.025)  # at a true mean of `high`, all 30 wrong has this probability
     assert bootstrap_interval(np.ones(30)) == (pytest.approx(1 - high), 1.0)
     low, high = bootstrap_interval(np.full(30, 0.5))
     assert stats.binom.sf(14, 30, low) == pytest.approx(0.025)  # 15 of 30 or more

@@ -1,4 +1,4 @@
-"""Model folders against transformers: tests/fixtures holds tiny models of each family and what make_fixtures.py saw."""
+"""Model folders against transformers: tests/fixtures holds tiny models, and what transformers computes with them."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from cero_jax.huggingface import weights
 from cero_jax.huggingface.tokenizer import FolderTokenizer
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
-from cero_jax.sampler import SamplerConfig, make_sampler
+from cero_jax.sampler import SamplerConfig, SamplingBatch, make_sampler
 from cero_jax.sharding import MeshConfig
 from cero_jax.tasks.chain_sum import ChainSum
 from cero_jax.tasks.dataset import Dataset
@@ -61,7 +61,7 @@ def copy_of(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers(family):
-    """Rows of unequal length in one batch, padded on the left, against each row alone there."""
+    """Rows of unequal length in one batch, padded on the left, against transformers' logits of each row alone."""
     config, params = loaded(family)
     want = np.load(FIXTURES / f"{family}.npz")
     prompts = [want[f"prompt_{row}"] for row in range(3)]
@@ -80,14 +80,14 @@ def test_greedy_decoding_with_the_cache_gives_the_tokens_of_transformers(family)
     want = np.load(FIXTURES / f"{family}.npz")
     prompts = [want[f"prompt_{row}"] for row in range(3)]
     width = max(map(len, prompts))
-    batch = {
-        "prompt_tokens": np.stack([np.pad(prompt, (width - len(prompt), 0)) for prompt in prompts]).astype(np.int32),
-        "prompt_lengths": np.array([len(prompt) for prompt in prompts], np.int32),
-        "prompt_of_row": np.arange(3, dtype=np.int32),
-        "row_mask": np.ones(3, bool),
-        "prompt_ids": np.arange(3, dtype=np.int32),
-        "rollout_index": np.zeros(3, np.int32),
-    }
+    batch = SamplingBatch(
+        prompt_tokens=np.stack([np.pad(prompt, (width - len(prompt), 0)) for prompt in prompts]).astype(np.int32),
+        prompt_lengths=np.array([len(prompt) for prompt in prompts], np.int32),
+        prompt_of_row=np.arange(3, dtype=np.int32),
+        row_mask=np.ones(3, bool),
+        prompt_ids=np.arange(3, dtype=np.int32),
+        rollout_index=np.zeros(3, np.int32),
+    )
     settings = SamplerConfig(NEW_TOKENS, temperature=0.0, slots=2, window=5)
     sample = make_sampler(config, settings, eos_ids=(-1,), pad_id=0, mesh=one_device())
     got = sample(params, np.uint32(0), np.uint32(0), batch)
@@ -96,8 +96,8 @@ def test_greedy_decoding_with_the_cache_gives_the_tokens_of_transformers(family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_a_family_adds_matters(family):
-    """Without each of its settings in turn the logits are others: the fixtures would notice."""
+def test_each_setting_of_a_family_changes_the_logits(family):
+    """So that the comparison with transformers would notice if one did nothing."""
     config, params = loaded(family)
     plain = ModelConfig()
     names = ("rope_scaling", "norm_offset", "activation", "scaled_embeddings", "query_pre_attn_scalar",
@@ -116,12 +116,12 @@ def test_what_a_family_adds_matters(family):
         assert np.abs(last(other) - last(config)).max() > 1e-2, name
 
 
-# --- there and back ---
+# --- loaded, and written again ---
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 20_000])
-def test_a_round_trip_keeps_every_byte(family, max_shard_bytes, tmp_path):
+def test_a_folder_loaded_and_saved_keeps_every_byte(family, max_shard_bytes, tmp_path):
     source, folder = FIXTURES / family, tmp_path / "out"
     dtype = "bfloat16" if family == "qwen3" else "float32"
     config, params = weights.load(source, one_device(), param_dtype=dtype)
@@ -165,7 +165,7 @@ def test_shards_over_a_mesh_hold_the_same_values(family, tmp_path):
     assert "float32" in (tmp_path / "out" / "config.json").read_text()  # bfloat16 in qwen3's source
 
 
-def test_tensors_are_read_in_blocks_to_the_same_end(monkeypatch):
+def test_reading_in_blocks_gives_the_same_parameters(monkeypatch):
     monkeypatch.setattr(weights, "BLOCK_BYTES", 1000)
     jax.tree.map(np.testing.assert_array_equal, weights.load(FIXTURES / "qwen2", one_device())[1], loaded("qwen2")[1])
 
@@ -198,7 +198,7 @@ def test_all_that_is_wrong_with_the_tensors_is_in_one_message(tmp_path):
         assert part in str(caught.value)
 
 
-def test_a_copy_of_the_tied_table_is_let_pass(tmp_path):
+def test_a_copy_of_the_tied_table_is_ignored(tmp_path):
     folder = copy_of("llama", tmp_path)
     tensors = load_file(folder / "model.safetensors")
     save_file(
@@ -216,10 +216,10 @@ def test_files_that_are_missing_or_cut_are_named(tmp_path):
     folder = copy_of("qwen2", tmp_path)
     second = folder / "model-00002-of-00002.safetensors"
     second.write_bytes(second.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors: not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors: not a complete safetensors file"):
         weights.load(folder, one_device())
     second.unlink()
-    with pytest.raises(FileNotFoundError, match=r"no model-00002-of-00002.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"no model-00002-of-00002.safetensors: download all"):
         weights.load(folder, one_device())
     with pytest.raises(FileNotFoundError, match=r"config.json: no such file: give the path of a Hugging Face"):
         weights.load(tmp_path / "nowhere", one_device())
@@ -234,9 +234,9 @@ def test_no_folder_is_overwritten(tmp_path):
 
 
 @pytest.mark.parametrize("config", [{}, {"qkv_bias": True, "tied_embeddings": False}, {"post_norms": True}])
-def test_every_parameter_has_a_name(config):
+def test_every_parameter_has_a_name_of_its_own_in_the_file(config):
     config = ModelConfig(qk_norm=True, **config)
-    shapes = jax.eval_shape(partial(model.init_params, config, 10, 0))
+    shapes = model.abstract_params(config, 10)
     stored = jax.tree_util.tree_map_with_path(partial(weights._stored, config=config), shapes)
     names = [n for s in jax.tree.leaves(stored, is_leaf=lambda x: isinstance(x, weights.Stored)) for n in s.names]
     assert len(names) == len(set(names))
@@ -247,7 +247,7 @@ def test_every_parameter_has_a_name(config):
 
 @dataclass(frozen=True)
 class EvenLength(Dataset):
-    """Right where the completion's length is even: an untaught policy is, now and then."""
+    """Right where the completion's length is even, which an untrained policy's sometimes is."""
 
     def build(self, seed, tokenizer=None):
         return super().build(seed, tokenizer)._replace(verify=lambda question, text, answer: float(len(text) % 2 == 0))
@@ -272,10 +272,10 @@ def test_a_run_starts_from_a_folder_and_ends_with_one(tmp_path):
     config = folder_config(tmp_path)
     assert train.main(config) == 0
     exported = tmp_path / "run" / "export-64"
-    run, state, at = runs.start(config)
+    run, state, cursor = runs.start(config)
     run.close()
-    assert at.finished
-    assert at.optimizer_steps > 0
+    assert cursor.finished
+    assert cursor.optimizer_steps > 0
     assert run.task.tokenizer.encode("1 + 1 =") == FolderTokenizer(exported).encode("1 + 1 =")
     shape, params = weights.load(exported, one_device())
     assert shape == run.config.model == loaded("qwen2")[0]
@@ -284,12 +284,11 @@ def test_a_run_starts_from_a_folder_and_ends_with_one(tmp_path):
     moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), params, run.fixed.ref_params)
     assert min(jax.tree.leaves(moved)) > 0  # biases too
     before = (exported / "model.safetensors").stat()
-    assert run.export(state, at) == exported
+    assert run.export(state, cursor) == exported
     assert (exported / "model.safetensors").stat() == before  # not written again
 
 
-def test_what_a_folder_does_not_say_stays_as_set(tmp_path):
-    """The shape is the folder's; how to compute it is the run's."""
+def test_the_folder_sets_the_shape_and_the_run_the_dtypes_and_remat(tmp_path):
     chosen = ModelConfig(param_dtype="bfloat16", compute_dtype="bfloat16", remat=True)
     run, _, _ = runs.start(folder_config(tmp_path, model=chosen))
     run.close()
@@ -300,7 +299,7 @@ def test_what_a_folder_does_not_say_stays_as_set(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": ChainSum(num_prompts=24, num_heldout=8)}, "ChainSum has its own: give it a task of text"),
+        ({"task": ChainSum(num_prompts=24, num_heldout=8)}, "ChainSum has a tokenizer of its own .* a task of text"),
         ({"warm_start": WarmStartConfig(num_steps=1)}, "set it to 0 with a model_folder"),
         ({"model_folder": "nowhere"}, r"nowhere.config.json: no such file"),
     ],

@@ -1,1 +1,1 @@
-"""Hugging Face model folders: which model one holds, its weights in and out, its tokenizer."""
+"""Hugging Face model folders: read the model's shape and weights, write weights back, use its tokenizer."""

@@ -1,6 +1,6 @@
-"""Which model a Hugging Face folder holds: its config.json as a ModelConfig.
+"""The config.json of a Hugging Face model folder as a ModelConfig.
 
-Families, by `model_type`: Qwen2 and 2.5 (DeepSeek-R1-Distill-Qwen too), Qwen3, Llama 3.x, Gemma 3 text.
+Known families, by `model_type`: Qwen2 and 2.5 (with DeepSeek-R1-Distill-Qwen), Qwen3, Llama 3.x, Gemma 3 text.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 from cero_jax.model import Dtype, ModelConfig
 from cero_jax.rope import RopeScaling
 
-FAMILIES: dict[str, dict[str, Any]] = {  # model_type -> what is fixed by it
+FAMILIES: dict[str, dict[str, Any]] = {  # model_type -> the settings of ModelConfig that it implies
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True},
     "llama": {},
@@ -23,7 +23,7 @@ FAMILIES: dict[str, dict[str, Any]] = {  # model_type -> what is fixed by it
     },
 }
 
-DEFAULTS: dict[str, Any] = {  # what a config.json may leave out
+DEFAULTS: dict[str, Any] = {  # values of keys that a config.json may leave out
     "tie_word_embeddings": False,
     "rms_norm_eps": 1e-6,
     "rope_theta": 10_000.0,
@@ -43,7 +43,7 @@ FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
         "hidden_activation": "gelu_pytorch_tanh",
     },
 }
-REFUSED = {  # settings that change the mathematics in ways that model.py has no code for -> the value that is fine
+REFUSED = {  # keys that model.py has no code for -> the only value with which a folder is accepted
     "attention_bias": False,
     "mlp_bias": False,
     "attn_logit_softcapping": None,
@@ -52,7 +52,7 @@ REFUSED = {  # settings that change the mathematics in ways that model.py has no
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
-ROPE_KEYS = {  # rope_type -> what it needs
+ROPE_KEYS = {  # rope_type -> the keys that it needs
     "default": (),
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -60,7 +60,7 @@ ROPE_KEYS = {  # rope_type -> what it needs
 
 
 def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises FileNotFoundError without it, ValueError where it is no JSON object."""
+    """The object in a JSON file. Raises FileNotFoundError, or ValueError where the file holds no JSON object."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file: give the path of a Hugging Face model folder")
     try:
@@ -75,9 +75,10 @@ def read_json(path: Path) -> dict:
 def read_config(
     folder: str | Path, *, param_dtype: Dtype = "float32", compute_dtype: Dtype = "float32"
 ) -> tuple[ModelConfig, int]:
-    """The model's shape and its vocabulary size, from the folder's config.json, as written by any transformers from 4.
+    """The model's shape and vocabulary size, from a config.json that transformers 4 or later wrote.
 
-    Raises ValueError, listing them, for an unknown family or settings that model.py has no code for.
+    Raises ValueError for an unknown family, and one that lists every key that is missing or that model.py has no code
+    for.
     """
     path = Path(folder) / "config.json"
     raw = {key: value for key, value in read_json(path).items() if value is not None}
@@ -120,7 +121,10 @@ def read_config(
 
 
 def _rope(raw: dict, problems: list[str]) -> tuple[float, RopeScaling | None, float | None]:
-    """Base, scaling and the sliding layers' base; transformers 5 gathers in `rope_parameters` what 4 has apart."""
+    """(rotary base, scaling, the sliding layers' base), and additions to `problems`.
+
+    Transformers 5 writes one key, `rope_parameters`, for what transformers 4 writes as several.
+    """
     rope = raw.get("rope_parameters") or {}
     sliding = {"rope_theta": raw.get("rope_local_base_freq")}
     if "full_attention" in rope or "sliding_attention" in rope:
@@ -149,6 +153,6 @@ def _sliding_layers(raw: dict) -> tuple[int, ...]:
     layers = range(raw["num_hidden_layers"])
     if "layer_types" in raw:
         return tuple(i for i in layers if raw["layer_types"][i] == "sliding_attention")
-    if "sliding_window_pattern" in raw:  # Gemma 3: each such layer is full
+    if "sliding_window_pattern" in raw:  # Gemma 3: every n-th layer is not sliding
         return tuple(i for i in layers if (i + 1) % raw["sliding_window_pattern"])
     return tuple(i for i in layers if i >= raw["max_window_layers"]) if raw.get("use_sliding_window") else ()

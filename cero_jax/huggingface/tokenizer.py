@@ -1,6 +1,6 @@
 """The tokenizer and the chat template of a Hugging Face model folder.
 
-The `tokenizers` and `jinja2` packages are imported with the first FolderTokenizer.
+The packages `tokenizers` and `jinja2` are imported when a FolderTokenizer first needs them.
 """
 
 import json
@@ -14,9 +14,10 @@ from cero_jax.tokenizer import text_ids
 
 
 class FolderTokenizer:
-    """The tokenizer of a Hugging Face model folder: tokenizer.json, run by the `tokenizers` library.
+    """The tokenizer of a Hugging Face model folder: its tokenizer.json, run by the `tokenizers` library.
 
-    Raises FileNotFoundError where tokenizer.json or config.json is missing, ValueError where they make no sense.
+    Raises FileNotFoundError where tokenizer.json or config.json is missing, ValueError where a file is broken or no
+    end-of-sequence token is named.
     """
 
     def __init__(self, folder: str | Path):
@@ -32,14 +33,14 @@ class FolderTokenizer:
             raise ValueError(f"{path}: not a tokenizer ({error}): download it again") from error
         model, stops = self._json("config.json", needed=True), self._json("generation_config.json")
         self._settings = self._json("tokenizer_config.json")
-        self.vocab_size: int = model["vocab_size"]  # the rows of the embedding table, often padded beyond the tokens
+        self.vocab_size: int = model["vocab_size"]  # rows of the embedding table: often more than there are tokens
         self._bos = self._special("bos_token", stops.get("bos_token_id", model.get("bos_token_id")))
         adds_bos = self._backend.encode("").ids[:1] == [self._bos]
         self._adds_bos = self._bos is not None and (adds_bos or self._settings.get("add_bos_token") is True)
         listed = stops.get("eos_token_id", model.get("eos_token_id"))
         eos = [*(listed if isinstance(listed, list) else [listed]), self._special("eos_token", None)]
         self.eos_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in eos if i is not None))
-        """As generation_config.json (without it, config.json) lists them, then tokenizer_config.json's own."""
+        """The ids listed in generation_config.json (else in config.json), then tokenizer_config.json's eos_token."""
         if not self.eos_ids or not all(0 <= i < self.vocab_size for i in self.eos_ids):
             raise ValueError(
                 f"{self.folder}: end-of-sequence ids {self.eos_ids}: at least one, each under vocab_size="
@@ -47,44 +48,53 @@ class FolderTokenizer:
             )
         pad = self._special("pad_token", stops.get("pad_token_id", model.get("pad_token_id")))
         self.pad_id: int = self.eos_ids[0] if pad is None else pad
-        """Where the folder names none, the first eos: lengths tell padding apart, nothing reads its tokens."""
+        """The first eos where the folder names no pad token; padding is known by lengths, never by this id."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, behind a BOS where the folder's tokenizer adds one and `text` does not begin with it."""
+        """Ids of `text`, after a BOS if the folder's tokenizer adds one and `text` does not already begin with it.
+
+        Raises ValueError for a token whose id is not below vocab_size.
+        """
         ids = self._backend.encode(text, add_special_tokens=False).ids
         if self._adds_bos and ids[:1] != [self._bos]:
             ids = [self._bos, *ids]
         if max(ids, default=0) >= self.vocab_size:
-            raise ValueError(f"{text!r} holds a token of id {max(ids)}: the model knows {self.vocab_size} ids only")
+            raise ValueError(
+                f"{text!r} holds a token of id {max(ids)}, but the model has vocab_size={self.vocab_size}: take "
+                "tokenizer.json and config.json from the same model"
+            )
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` up to the first eos; special tokens, and ids that stand for none, give nothing."""
+        """Text of `ids` up to the first eos. Special tokens and ids without a token add nothing to it."""
         return self._backend.decode(text_ids(ids, self), skip_special_tokens=True)
 
     def chat(self, messages: list[dict[str, str]]) -> str:
         """The prompt that the folder's chat template makes of messages, each {"role": ..., "content": ...}.
 
-        Raises ValueError where there is no template, or it refuses the messages.
+        Raises ValueError where the folder has no chat template, or the template refuses the messages.
         """
         tokens = {name: self._token(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         tokens = {name: token for name, token in tokens.items() if token is not None}
         render = self._template
         try:
             return render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokens)
-        except Exception as error:  # a template may fail in any way
+        except Exception as error:  # a template is a program: it may raise anything
             raise ValueError(f"{self.folder}: its chat template refuses {messages!r}: {error}") from error
 
     @cached_property
     def _template(self) -> Callable[..., str]:
-        """The template's render function, in Jinja's sandbox: it is untrusted input. Set up as transformers does."""
+        """The template's render function. A template is untrusted, so it runs in Jinja's sandbox.
+
+        Whitespace, filters and functions are set as transformers sets them.
+        """
         from jinja2 import TemplateError
         from jinja2.ext import loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
         path = self.folder / "chat_template.jinja"
         source = path.read_text(encoding="utf-8") if path.is_file() else self._settings.get("chat_template")
-        if isinstance(source, list):  # several, by name
+        if isinstance(source, list):  # several templates, each with a name
             source = {each["name"]: each["template"] for each in source}.get("default")
         if source is None:
             raise ValueError(f"{self.folder} has no chat template: use a plain prompt, or an instruction-tuned model")
@@ -99,6 +109,7 @@ class FolderTokenizer:
         return environment.from_string(source).render
 
     def _json(self, name: str, needed: bool = False) -> dict[str, Any]:
+        """The content of a JSON file of the folder; {} where it is not there and not needed."""
         path = self.folder / name
         if not needed and not path.is_file():
             return {}
@@ -108,10 +119,11 @@ class FolderTokenizer:
             raise ValueError(f"{path}: broken JSON ({error}): download it again") from error
 
     def _token(self, name: str) -> str | None:
-        """The text of a named token of tokenizer_config.json: there it is a string, or an object with its content."""
+        """The text of a token that tokenizer_config.json names, as a string or as an object with key "content"."""
         token = self._settings.get(name)
         return token["content"] if isinstance(token, dict) else token
 
     def _special(self, name: str, otherwise: int | None) -> int | None:
+        """The id of a token that tokenizer_config.json names; `otherwise` where it names none."""
         token = self._token(name)
         return otherwise if token is None else self._backend.token_to_id(token)

@@ -1,6 +1,6 @@
-"""The weights of Hugging Face model folders, in and out: safetensors, streamed tensor by tensor into their shards.
+"""The weights of Hugging Face model folders, as safetensors files, read and written one tensor at a time.
 
-Safetensors is imported on first use.
+The package `safetensors` is imported on first use.
 """
 
 import json
@@ -23,12 +23,17 @@ from cero_jax import lora, model, sharding
 from cero_jax.huggingface.families import read_config, read_json
 from cero_jax.model import Dtype, ModelConfig, Params
 
-# Which of our axes, merged, each axis of the tensor in the file is. A linear layer's weight there is [out, in].
-VECTOR, TABLE, LINEAR, HEADS_OUT, HEADS_IN, HEADS = (
-    ((0,),), ((0,), (1,)), ((1,), (0,)), ((1, 2), (0,)), ((2,), (0, 1)), ((0, 1),),
-)  # fmt: skip
+# How the axes of a tensor in the file come from ours, a layer's own axes counted from 0. Our q, [D, H, Dh], lies in the
+# file as [H * Dh, D], since a linear layer's weight is [out, in] there: ((1, 2), (0,)) says that the file's first axis
+# is our axes 1 and 2 merged, and its second our axis 0.
+VECTOR = ((0,),)
+TABLE = ((0,), (1,))
+LINEAR = ((1,), (0,))
+HEADS_OUT = ((1, 2), (0,))  # q, k, v
+HEADS_IN = ((2,), (0, 1))  # o
+HEADS = ((0, 1),)  # biases of q, k, v
 
-NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {  # path of the parameter -> name in the file, axes
+NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {  # path of the parameter -> (name in the file, axes)
     "embed": ("model.embed_tokens.weight", TABLE),
     "unembed": ("lm_head.weight", LINEAR),
     "final_norm": ("model.norm.weight", VECTOR),
@@ -43,7 +48,7 @@ NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {  # path of the par
     "layers/attn/q_norm": ("self_attn.q_norm.weight", VECTOR),
     "layers/attn/k_norm": ("self_attn.k_norm.weight", VECTOR),
     "layers/attn_post_norm": ("post_attention_layernorm.weight", VECTOR),
-    "layers/mlp_norm": ("post_attention_layernorm.weight", VECTOR),  # pre_feedforward_layernorm with post_norms
+    "layers/mlp_norm": ("post_attention_layernorm.weight", VECTOR),  # pre_feedforward_layernorm if post_norms
     "layers/mlp/gate": ("mlp.gate_proj.weight", LINEAR),
     "layers/mlp/up": ("mlp.up_proj.weight", LINEAR),
     "layers/mlp/down": ("mlp.down_proj.weight", LINEAR),
@@ -51,18 +56,18 @@ NAMES: dict[str, tuple[str, tuple[tuple[int, ...], ...]]] = {  # path of the par
 }
 
 READABLE = ("F32", "BF16", "F16")
-BLOCK_BYTES = 64 * 2**20  # of one tensor, read at once
+BLOCK_BYTES = 64 * 2**20  # of a tensor that are read at once
 COPIED = ("generation_config.json", "token*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
           "chat_template*", "LICENSE*", "NOTICE*")  # fmt: skip
 
 
 class Stored(NamedTuple):
-    """How a parameter lies in the file."""
+    """How a parameter is stored in the folder's files."""
 
-    names: tuple[str, ...]  # a tensor a layer, or the only one
-    shape: tuple[int, ...]  # of each tensor there
-    axes: tuple[tuple[int, ...], ...]  # each axis there, as ours merged
-    stacked: bool  # our first axis is the layer
+    names: tuple[str, ...]  # of its tensors: one for each layer, or a single one
+    shape: tuple[int, ...]  # of each of these tensors
+    axes: tuple[tuple[int, ...], ...]  # for each axis of such a tensor, which of our axes are merged in it
+    stacked: bool  # whether our first axis is the layer
 
 
 def _stored(key_path: tuple, leaf: Any, config: ModelConfig) -> Stored:
@@ -77,7 +82,7 @@ def _stored(key_path: tuple, leaf: Any, config: ModelConfig) -> Stored:
 
 
 def _as_stored(array: np.ndarray, stored: Stored) -> np.ndarray:
-    """One layer's array, in our axes -> a view of it in the file's."""
+    """One layer's array, given in our axes, as a view in the axes of the file."""
     order = [axis for merged in stored.axes for axis in merged]
     shape = [math.prod(array.shape[axis] for axis in merged) for merged in stored.axes]
     return array.transpose(order).reshape(shape)
@@ -88,36 +93,41 @@ def load(
 ) -> tuple[ModelConfig, Params]:
     """The model's shape and its parameters, sharded over the mesh by `sharding.RULES`.
 
-    Each process reads of each tensor only what its own devices hold, one device's shard of one parameter at a time.
-    Raises FileNotFoundError or ValueError, listing what is wrong with the folder.
+    A process reads only what its own devices hold, one device's shard of one parameter at a time. Raises
+    FileNotFoundError for a missing file, and one ValueError that lists all that is wrong with the folder.
     """
     config, vocab_size = read_config(folder, param_dtype=param_dtype, compute_dtype=compute_dtype)
-    shapes = jax.eval_shape(partial(model.init_params, config, vocab_size, 0))
+    shapes = model.abstract_params(config, vocab_size)
     shardings = sharding.shard_params(shapes, mesh)
     layout = jax.tree_util.tree_map_with_path(partial(_stored, config=config), shapes)
     with ExitStack() as files:
         tensors = _open(Path(folder), files)
-        is_stored = lambda node: isinstance(node, Stored)  # noqa: E731
-        _check(Path(folder), tensors, jax.tree.leaves(layout, is_leaf=is_stored), config)
-        params = jax.tree.map(partial(_load_one, tensors), layout, shapes, shardings, is_leaf=is_stored)
+        _check(Path(folder), tensors, jax.tree.leaves(layout, is_leaf=_is_stored), config)
+        params = jax.tree.map(partial(_load_one, tensors), layout, shapes, shardings, is_leaf=_is_stored)
     return config, params
 
 
+def _is_stored(node: Any) -> bool:
+    return isinstance(node, Stored)
+
+
 def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
-    """A lazy slice of each tensor in the folder, by name."""
+    """Each tensor of the folder by name, as a safetensors slice: nothing is read until it is indexed."""
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
     names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
-        raise FileNotFoundError(f"{folder}: no {', '.join(absent)}: the weights must be there as safetensors, complete")
+        raise FileNotFoundError(f"{folder}: no {', '.join(absent)}: download all of the model's safetensors files")
     tensors = {}
     for name in names:
         try:
             file = files.enter_context(safe_open(folder / name, framework="numpy"))
         except SafetensorError as error:
-            raise ValueError(f"{folder / name}: not a whole safetensors file ({error}): download it again") from error
+            raise ValueError(
+                f"{folder / name}: not a complete safetensors file ({error}): download it again"
+            ) from error
         tensors |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
     return tensors
 
@@ -125,7 +135,7 @@ def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
 def _check(folder: Path, tensors: dict[str, Any], layout: list[Stored], config: ModelConfig) -> None:
     """Raise one ValueError for all tensors that are missing, unknown, or of another shape or dtype than expected."""
     expected = {name: stored.shape for stored in layout for name in stored.names}
-    ignored = {"lm_head.weight"} if config.tied_embeddings else set()  # a copy of the table that some files hold
+    ignored = {"lm_head.weight"} if config.tied_embeddings else set()  # some files hold the tied table twice
     found = {name for name in tensors if name not in ignored and not name.endswith("rotary_emb.inv_freq")}
     shapes = {name: tuple(tensors[name].get_shape()) for name in found & expected.keys()}
     dtypes = {name: tensors[name].get_dtype() for name in found & expected.keys()}
@@ -141,13 +151,13 @@ def _check(folder: Path, tensors: dict[str, Any], layout: list[Stored], config: 
     ]  # fmt: skip
     if listed:
         raise ValueError(
-            f"{folder}: the tensors are not those of its config.json; {'; '.join(listed)}: is the download complete, "
-            "and config.json this model's own?"
+            f"{folder}: the tensors are not those that config.json describes; {'; '.join(listed)}: is the download "
+            "complete, and is config.json this model's own?"
         )
 
 
 def _load_one(tensors: dict[str, Any], stored: Stored, leaf: Any, where: NamedSharding) -> Array:
-    """One parameter: a device's shard after the other, each read once for all devices here that hold it."""
+    """One parameter over the mesh. A shard that several devices of this process hold is read once."""
     placed: dict[Any, Array] = {}
     by_index: dict[tuple, list] = {}
     for device, index in where.addressable_devices_indices_map(leaf.shape).items():
@@ -155,13 +165,16 @@ def _load_one(tensors: dict[str, Any], stored: Stored, leaf: Any, where: NamedSh
         by_index.setdefault(tuple((s.start, s.stop) for s in full), []).append(device)
     for bounds, devices in by_index.items():
         shard = _read(tensors, stored, bounds, leaf.shape, leaf.dtype)
-        # Waited for: the host holds one shard at a time.
+        # Wait, so that the host holds one shard at a time.
         placed |= {device: jax.device_put(shard, device).block_until_ready() for device in devices}
     return jax.make_array_from_single_device_arrays(leaf.shape, where, list(placed.values()))
 
 
 def _read(tensors: dict[str, Any], stored: Stored, bounds: tuple, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """What lies within `bounds`, (start, stop) for each of our axes, in blocks of rows of each tensor."""
+    """The part of a parameter within `bounds`, (start, stop) for each of our axes; read in blocks of BLOCK_BYTES.
+
+    shape: of the whole parameter, in our axes.
+    """
     out = np.empty([stop - start for start, stop in bounds], dtype)
     layers = range(*bounds[0]) if stored.stacked else (0,)
     inner, sizes = (bounds[1:], shape[1:]) if stored.stacked else (bounds, shape)
@@ -177,7 +190,7 @@ def _read(tensors: dict[str, Any], stored: Stored, bounds: tuple, shape: tuple[i
 
 
 def _merge(bounds: list[tuple[tuple[int, int], int]]) -> slice:
-    """The slice of the merged axis: only the first of the axes in it may be cut."""
+    """The slice of several axes merged into one, from ((start, stop), size) of each: only the first may be cut."""
     ((start, stop), _), *rest = bounds
     assert all(inner == (0, size) for inner, size in rest)
     inner = math.prod(size for _, size in rest)
@@ -187,14 +200,15 @@ def _merge(bounds: list[tuple[tuple[int, int], int]]) -> slice:
 def save(
     folder: str | Path, source: str | Path, config: ModelConfig, params: Params, *, max_shard_bytes: int = 2 * 10**9
 ) -> None:
-    """Write a folder that transformers and vLLM load: the parameters in their own dtype, the rest from `source`.
+    """Write a folder that transformers and vLLM can load, with parameters in the dtype that they have here.
 
     Args:
-      folder: to be made; it appears when it is complete.
+      folder: the folder to make; it appears only when it is complete.
       source: the folder that the model came from; config.json, tokenizer and licence files are copied from it.
-      config, params: as `load` gave them, or as trained since; adapters are merged into the weights beside them.
-      max_shard_bytes: a file holds at most this, or one tensor; above it there are several, with an index. That much
-        host memory is needed.
+      config: the model's shape, as `load` returned it.
+      params: the parameters, as `load` returned them or as trained since; adapters are merged into their weights.
+      max_shard_bytes: the most bytes in one safetensors file, which are held in host memory; a larger tensor gets a
+        file of its own. Several files get an index.
 
     Raises ValueError where `folder` exists. In a run of several processes all must call it; the first one writes.
     """
@@ -234,14 +248,14 @@ class Piece(NamedTuple):
     """A tensor to write."""
 
     name: str  # in the file
-    leaf: Array
-    adapter: dict[str, Array]  # beside it, or {}
-    layer: int | None  # of the leaf
+    leaf: Array  # the parameter that holds it, of all layers
+    adapter: dict[str, Array]  # lora_a and lora_b of that parameter; {} where it has none
+    layer: int | None  # which layer of the parameter to write; None where it has no layers
     stored: Stored
 
 
 def _shards(config: ModelConfig, params: Params, max_bytes: int) -> list[list[Piece]]:
-    """The tensors to write, cut in order into files of at most `max_bytes`."""
+    """The tensors to write, in order, one list for each file of at most `max_bytes`."""
     shards: list[list[Piece]] = [[]]
     room = max_bytes
     frozen, trained = lora.split(params)
@@ -262,6 +276,7 @@ def _shards(config: ModelConfig, params: Params, max_bytes: int) -> list[list[Pi
 
 @partial(jax.jit, static_argnames=("alpha", "where"))
 def _gather(leaf: Array, adapter: dict[str, Array], layer: Array | None, alpha: float, where: NamedSharding) -> Array:
+    """One layer of a parameter with its adapter merged in, sharded as `where`."""
     if layer is not None:
         take = partial(jax.lax.dynamic_index_in_dim, index=layer, keepdims=False)
         leaf, adapter = jax.tree.map(take, (leaf, adapter))
@@ -270,15 +285,16 @@ def _gather(leaf: Array, adapter: dict[str, Array], layer: Array | None, alpha: 
 
 
 def _fetch(shard: list[Piece], alpha: float) -> Iterator[tuple[str, np.ndarray]]:
-    """Each tensor in the file's axes, on the host, gathered one by one from the devices that hold it."""
+    """(name, tensor) of each piece, in the file's axes, on the host; one at a time."""
     for name, leaf, adapter, layer, stored in shard:
-        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())  # type: ignore[attr-defined]
+        assert isinstance(leaf.sharding, NamedSharding)
+        everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
         array = _gather(leaf, adapter, None if layer is None else jnp.int32(layer), alpha, everywhere)
         yield name, np.ascontiguousarray(_as_stored(np.asarray(array), stored))
 
 
 def fingerprint(params: Params) -> str:
-    """Tells other parameters from these, whatever they are sharded over: the sum of their bits."""
+    """8 hex digits that change with the parameters' values but not with their sharding: the sum of their bits."""
     return f"{int(_sum_of_bits(params)):08x}"
 
 

@@ -1,1 +1,1 @@
-"""Reading what a run wrote: curves, one picture, one page, the history of a prompt."""
+"""Reports from what runs wrote: one picture of several runs, a page of one run, or the history of one prompt."""

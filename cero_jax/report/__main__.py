@@ -1,8 +1,8 @@
-"""What runs came to: one picture of one or several, a page of one for a browser, or one prompt's history.
+"""Report on runs: one picture of one or several, one run as a page for a browser, or one prompt's history.
 
 python -m cero_jax.report RUN [RUN ...] [--output report.png]
-python -m cero_jax.report RUN --html run.html   # every prompt with its history and samples, in a browser
-python -m cero_jax.report RUN --prompt 7        # one of them, here
+python -m cero_jax.report RUN --html run.html   # a page with every prompt's history and samples
+python -m cero_jax.report RUN --prompt 7        # print the history of prompt 7
 """
 
 import argparse
@@ -14,13 +14,13 @@ from cero_jax.report.read_run import prompt_history, read_run
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The command line; exits with one line where a run cannot be read."""
+    """The command line. Exits with a one-line message where a run cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m cero_jax.report", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory, e.g. runs/chain_sum-cero-0")
     parser.add_argument("--output", default="report.png", help="the picture to write (default: %(default)s)")
-    parser.add_argument("--html", metavar="FILE", help="write the first run as a page for a browser instead")
+    parser.add_argument("--html", metavar="FILE", help="write a page about the first run instead")
     parser.add_argument(
-        "--prompt", metavar="ID", type=int, help="print the history of a prompt of the first run instead"
+        "--prompt", metavar="ID", type=int, help="print the history of one of the first run's prompts instead"
     )
     parsed = parser.parse_args(args)
     try:

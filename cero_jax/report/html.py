@@ -1,4 +1,4 @@
-"""A run as one HTML file that needs no network: curves, heat map, and every prompt with its history and samples."""
+"""A run as one HTML file that needs no network: curves, a heat map, and every prompt with its history and samples."""
 
 import json
 from importlib import resources
@@ -7,20 +7,20 @@ from typing import Any
 
 from cero_jax.report.read_run import RunLog, allocation, live_curve, mean, read_samples, replay
 
-MAX_SAMPLES = 4  # the latest of each prompt
-MAX_CHARS = 1500  # of a text; the middle of a longer one is left out
+MAX_SAMPLES = 4  # of each prompt, the latest
+MAX_CHARS = 1500  # of each text; a longer one loses its middle
 
 
 def write_page(run: RunLog, path: Path | str) -> None:
-    """Write the page. Raises OSError where it cannot be written."""
+    """Write the run's page. Raises OSError where the file cannot be written."""
     template = resources.files("cero_jax.report").joinpath("page.html").read_text(encoding="utf-8")
     data = json.dumps(page_data(run), separators=(",", ":"))
-    # A completion may hold "</script>", and every text is put in as text, never as HTML.
+    # Without "<" in the data, a completion that holds "</script>" cannot end the script; the page shows texts as text.
     Path(path).write_text(template.replace("/*DATA*/null", data.replace("<", "\\u003c")), encoding="utf-8")
 
 
 def page_data(run: RunLog) -> dict[str, Any]:
-    """What the page shows, in plain values."""
+    """All that the page shows, as JSON values."""
     visits, posterior = replay(run)
     samples, where, live = read_samples(run), allocation(run), live_curve([run])
     names = sorted({name for row in run.evals for name in row.get("accuracy_by_label", {})})
@@ -35,7 +35,7 @@ def page_data(run: RunLog) -> dict[str, Any]:
             "rollouts": sum(v.rollouts for v in visits[i]),
             "correct": sum(v.correct for v in visits[i]),
             "mean": round(float(posterior[0, i] / posterior[:, i].sum()), 4),
-            # epoch, spent, rollouts, right, timed out, success that was expected, posterior mean after
+            # epoch, spent, rollouts, right, timed out, success rate that the allocator expected, posterior mean after
             "visits": [[*v[:5], round(mean(v.expected), 4), round(mean(v.after), 4)] for v in visits[i]],
             "samples": [
                 {key: _clip(each[key]) for key in ("spent", "status", "length", "extracted", "completion")}

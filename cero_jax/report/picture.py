@@ -7,12 +7,12 @@ import numpy as np
 
 from cero_jax.report.read_run import Allocation, Curve, accuracy_curve, allocation, group_runs, live_curve, read_run
 
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
-MAX_MAPS = 4
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # of Okabe and Ito
+MAX_MAPS = 4  # heat maps of the first settings; the others have curves only
 
 
 def draw_report(run_dirs: Sequence[Path | str], output_png: Path | str) -> None:
-    """Draw the runs into a PNG. Raises what `read_run` raises."""
+    """Draw the runs into a PNG. Runs of one setting with several seeds share a curve. Raises what `read_run` raises."""
     from matplotlib.figure import Figure
 
     runs = [read_run(path) for path in run_dirs]
@@ -78,12 +78,12 @@ def _draw_allocation(axes, where: Allocation, scale: float):
     ]
     axes.set_yticks(rows[:-1] + 0.5, ticks, fontsize=8)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("epoch (round of allocation)")
+    axes.set_xlabel("epoch (one call of allocate)")
     axes.locator_params(axis="x", integer=True)
     axes.spines[:].set_visible(False)
     return image
 
 
 def _percent(share: float, position: int | None = None) -> str:
-    del position  # matplotlib's
+    del position  # matplotlib gives a tick's place as well
     return f"{100 * share:.0f} %"

@@ -1,16 +1,17 @@
 r"""Reward 1 for the right letter of a multiple choice, A to Z.
 
-It is read inside the last \boxed{}, else behind the last "####", else behind the last "answer is", "answer:" or
-"choice is", else from the last line where that is nothing but a letter: B  (B)  **B**  \text{B}  B. 12 apples. Of two
-letters in one place ("A or B") none counts. The work is linear in the text.
+The letter is looked for inside the last \boxed{}; without one, after the last "####"; without that, after the last
+"answer is", "answer:" or "choice is"; without that, in the last line, if it holds nothing but a letter. These forms are
+read: B  (B)  **B**  \text{B}  B. 12 apples. Two letters in one place ("A or B") are no answer. The time it takes grows
+linearly with the text.
 """
 
 import re
 
 from cero_jax.rewards import NO_ANSWER, Verdict, compared
 
-MAX_CHARS = 4096  # of the text that is searched
-MAX_LINE = 8  # of a last line that is a letter and its dress, (**B**)
+MAX_CHARS = 4096  # only the end of the text, this long, is searched
+MAX_LINE = 8  # characters of a last line that is nothing but a letter, with signs around it: (**B**)
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)?)\}")
 _PHRASE = re.compile(r"(?:answer|choice)(?: is|:|\*\*:|:\*\*)[ \t]*([^\n]{0,80})", re.IGNORECASE)
@@ -24,7 +25,7 @@ _ANOTHER = re.compile(r"[\s*]*(?:or|and|,|/|&)[\s(\[*]*[A-Za-z](?![A-Za-z0-9])")
 
 
 def choice(question: str, completion: str, answer: str) -> Verdict:
-    """Right where the letter read is the answer's."""
+    """Right where the completion's letter is the gold answer's."""
     del question
     given, gold = read_choice(completion), read_choice(answer)
     if given is None:
@@ -33,7 +34,7 @@ def choice(question: str, completion: str, answer: str) -> Verdict:
 
 
 def read_choice(text: str) -> str | None:
-    """The letter by the rule above, in upper case; None where there is none."""
+    """The letter that the module's rule finds in `text`, in upper case; None where it finds none."""
     tail = text[-MAX_CHARS:]
     boxes = _BOX.findall(tail)
     if boxes:
@@ -48,6 +49,7 @@ def read_choice(text: str) -> str | None:
 
 
 def _letter(place: str) -> str | None:
+    """The one letter with which `place` begins, in upper case."""
     found = _LETTER.match(_WRAPPED.sub(r"\1", place))
     if not found or _ANOTHER.match(found[2]):
         return None

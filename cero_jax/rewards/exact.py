@@ -1,12 +1,12 @@
-"""Reward 1 for the gold answer to the letter."""
+"""Reward 1 for a completion that is the gold answer, character for character."""
 
 from cero_jax.rewards import NO_ANSWER, Verdict, compared
 
-MAX_SHOWN = 200  # characters of what was read that a Verdict carries
+MAX_SHOWN = 200  # characters of the completion that the verdict keeps
 
 
 def exact(question: str, completion: str, answer: str) -> Verdict:
-    """Right where the whole completion is the answer, white space around both aside."""
+    """Right where the whole completion equals the gold answer; white space around either does not count."""
     del question
     given = completion.strip()
     if not given:

@@ -1,12 +1,13 @@
 r"""Reward 1 for the right mathematical answer, by math-verify: LaTeX, fractions, sets, intervals, matrices, equations.
 
-The answer is what stands inside the last \boxed{}, else on the line behind the last "####", else behind the last
-"answer is" or "answer:", else inside the last $...$; it is compared as mathematics with the gold answer. What is read
-is cut and bounded before it is parsed, by a grammar and not as code; still some of it takes for ever, so this runs in
-a `Pool` only, with math-verify's own time limits off: they are signals, and turn "too slow" into "wrong".
+The answer is what stands inside the last \boxed{}; without one, on the line after the last "####"; without that, after
+the last "answer is" or "answer:"; without that, inside the last $...$. It is compared as mathematics with the gold
+answer. An answer beyond the limits below is not parsed; any other is parsed by a LaTeX grammar and never executed as
+code. Some answers within the limits still take forever, so this verifier must run in a `Pool`, which kills it after a
+time. Math-verify's own time limits are off: they work by signals, and call an answer that takes too long wrong.
 
-What math-verify lets pass, to know of it: 50 % as 50 and as 0.5, 0.333333 as 1/3 (six decimals, where one side is a
-decimal), 5 cm and y = 5 and 8 = 5 as 5 (the right-hand side counts), 5, 5 as 5, and 1, 2 in either order.
+Math-verify is lenient, and accepts: 50 % as 50 and as 0.5; 0.333333 as 1/3 (six decimals, where one side is a decimal);
+5 cm, y = 5 and 8 = 5 as 5 (the right-hand side counts); 5, 5 as 5; and 1, 2 in either order.
 """
 
 import logging
@@ -20,17 +21,17 @@ try:
 except ImportError as error:
     raise ImportError("verifier 'math' needs math-verify: pip install 'cero_jax[train]'") from error
 
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limits are off
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # silence its warning that its time limits are off
 
-MAX_CHARS = 4096  # of the text that is searched
+MAX_CHARS = 4096  # only the end of the text, this long, is searched
 MAX_ANSWER_CHARS = 200  # the longest gold answer of MATH-500 has 53
-MAX_DEPTH = 12  # of brackets
+MAX_DEPTH = 12  # of nested brackets
 MAX_DIGITS = 40  # in a row
 
 _PHRASE = re.compile(r"answer(?: is|:)(?:\*\*)?[ \t:]*([^\n]{1,400})", re.IGNORECASE)
 _MATHS = re.compile(r"\$([^$\n]{1,400})\$")
 _INTEGER = re.compile(r"-?[0-9]{1,40}")
-# small to write and huge to compute: long exponents, towers of powers, factorials and binomials of large numbers
+# Short to write and huge to compute: long exponents, towers of powers, factorials and binomials of large numbers.
 _EXPLOSIVE = re.compile(
     r"\^\s*\{?\s*[-+]?[0-9]{5,}"
     r"|[0-9]\s*\^\s*\{?\s*[0-9]+\s*\^"
@@ -39,11 +40,11 @@ _EXPLOSIVE = re.compile(
     r"|[0-9]{4,}\s*\}?\s*!|\^\s*\{?\s*[0-9]+\s*\}?\s*!|!\s*!\s*!|!\s*[)}]\s*!"
     r"|binom[^a-z]{0,20}[0-9]{5,}"
 )
-_LATEX = [LatexExtractionConfig()]  # no plain expressions: math-verify reads those as Python
+_LATEX = [LatexExtractionConfig()]  # not ExprExtractionConfig: it reads an answer as a Python expression
 
 
 def mathematics(question: str, completion: str, answer: str) -> Verdict:
-    """Right where the answer read equals the gold one. May never return: see above."""
+    """Right where the completion's answer equals the gold answer. It may never return: run it in a `Pool`."""
     del question
     given, gold = read_answer(completion), read_gold(answer)
     if not given:
@@ -54,7 +55,7 @@ def mathematics(question: str, completion: str, answer: str) -> Verdict:
 
 
 def warm_up() -> None:
-    """Answers of the kinds there are: the grammar's tables are built at first use, which takes seconds."""
+    """Compare an answer of each kind once: math-verify builds its grammar at first use, which takes seconds."""
     for gold, given in (
         (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \sqrt{2})"),
         (r"[2, \infty) \cup \{1\}", r"x \ge 2"),
@@ -64,9 +65,9 @@ def warm_up() -> None:
         equal(gold, given)
 
 
-@lru_cache(4096)  # the rollouts of a group often agree
+@lru_cache(4096)  # rollouts of one prompt often give the same answer
 def equal(gold: str, given: str) -> bool:
-    """Whether two answers are one: to the letter, as integers, or as mathematics."""
+    """Whether two answers are equal: as text, as integers, or as mathematics."""
     if gold == given:
         return True
     if _INTEGER.fullmatch(gold) and _INTEGER.fullmatch(given):
@@ -78,13 +79,13 @@ def equal(gold: str, given: str) -> bool:
 
 
 def read_gold(answer: str) -> str:
-    """The gold answer: as in a completion where it is marked there, else the whole text."""
+    """The gold answer: what stands inside \\boxed{} or after "####" where `answer` has one of them, else all of it."""
     marked = "\\boxed{" in answer or "####" in answer
     return (read_answer(answer) if marked else None) or _bare(answer)
 
 
 def read_answer(text: str) -> str | None:
-    """The answer by the rule above; None where there is none, an empty one and a \\boxed{} never closed among it."""
+    """The answer that the module's rule finds; None where it finds none, or an empty one, or an unclosed \\boxed{."""
     tail = text[-MAX_CHARS:]
     start = max(tail.rfind("\\boxed{"), tail.rfind("\\fbox{"))
     if start >= 0:
@@ -100,7 +101,7 @@ def read_answer(text: str) -> str | None:
 
 
 def beyond_bounds(answer: str) -> bool:
-    """Whether an answer is longer, deeper or larger than any that a problem has, and so is not parsed at all."""
+    """Whether an answer is longer, deeper nested or larger than any real one, so that it must not be parsed."""
     depth = deepest = 0
     for character in answer:
         depth += (character in "([{") - (character in ")]}")
@@ -110,7 +111,7 @@ def beyond_bounds(answer: str) -> bool:
 
 
 def _braces(text: str, start: int) -> str:
-    """What stands between the brace at `start` and its partner; "" where that never comes."""
+    """What stands between the brace at `start` and its closing brace; "" where that is missing."""
     depth = 0
     for end in range(start, len(text)):
         depth += (text[end] == "{") - (text[end] == "}")
@@ -120,5 +121,5 @@ def _braces(text: str, start: int) -> str:
 
 
 def _bare(answer: str) -> str:
-    """Without the white space, full stop, dollars and stars around it."""
+    """The answer without the white space, full stop, dollar signs and stars around it."""
     return answer.strip().rstrip(".").strip("*").strip().strip("$").strip()
