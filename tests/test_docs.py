@@ -1,7 +1,7 @@
 """What the documents say holds: their snippets run, their commands parse, their files exist, and so do the examples.
 
-The rule for snippets: all ```python blocks of a file run in order, in one namespace, as a reader would paste them. Where
-a line is `print(...)  # X`, X is what must be printed.
+The rule for snippets: all Python blocks of a file run in order, in one namespace, as a reader would paste them. Where a
+line is `print(...)  # X`, X is what must be printed.
 """
 
 import argparse
@@ -22,7 +22,9 @@ import pytest
 import yaml
 
 import train
+from cero_jax import evaluate
 from cero_jax.config import from_command_line
+from cero_jax.report import __main__ as report
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
@@ -165,7 +167,7 @@ def test_an_own_task_is_judged_by_its_own_verifier():
     task, balanced = example["config"].task.build(0), example["balanced"]
     for question, completion, reward in [("([=", "])", 1), ("([=", ")]", 0), ("(=", "", 0), ("(=", "))", 0)]:
         assert balanced(question, completion, "").reward == reward
-    closed = {bracket: closer for bracket, closer in zip("([{", ")]}", strict=True)}
+    closed = dict(zip("([{", ")]}", strict=True))
     for prompts in (task.train, task.heldout):
         for question, label in zip(prompts.questions, prompts.labels, strict=True):
             answer = "".join(closed.get(bracket, "") for bracket in reversed(question))
@@ -176,8 +178,15 @@ def test_an_own_task_is_judged_by_its_own_verifier():
     assert not set(questions) & set(task.heldout.questions)
 
 
-@pytest.mark.filterwarnings("default::DeprecationWarning")
-def test_an_own_task_runs_through_train(tmp_path):
+def test_help_shows_the_settings_of_an_own_task(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        from_command_line(["examples/own_task.py", "--help"])
+    shown = capsys.readouterr().out
+    assert "--task.broken-share" in shown
+    assert "that nothing can close" in shown
+
+
+def test_an_own_task_is_trained_resumed_evaluated_and_reported(tmp_path, capsys):
     sizes = [
         "--allocator.total-budget=64", "--allocator.num-epochs=2", "--task.num-prompts=16", "--task.num-heldout=8",
         "--warm-start.num-steps=2", "--warm-start.rows-per-step=8", "--model.width=16", "--model.mlp-width=16",
@@ -186,7 +195,10 @@ def test_an_own_task_runs_through_train(tmp_path):
     config = from_command_line(["examples/own_task.py", *sizes, f"--work-dir={tmp_path / 'run'}"])
     assert train.main(config) == 0
     assert (tmp_path / "run" / "report.png").is_file()
-    assert train.main(config) == 0  # the same command again: nothing left to do, and its config is known
+    assert train.main(config) == 0  # the same command again: the run is known, and there is nothing left to do
+    evaluate.main([str(tmp_path / "run"), "--samples", "2"])
+    report.main([str(tmp_path / "run"), "--prompt", "3"])
+    assert "prompt 3" in capsys.readouterr().out
 
 
 def test_an_own_allocator_spends_its_budget_where_its_rule_says():
