@@ -1,7 +1,7 @@
 """An allocator of your own in ten lines, and a config that trains with it.
 
-A rule says how many rollouts each prompt should get of a budget. Whole groups, the ledger, the posterior, batches and
-budgets in tokens are not its business: `cero_jax.build_allocator` adds them.
+A rule says what share of a budget each prompt should get. `cero_jax.build_allocator` adds the rest: whole groups, exact
+sums, the ledger, the posterior, batches of prompts.
 
     python train.py examples/own_allocator.py --allocator.power=2
 """
@@ -19,11 +19,11 @@ from cero_jax.warm_start import WarmStartConfig
 
 
 def proportional(*, power: float, **settings) -> cero_jax.Allocator:
-    """Shares in proportion to a power of p (1 - p), p being the posterior mean of a prompt's success."""
+    """Shares in proportion to a power of E[p (1 - p)], the variance that a prompt's rewards are expected to have."""
 
-    def rule(state: cero_jax.AllocatorState, candidates: cero_jax.Candidates, budget, key):
-        p = candidates.alpha / (candidates.alpha + candidates.beta)
-        weight = jnp.where(candidates.valid, (p * (1 - p)) ** power, 0.0)
+    def rule(state, candidates, budget, key):
+        weight = cero_jax.expected_variance(candidates.alpha, candidates.beta) ** power
+        weight = jnp.where(candidates.valid, weight, 0.0)
         return budget * weight / jnp.sum(weight), state
 
     return cero_jax.build_allocator(rule, **settings)
@@ -31,13 +31,13 @@ def proportional(*, power: float, **settings) -> cero_jax.Allocator:
 
 @dataclass(frozen=True)
 class Proportional(AllocatorConfig):
-    """Settings of `proportional`, beside those that every allocator has."""
+    """The settings of `proportional`, beside those that every allocator has."""
 
     power: float = 1.0
     """0 is uniform; the larger, the more goes to prompts that are solved half of the time."""
 
     def build(self, advantage: str) -> cero_jax.Allocator:
-        """The allocator. advantage: how the learner computes advantages, for rules that depend on it."""
+        """The allocator. advantage: how the learner computes advantages, for a rule that depends on it."""
         del advantage
         return proportional(
             power=self.power,

@@ -100,6 +100,15 @@ def test_the_commands_exist_and_their_flags_parse(document, monkeypatch, capsys)
     assert commands(document) or document.startswith("docs/glossary")
 
 
+def test_the_settings_that_prose_names_exist(capsys):
+    for config in ("configs/gsm8k.py", "examples/own_task.py"):
+        with pytest.raises(SystemExit, match="0"):
+            from_command_line([config, "--help"])
+    known = set(re.findall(r"--[a-z][\w.-]*", capsys.readouterr().out))
+    named = {flag for name in WITH_COMMANDS for flag in re.findall(r"`(--[a-z][\w.-]*)", (ROOT / name).read_text())}
+    assert named - known - {"--help"} == set()
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_the_make_targets_and_extras_exist(document):
     text, makefile = (ROOT / document).read_text(), (ROOT / "Makefile").read_text()
