@@ -54,6 +54,12 @@ def test_the_python_snippets_run_and_print_what_they_say(document):
     assert [line for line in expected if line not in printed.getvalue().splitlines()] == []
 
 
+def test_the_readmes_first_screen_holds_the_picture_the_two_commands_and_a_snippet():
+    first = "\n".join((ROOT / "README.md").read_text().splitlines()[:40])
+    assert all(each in first for each in ("![", "make train", "make test"))
+    assert re.search(r"^```python\n.*?^```$", first, re.MULTILINE | re.DOTALL)
+
+
 def commands(document: str) -> list[list[str]]:
     """The words of every command of ours that a file shows, comments and prose behind it left out."""
     found = (
