@@ -16,7 +16,7 @@ check: $(VENV)/.check  ## format, lint, types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 
-bench: $(VENV)/.train  ## the README's figures (hours)
+bench: $(VENV)/.train  ## the first figures of docs/results.md (hours)
 	$(RUN) benchmarks/sample_efficiency.py
 
 $(VENV)/.train: pyproject.toml
