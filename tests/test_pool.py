@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import Future
 
 import pytest
 from user_verifiers import misbehave
@@ -78,6 +79,24 @@ def test_a_worker_killed_from_outside_is_replaced(pool):
         verdicts = many(pool, *["gold", "no"] * 10, "where")
         assert [each.reward for each in verdicts] == [1.0, 0.0] * 10 + [0.0]
         assert verdicts[-1].extracted.split()[0] not in before
+
+
+def test_a_pool_whose_threads_ended_with_answers_open_is_made_anew(monkeypatch):
+    """Once in many kills of a worker: seen as a run that waited for ever."""
+    pool = Pool("user_verifiers:misbehave", seconds=1.0, workers=1)
+    assert many(pool, "gold")[0].reward == 1
+    broken = pool._pool
+    broken.stop()
+    broken.join()
+    monkeypatch.setattr(type(broken), "active", property(lambda self: self is not broken or not asked))
+    asked = []
+    schedule = broken.schedule
+    monkeypatch.setattr(broken, "schedule", lambda *args, **kwargs: asked.append(args) or Future())
+    assert schedule is not broken.schedule
+    assert [each.reward for each in many(pool, "gold", "no")] == [1, 0]
+    assert asked
+    assert pool._pool is not broken
+    pool.close()
 
 
 def test_the_first_error_is_logged_once(caplog):

@@ -14,9 +14,10 @@ import resource
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from concurrent.futures.process import BrokenProcessPool
 from importlib.machinery import ModuleSpec
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -27,6 +28,7 @@ from cero_jax.rewards import ERROR, TIMED_OUT, Verdict, Verifier, verdict
 MAX_WORKERS = 16  # where nobody says: they share one pipe
 RENEWALS = 3  # times that a broken pool is made anew for the same batch
 START_SECONDS = 120  # for a worker's imports
+LOOK_SECONDS = 1.0  # between two looks at whether the pool is still there
 OUT_OF_MEMORY = 77  # exit code of a worker that reached its limit: its memory may never come back, so it ends
 
 ORPHAN_SECONDS = 5.0  # beyond the limit, after which an answer ends its worker where no parent is left to do so
@@ -52,7 +54,7 @@ class Pool:
             )
         self.function, self.seconds, self.memory_mb = function, seconds, memory_mb
         self.workers = workers or min(MAX_WORKERS, os.cpu_count() or 1)
-        self._logged = False
+        self._logged = self._stuck = False
         self._pool = self._new()
 
     def __call__(self, question: str, completion: str, answer: str) -> Verdict:
@@ -66,13 +68,13 @@ class Pool:
             waiting = [i for i, found in enumerate(verdicts) if found is None]
             if not waiting:
                 break
-            if not self._pool.active:
+            if not self._pool.active or self._stuck:
                 self.close()
-                self._pool = self._new()
+                self._pool, self._stuck = self._new(), False
             futures = [self._pool.schedule(_verify, args=asked[i], timeout=self.seconds) for i in waiting]
             for i, future in zip(waiting, futures, strict=True):
-                verdicts[i] = _outcome(future, self.seconds)
-        found = [each or Verdict(0.0, ERROR, "the pool of verifiers broke again and again") for each in verdicts]
+                verdicts[i] = self._outcome(future)
+        found = [each or Verdict(0.0, ERROR, "the verifiers' processes broke again and again") for each in verdicts]
         self._log_first_error(found)
         return found
 
@@ -96,6 +98,34 @@ class Pool:
         self._pool.stop()
         self._pool.join()
 
+    def _outcome(self, future) -> Verdict | None:
+        """What became of an answer; None where it was not looked at, because the pool broke before."""
+        from pebble import ProcessExpired
+
+        try:
+            self._wait(future)
+            return None if self._stuck else future.result()
+        except TimeoutError:
+            return Verdict(0.0, TIMED_OUT, f"after {self.seconds:g} s")
+        except ProcessExpired as error:
+            why = "out of memory" if error.exitcode == OUT_OF_MEMORY else f"exit code {error.exitcode}"
+            return Verdict(0.0, ERROR, f"the worker died: {why}")
+        except (BrokenProcessPool, CancelledError):
+            return None
+        except Exception as error:  # it could not be sent over: an odd string or result
+            return Verdict(0.0, ERROR, f"{type(error).__name__}: {error}"[:500])
+
+    def _wait(self, future) -> None:
+        """Wait until the future is done, or the pool is seen to be stuck.
+
+        A worker killed at a bad moment may end the pool's threads and leave its futures open for ever. Answers are
+        taken in turn, so that the next of them is never further off than a worker's start and its own limit.
+        """
+        until = time.monotonic() + START_SECONDS + self.seconds
+        while not self._stuck and not wait([future], LOOK_SECONDS).done:
+            ended = not self._pool.active and not wait([future], LOOK_SECONDS).done
+            self._stuck = ended or time.monotonic() > until
+
     def _new(self):
         from pebble import ProcessPool
 
@@ -109,23 +139,6 @@ class Pool:
                 logging.getLogger("cero_jax").warning(
                     "verifier %s: %s (reward 0; later errors are only counted)", self.function, each.extracted
                 )
-
-
-def _outcome(future, seconds: float) -> Verdict | None:
-    """What became of an answer; None where it was not looked at, because the pool broke before."""
-    from pebble import ProcessExpired
-
-    try:
-        return future.result()
-    except TimeoutError:
-        return Verdict(0.0, TIMED_OUT, f"after {seconds:g} s")
-    except ProcessExpired as error:
-        why = "out of memory" if error.exitcode == OUT_OF_MEMORY else f"exit code {error.exitcode}"
-        return Verdict(0.0, ERROR, f"the worker died: {why}")
-    except (BrokenProcessPool, CancelledError):
-        return None
-    except Exception as error:  # it could not be sent over: an odd string or result
-        return Verdict(0.0, ERROR, f"{type(error).__name__}: {error}"[:500])
 
 
 class _Process(SpawnProcess):
