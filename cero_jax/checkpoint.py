@@ -44,23 +44,24 @@ def is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _named(tree: Any, prefix: str) -> dict[str, Any]:
-    """The arrays of a tree by their names in it, behind the prefix."""
+def _named(tree: Any, part: str) -> dict[str, Any]:
+    """The arrays of a tree, which is that part of the state ("": all of it), by their names in the state."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {prefix + jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    inner = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    return {".".join(filter(None, (part, name))): leaf for name, (_, leaf) in zip(inner, leaves, strict=True)}
 
 
-def _pack(tree: Any, prefix: str = "") -> dict[str, Any]:
+def _pack(tree: Any, part: str = "") -> dict[str, Any]:
     """What a file can hold: typed PRNG keys as plain integers, and no array of size 0 (Orbax refuses both)."""
-    named = _named(tree, prefix)
+    named = _named(tree, part)
     return {name: jax.random.key_data(leaf) if is_key(leaf) else leaf for name, leaf in named.items() if leaf.size}
 
 
-def _unpack(packed: dict[str, Any], like: Any, prefix: str = "") -> Any:
+def _unpack(packed: dict[str, Any], like: Any, part: str = "") -> Any:
     """The inverse: keys and empty arrays where `like` has them."""
     restored = [
-        jax.random.wrap_key_data(packed[name]) if is_key(leaf) else packed.get(name, leaf)
-        for name, leaf in _named(like, prefix).items()
+        jax.random.wrap_key_data(packed[name]) if is_key(leaf) else packed[name] if leaf.size else leaf
+        for name, leaf in _named(like, part).items()
     ]
     return jax.tree.structure(like).unflatten(restored)
 
@@ -103,14 +104,15 @@ class Checkpoints:
 
         like: the same tree, whose leaves give dtype, shape and sharding. Raises ValueError where it cannot be read.
         """
-        prefix = f"{part}." if part else ""
-        packed = {name: _abstract(leaf) for name, leaf in _pack(like, prefix).items()}
+        packed = {name: _abstract(leaf) for name, leaf in _pack(like, part).items()}
         args = ocp.args.PyTreeRestore(
             packed, ocp.checkpoint_utils.construct_restore_args(packed), partial_restore=bool(part)
         )
         with self._damage_named(cursor.checkpoint_number):
             restored = self._manager.restore(cursor.checkpoint_number, args=ocp.args.Composite(state=args))["state"]
-        return _unpack(restored, like, prefix)
+            if absent := [name for name, leaf in restored.items() if isinstance(leaf, jax.ShapeDtypeStruct)]:
+                raise KeyError(f"no {', '.join(absent)} in it")  # what was asked for comes back as it is
+            return _unpack(restored, like, part)
 
     def save(self, cursor: Cursor, state: Any) -> Cursor:
         """Start saving; returns once the state is copied off the devices. Raises OSError if it, or the last, failed."""

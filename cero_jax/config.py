@@ -220,7 +220,7 @@ def to_json(config: Config) -> dict:
     except TypeError as error:
         raise ValueError(f"a setting of the config cannot be saved as JSON ({error}): make it plain values") from error
     for name in ("task", "allocator"):
-        plain[name] = _class_of(getattr(config, name)) | plain[name]
+        plain[name] = {"class": _class_of(getattr(config, name))} | plain[name]
     return {"version": cero_jax.__version__} | plain
 
 
@@ -229,9 +229,9 @@ def from_json(plain: dict) -> Config:
     version = plain.get("version", "an older one")
     try:
         return _from_plain(Config, {key: value for key, value in plain.items() if key != "version"})
-    except (KeyError, TypeError, AttributeError, ImportError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ImportError) as error:
         raise ValueError(
-            f"not the config of a run of this version of cero_jax, {cero_jax.__version__}, but of {version}: {error}"
+            f"not the config of a run of this version of cero_jax ({cero_jax.__version__}; it was {version}): {error}"
         ) from error
 
 
@@ -239,23 +239,27 @@ def _class_of(settings: Any) -> dict[str, str]:
     """The name of a settings' class, and the module or the user's file that it is found in again."""
     kind = type(settings)
     if kind.__module__ == "__main__" or kind.__module__.startswith(_FILE):
-        return {"kind": kind.__qualname__, "file": str(Path(str(sys.modules[kind.__module__].__file__)).resolve())}
-    return {"kind": kind.__qualname__, "module": kind.__module__}
+        return {"name": kind.__qualname__, "file": str(Path(str(sys.modules[kind.__module__].__file__)).resolve())}
+    return {"name": kind.__qualname__, "module": kind.__module__}
+
+
+def _find_class(name: str, module: str = "", file: str = "") -> type:
+    return attrgetter(name)(_load_file(Path(file)) if file else importlib.import_module(module))
 
 
 def _from_plain(kind: type, plain: dict) -> Any:
     """The dataclass `kind`, or the one that the values name, with nested ones inside it."""
-    plain = dict(plain)
-    if "kind" in plain:
-        module, file = plain.pop("module", None), plain.pop("file", None)
-        kind = attrgetter(plain.pop("kind"))(_load_file(Path(file)) if file else importlib.import_module(module))
+    if "class" in plain:
+        kind = _find_class(**plain["class"])
     hints = get_type_hints(kind)
     values = {}
     for key, value in plain.items():
+        if key == "class":
+            continue
         if isinstance(value, dict):  # of a dataclass, of one that may be None, or of one that says its name
             types = (hints[key], *get_args(hints[key]))
             nested = next((each for each in types if dataclasses.is_dataclass(each)), None)
-            if nested is not None or "kind" in value:
+            if nested is not None or "class" in value:
                 value = _from_plain(nested, value)  # type: ignore[arg-type]
         values[key] = tuple(value) if isinstance(value, list) else value
     return kind(**values)

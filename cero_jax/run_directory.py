@@ -17,12 +17,12 @@ CHANGEABLE_ON_RESUME = (  # fields, or the beginnings of their names
     "checkpoint_every_steps",
     "extend",
     "model_folder",
-    "task.module",
-    "task.file",
+    "task.class.module",
+    "task.class.file",
     "task.path",
     "task.heldout_paths",
-    "allocator.module",
-    "allocator.file",
+    "allocator.class.module",
+    "allocator.class.file",
 )
 
 

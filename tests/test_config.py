@@ -162,6 +162,10 @@ def test_a_saved_config_is_read_back(tmp_path, task):
     scaling = RopeScaling("llama3", 8.0)
     config = tiny_config(tmp_path / "run", task=task, model=ModelConfig(rope_scaling=scaling, sliding_layers=(0,)))
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
-    for broken in ({}, to_json(config) | {"no_such": 1}, to_json(config) | {"task": {"kind": "Other"}}):
+    for broken in (
+        {},
+        to_json(config) | {"no_such": 1},
+        to_json(config) | {"task": {"class": {"name": "Other", "module": "cero_jax.data"}}},
+    ):
         with pytest.raises(ValueError, match="not the config of a run of this version"):
             from_json(broken)

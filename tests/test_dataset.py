@@ -3,7 +3,9 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from cero_jax import read_files
 from cero_jax.data import prompts_hash
@@ -186,9 +188,8 @@ DAPO = [
 def test_dapo_rows(write, tmp_path, kind):
     path = write(*DAPO)
     if kind == "parquet":
-        parquet = pytest.importorskip("pyarrow.parquet")
         path = str(tmp_path / "rows.parquet")
-        parquet.write_table(pytest.importorskip("pyarrow").Table.from_pylist(DAPO), path)
+        parquet.write_table(pa.Table.from_pylist(DAPO), path)
     dataset = Dataset(
         path,
         question_field="prompt",
@@ -206,7 +207,6 @@ def test_dapo_rows(write, tmp_path, kind):
 
 
 def test_parquet_columns_of_other_types(tmp_path):
-    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
     def build(**columns):
         parquet.write_table(pa.table(columns), tmp_path / "rows.parquet")

@@ -77,7 +77,7 @@ def test_a_task_of_a_config_file_goes_through_every_command(tmp_path):
     done = command(*train, f"--work-dir={run}")
     assert done.returncode == 0, done.stderr
     saved = json.loads((run / "config.json").read_text())
-    assert (saved["task"]["kind"], saved["task"]["file"]) == ("Equations", CONFIG)
+    assert saved["task"]["class"] == {"name": "Equations", "file": CONFIG}
     assert "has spent its budget" in command(*train, f"--work-dir={run}").stdout
     other = command(*train, f"--work-dir={run}", "--task.train-of-kind=3")
     assert "task.train_of_kind was 2 and is 3" in other.stderr

@@ -257,7 +257,7 @@ def test_steps_equal_adam_by_hand_whatever_was_left_out_and_compile_at_the_first
             jax.block_until_ready(state)
         assert (num_compiled(caplog) > 0) == (step == 1)
         assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-4)
-        gradient = jax.tree.map(lambda g: g * (0.05 / norm), gradient)
+        gradient = jax.tree.map(lambda g, norm=norm: g * (0.05 / norm), gradient)
         first = jax.tree.map(lambda m, g: 0.8 * m + 0.2 * g, first, gradient)
         second = jax.tree.map(lambda v, g: 0.95 * v + 0.05 * g**2, second, gradient)
         assert_same(optax.tree.get(state.opt_state, "mu"), first)
@@ -265,7 +265,9 @@ def test_steps_equal_adam_by_hand_whatever_was_left_out_and_compile_at_the_first
         # from its own moments: where a gradient is all rounding, Adam makes a whole step of it
         first, second = (jax.tree.map(np.asarray, optax.tree.get(state.opt_state, name)) for name in ("mu", "nu"))
         want = jax.tree.map(
-            lambda p, m, v: p - rate * (m / (1 - 0.8**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-8) + 0.1 * p),
+            lambda p, m, v, rate=rate, step=step: (
+                p - rate * (m / (1 - 0.8**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-8) + 0.1 * p)
+            ),
             before, first, second,
         )  # fmt: skip
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), state.params, want)

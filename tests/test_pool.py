@@ -136,9 +136,8 @@ def test_a_script_is_not_run_again_and_its_workers_end_with_it(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(
-            f"""
+            """
             import sys, time
-            sys.path[:0] = [{FOLDER!r}, {os.path.dirname(FOLDER)!r}]
             import jax
             jax.numpy.zeros(2) + 1
             print("main runs", flush=True)
@@ -150,13 +149,14 @@ def test_a_script_is_not_run_again_and_its_workers_end_with_it(tmp_path):
             """
         )
     )
-    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, timeout=60)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((FOLDER, os.path.dirname(FOLDER)))}
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, timeout=60, env=env)
     lines = ended.stdout.splitlines()
     assert lines.count("main runs") == 1
     assert len(lines) == 41
     assert all(line.endswith("[] None") for line in lines[1:])
     assert ended.stderr == ""
-    killed = subprocess.Popen([sys.executable, script, "hang"], stdout=subprocess.PIPE, text=True)
+    killed = subprocess.Popen([sys.executable, script, "hang"], stdout=subprocess.PIPE, text=True, env=env)
     assert killed.stdout is not None
     lines = [killed.stdout.readline() for _ in range(41)]
     killed.kill()

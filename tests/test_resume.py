@@ -2,28 +2,31 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from tiny_run import FirstDigit, runs_end, tiny_config
 
 import train
 from cero_jax import run as runs
-from cero_jax.checkpoint import Checkpoints, StopSignal
-from cero_jax.config import check_resumable
+from cero_jax.checkpoint import LAYOUT, Checkpoints, Cursor, StopSignal
+from cero_jax.evaluate import restore_policy
+from cero_jax.run_directory import check_resumable
 
-SCRIPT = Path(__file__).parent / "tiny_run.py"
+ROOT = Path(__file__).parent.parent
 
 
 def run_in_process(*args):
-    return subprocess.run([sys.executable, str(SCRIPT), *map(str, args)], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "tests.tiny_run", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +67,8 @@ def test_kill_and_resume_is_bit_identical(whole):
     done = run_in_process(cut)
     assert done.returncode == 0, done.stderr
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    (at, state), (at_whole, state_whole) = runs_end(cut), runs_end(whole)
-    assert at.spent == at_whole.spent == 240
+    (cursor, state), (cursor_whole, state_whole) = runs_end(cut), runs_end(whole)
+    assert cursor.spent == cursor_whole.spent == 240
     for mine, theirs in zip(state, state_whole, strict=True):
         np.testing.assert_array_equal(mine, theirs)
 
@@ -73,12 +76,12 @@ def test_kill_and_resume_is_bit_identical(whole):
 BROKEN_SAVE = """
 import shutil
 from cero_jax.checkpoint import Checkpoints
-from tiny_run import tiny_config
+from tests.tiny_run import tiny_config
 
 save, config = Checkpoints.save, tiny_config({work_dir!r})
 
 def save_into_a_file(self, cursor, state):
-    if cursor.save == 1:
+    if cursor.checkpoint_number == 1:
         self._manager.wait_until_finished()
         shutil.rmtree({work_dir!r} + "/checkpoints")
         open({work_dir!r} + "/checkpoints", "w").close()
@@ -94,7 +97,7 @@ def test_a_failed_save_ends_the_run_with_one_message(whole):
     config_file.write_text(BROKEN_SAVE.format(work_dir=str(whole.parent / "broken")))
     done = subprocess.run(
         [sys.executable, "train.py", str(config_file)],
-        capture_output=True, text=True, timeout=100, cwd=SCRIPT.parent.parent, env=os.environ | {"PYTHONPATH": "tests"},
+        capture_output=True, text=True, timeout=100, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 1
     assert re.search(r"OSError: a checkpoint in .*broken/checkpoints could not be saved .* goes on", done.stderr)
@@ -115,10 +118,10 @@ def test_a_finished_run_says_so_and_an_extended_one_goes_on(whole, capsys):
     with pytest.raises(ValueError, match=r"total_budget was 240 and is 320.*--extend=True"):
         train.main(dataclasses.replace(config, allocator=grown))
     assert train.main(dataclasses.replace(config, allocator=grown, extend=True)) == 0
-    run, state, at = runs.start(dataclasses.replace(config, allocator=grown))
+    run, state, cursor = runs.start(dataclasses.replace(config, allocator=grown))
     run.close()
-    assert at.finished
-    assert at.spent == int(state.allocation.ledger.spent) == 320
+    assert cursor.finished
+    assert cursor.spent == int(state.allocation.ledger.spent) == 320
     assert int(state.allocation.ledger.reserved) == 0
 
 
@@ -148,6 +151,49 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(whole, tmp_pat
     assert (work_dir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
+def test_arrays_are_kept_by_name_and_the_parameters_can_be_read_alone(whole, tmp_path):
+    """Fields of one shape that change places in the state are still restored each as itself."""
+
+    class State(NamedTuple):
+        successes: jax.Array
+        failures: jax.Array
+
+    class Swapped(NamedTuple):
+        failures: jax.Array
+        successes: jax.Array
+
+    one, two = jax.numpy.arange(3.0), jax.numpy.arange(3.0) + 10
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    cursor = checkpoints.save(Cursor(config={}, prompts_hash=""), State(one, two))
+    checkpoints.close()
+    checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
+    got = checkpoints.restore(cursor, like=Swapped(one * 0, one * 0))
+    np.testing.assert_array_equal(got.successes, one)
+    np.testing.assert_array_equal(got.failures, two)
+    alone = checkpoints.restore(cursor, like=one * 0, part="failures")
+    np.testing.assert_array_equal(alone, two)
+    with pytest.raises(ValueError, match=r"a checkpoint that cannot be read \(KeyError: 'no mistakes in it'"):
+        checkpoints.restore(cursor, like=one * 0, part="mistakes")
+
+    run, state, _ = runs.start(tiny_config(whole))
+    run.close()
+    policy = restore_policy(whole, {}, {})
+    jax.tree.map(np.testing.assert_array_equal, policy.params, run.policy(state))
+
+
+def test_a_checkpoint_of_another_layout_is_refused_in_one_line(whole, tmp_path):
+    work_dir = tmp_path / "older"
+    shutil.copytree(whole, work_dir)
+    for path in (work_dir / "checkpoints").glob("*/cursor/metadata"):
+        saved = json.loads(path.read_text())
+        assert saved.pop("layout") == LAYOUT
+        path.write_text(json.dumps(saved))
+    for reader in (lambda: runs.start(tiny_config(work_dir)), lambda: restore_policy(work_dir, {}, {})):
+        with pytest.raises(ValueError, match=r"a checkpoint of layout 1, .* another --work-dir$") as caught:
+            reader()
+        assert "\n" not in str(caught.value)
+
+
 def test_other_settings_or_prompts_are_refused(whole):
     config = tiny_config(whole)
     changed = dataclasses.replace(
@@ -155,10 +201,10 @@ def test_other_settings_or_prompts_are_refused(whole):
     )
     with pytest.raises(ValueError, match=r"learner.clip_low was 0.2 and is 0.3; success_threshold was 0.5 and is 0.7"):
         runs.start(changed)
-    free = dataclasses.replace(
+    fine = dataclasses.replace(
         config, checkpoint_every_steps=9, evaluation=dataclasses.replace(config.evaluation, samples=3)
     )
-    run, _, _ = runs.start(free)
+    run, _, _ = runs.start(fine)
     run.close()
     checkpoints = Checkpoints(whole / "checkpoints")
     cursor = checkpoints.cursor()

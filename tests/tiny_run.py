@@ -1,4 +1,4 @@
-"""A run small enough to be killed and resumed many times: `python tests/tiny_run.py WORK_DIR [POINT COUNT]`.
+"""A run small enough to be killed and resumed many times: `python -m tests.tiny_run WORK_DIR [POINT COUNT]`.
 
 With a POINT, the process ends itself there, at the COUNT-th time it passes: by SIGKILL, or by SIGTERM at one so named.
 """
@@ -7,9 +7,6 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import numpy as np
