@@ -32,26 +32,27 @@ def check_ledger(state, total=BUDGET):
     assert reserved == int(state.reserved.sum())
 
 
-def test_a_run_spends_the_budget_to_the_rollout_in_rounds_shorter_than_a_pass(make):
+def test_a_run_spends_the_budget_to_the_rollout_in_epochs_shorter_than_a_pass(make):
     allocator = make(total_budget=BUDGET, num_epochs=EPOCHS)
     allocate, update = jax.jit(allocator.allocate), jax.jit(allocator.update)
     state, rng = allocator.init(PROMPTS, seed=1), np.random.default_rng(0)
-    rounds = []
+    sums = []
     for _ in range(EPOCHS + 1):
         n, state = allocate(state)
         check_groups(n)
         check_ledger(state)
-        rounds.append(int(n.sum()))
+        sums.append(int(n.sum()))
         drawn = np.flatnonzero(n)
         for part in np.array_split(drawn, 2):  # a step settles some prompts, padded to a fixed length
             ids = np.concatenate([part, np.full(40 - len(part), rng.choice([-1, PROMPTS]))]).astype(np.int32)
             counts = np.where(ids == np.clip(ids, 0, PROMPTS - 1), np.asarray(n)[np.clip(ids, 0, PROMPTS - 1)], 7)
-            state = update(state, ids, counts.astype(np.int32), rng.binomial(counts, 0.4).astype(np.int32))
+            correct = rng.binomial(counts, 0.4).astype(np.int32)
+            state = update(state, counts.astype(np.int32), correct, prompt_ids=ids)
             check_ledger(state)
     if make in SPEND_ALL:
-        assert rounds == [BUDGET // EPOCHS] * EPOCHS + [0]
+        assert sums == [BUDGET // EPOCHS] * EPOCHS + [0]
         assert int(state.ledger.spent) == BUDGET
-    assert 0.9 * BUDGET <= sum(rounds) <= BUDGET
+    assert 0.9 * BUDGET <= sum(sums) <= BUDGET
     assert allocate._cache_size() == update._cache_size() == 1
 
 
@@ -63,7 +64,7 @@ def test_two_batches_in_flight_cannot_overspend(make):
     assert int(first.sum()) == 80
     assert int(second.sum()) == 20
     check_ledger(state, 100)
-    state = allocator.update(state, jnp.arange(30), first // 2, first * 0)  # half of each was not drawn
+    state = allocator.update(state, first // 2, first * 0, prompt_ids=jnp.arange(30))  # half of each was not drawn
     check_ledger(state, 100)
     assert int(state.ledger.spent) == int((first // 2).sum())
     assert int(state.reserved[:30].sum()) == 0
@@ -75,11 +76,11 @@ def test_a_group_cut_over_two_steps_settles_in_two_parts(make):
     n, state = allocator.allocate(allocator.init(8), budget=32)
     ids = jnp.arange(8)
     half = n // 2
-    once = allocator.update(state, ids, n, half)
+    once = allocator.update(state, n, half, prompt_ids=ids)
     for release in (True, False):
-        twice = allocator.update(state, ids, half, half, release=release)
+        twice = allocator.update(state, half, half, prompt_ids=ids, release=release)
         assert int(twice.ledger.reserved) == (0 if release else 32 - int(half.sum()))
-        twice = allocator.update(twice, ids, n - half, half * 0)
+        twice = allocator.update(twice, n - half, half * 0, prompt_ids=ids)
         check_ledger(twice, 100)
         assert int(twice.ledger.spent) == 32
         np.testing.assert_array_equal(twice.cumulative_rollouts, once.cumulative_rollouts)
@@ -87,7 +88,8 @@ def test_a_group_cut_over_two_steps_settles_in_two_parts(make):
 
 def test_rows_that_are_no_evidence_are_charged_and_left_out_of_the_posterior(make):
     allocator = make(total_budget=100, num_epochs=1, discount=1.0)
-    state = allocator.update(allocator.init(4), jnp.array([2]), jnp.array([8]), jnp.array([3]), jnp.array([5]))
+    counts = {"num_rollouts": jnp.array([8]), "num_correct": jnp.array([3]), "num_evidence": jnp.array([5])}
+    state = allocator.update(allocator.init(4), prompt_ids=jnp.array([2]), **counts)
     np.testing.assert_allclose(state.alpha, [0.5, 0.5, 3.5, 0.5])
     np.testing.assert_allclose(state.beta, [0.5, 0.5, 2.5, 0.5])
     assert int(state.ledger.spent) == 8
@@ -101,7 +103,7 @@ def test_padding_gets_nothing_and_changes_nothing(make):
     assert n[jnp.array([1, 3, 5])].sum() == 0
     assert int(n.sum()) == 24
     np.testing.assert_array_equal(np.flatnonzero(after.reserved), np.sort(np.asarray(ids)[np.asarray(n) > 0]))
-    settled = allocator.update(after, ids, jnp.full(6, 4), jnp.full(6, 1))
+    settled = allocator.update(after, jnp.full(6, 4), jnp.full(6, 1), prompt_ids=ids)
     assert int(settled.ledger.spent) == 12
     np.testing.assert_array_equal(np.flatnonzero(settled.cumulative_rollouts), [3, 7, 9])
 
@@ -128,7 +130,7 @@ def test_structure_is_stable_under_cond_scan_vmap_and_eval_shape(make):
 
         def epoch(state, _):
             n, state = allocator.allocate(state)
-            state = jax.lax.cond(n[0] > 3, lambda s: allocator.update(s, None, n, n // 2), lambda s: s, state)
+            state = jax.lax.cond(n[0] > 3, lambda s: allocator.update(s, n, n // 2), lambda s: s, state)
             return state, n
 
         return jax.lax.scan(epoch, state, length=5)
