@@ -1,4 +1,7 @@
-"""One contract for every allocator: bounds, exact sums, the ledger, padding, parts, jit, and stable structure."""
+"""One contract for every allocator, a user's own too: bounds, exact sums, ledger, padding, parts, jit, structure."""
+
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,18 @@ import cero_jax
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
-SPEND_ALL = [cero_jax.cero, cero_jax.uniform, cero_jax.variance, cero_jax.knapsack]
+
+def allocator_of_the_documentation():
+    """`greedy`, the ten lines under "Write your own"."""
+    text = (Path(__file__).resolve().parent.parent / "docs/allocator.md").read_text()
+    (code,) = re.findall(r"^## Write your own$.*?^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    return scope["greedy"]
+
+
+GREEDY = allocator_of_the_documentation()
+SPEND_ALL = [GREEDY, cero_jax.cero, cero_jax.uniform, cero_jax.variance, cero_jax.knapsack]
 ALLOCATORS = [*SPEND_ALL, cero_jax.cero_dual]  # which spends what its duals say
 PROMPTS, BUDGET, EPOCHS = 60, 3000, 50
 
@@ -167,3 +181,31 @@ def test_jit_equals_eager(make):
 def test_static_misuse_names_the_values(make, wrong, message):
     with pytest.raises(ValueError, match=message):
         make(**{"total_budget": 100, "num_epochs": 2, **wrong})
+
+
+def test_a_users_rule_decides_the_shares_and_keeps_a_state_of_its_own():
+    """A rule that counts how often each prompt was asked for, in an array over all N, and names a price."""
+
+    def rule(state, candidates, budget, key):
+        seen = candidates.take(state.rule_state) + 1
+        shares = jnp.where(candidates.valid, jnp.float32(4), 0)
+        return shares, state._replace(rule_state=candidates.put(state.rule_state, seen), budget_dual=jnp.float32(0.25))
+
+    allocator = cero_jax.build_allocator(
+        rule, total_budget=96, num_epochs=4, spends_all=False, init_rule=lambda n: jnp.zeros(n, jnp.int32)
+    )
+    state = allocator.init(6)
+    assert float(cero_jax.diagnostics(state)["budget_dual"]) == 0
+    for ids, expected in (([4, -1, 1], [0, 1, 0, 0, 1, 0]), (None, [1, 2, 1, 1, 2, 1]), ([6, 4], [1, 2, 1, 1, 3, 1])):
+        n, state = allocator.allocate(state, ids)
+        np.testing.assert_array_equal(n, [4] * 6 if ids is None else [4 if 0 <= i < 6 else 0 for i in ids])
+        np.testing.assert_array_equal(state.rule_state, expected)
+    assert float(cero_jax.diagnostics(state)["budget_dual"]) == 0.25
+
+
+def test_the_documented_rule_gives_more_where_the_variance_is():
+    allocator = GREEDY(total_budget=400, num_epochs=1, discount=1.0)
+    state = allocator.init(40)._replace(alpha=jnp.repeat(jnp.array([0.5, 20.0]), 20), beta=jnp.full(40, 20.0))
+    n, _ = allocator.allocate(state)
+    assert int(n.sum()) == 400
+    assert int(n[20:].sum()) > 5 * int(n[:20].sum())

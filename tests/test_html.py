@@ -68,7 +68,7 @@ def run(tmp_path):
 def test_the_replayed_posterior_is_the_allocators(run):
     run, state = run
     visits, posterior = replay(run)
-    np.testing.assert_allclose(posterior, [state.alpha, state.beta], rtol=1e-5)
+    np.testing.assert_array_equal(posterior, [state.alpha, state.beta])
     assert [sum(v.rollouts for v in each) for each in visits] == state.cumulative_rollouts.tolist()
     assert visits[N - 1] == []
     for each in visits[:-1]:

@@ -4,6 +4,7 @@ What is traced is not known yet. It passes here, and is made unable to go wrong 
 """
 
 import numbers
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -72,22 +73,19 @@ def checked_counts(counts: dict, release, prompt_ids, num_prompts: int) -> dict:
 
 
 def _check_values(counts: dict[str, np.ndarray]) -> None:
-    """Raises ValueError on values of counts [U], without padding, that cannot be."""
-    for name, count in counts.items():
-        if count.min(initial=0) < 0:
-            raise ValueError(f"{name} holds {count.min()}: a count is not negative")
-        if count.sum(dtype=np.int64) >= 2**31:
-            raise ValueError(f"{name} sums to {count.sum(dtype=np.int64)}: one call settles less than 2^31; cut it")
-    for part, whole in (
-        ("num_evidence", "num_rollouts"),
-        ("num_correct", "num_rollouts"),
-        ("num_correct", "num_evidence"),
-    ):
-        if part in counts and whole in counts and np.any(counts[part] > counts[whole]):
-            i = np.argmax(counts[part] > counts[whole])
-            raise ValueError(
-                f"{part} holds {counts[part][i]} where {whole} holds {counts[whole][i]}: it is a part of it"
-            )
+    """Raises ValueError on values of counts [U], without padding, that cannot be. A few reads over them, no more."""
+    ordered = [name for name in ("num_correct", "num_evidence", "num_rollouts") if name in counts]
+    for name in (*ordered[:1], *(name for name in counts if name not in ordered)):
+        if counts[name].min(initial=0) < 0:
+            raise ValueError(f"{name} holds {counts[name].min()}: a count is not negative")
+    for part, whole in pairwise(ordered):  # so that none of them is negative either
+        wrong = counts[part] > counts[whole]
+        if wrong.any():
+            found = f"{part} holds {counts[part][wrong][0]} where {whole} holds {counts[whole][wrong][0]}"
+            raise ValueError(f"{found}: give 0 <= num_correct <= num_evidence <= num_rollouts")
+    total = counts["num_tokens"].sum(dtype=np.int64) if "num_tokens" in counts else 0
+    if total >= 2**31:
+        raise ValueError(f"num_tokens sums to {total}: a call takes in less than 2^31; settle in several calls")
 
 
 def _integers(name: str, x):
