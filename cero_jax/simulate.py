@@ -145,7 +145,7 @@ def compare(world: World, *, seeds: int, settings: dict) -> dict[str, Outcome]:
 
 
 def read_log(path: str | Path, fields: tuple[str, str, str] = ("prompt", "epoch", "reward")) -> tuple[np.ndarray, ...]:
-    """(successes, rollouts), both [N, V] int: of each prompt at each of its visits, in order; 0 rollouts beyond them.
+    """(successes, rollouts), both [N, visits] int: of each prompt at its visits, in order; 0 rollouts beyond them.
 
     path: a file, or a glob of files. Raises FileNotFoundError where there is none, and ValueError naming the file, the
     row and the field that is wrong.
@@ -205,7 +205,7 @@ def _number(source: str, field: str, value) -> float:
 
 
 def success_curves(successes: np.ndarray, rollouts: np.ndarray, num_epochs: int) -> np.ndarray:
-    """Success probability [K, N]: each prompt's counts [N, V] smoothed over its visits, K epochs spread over them."""
+    """Success probability [K, N]: each prompt's counts [N, visits] smoothed over them, K epochs spread over them."""
     num_visits = np.maximum((rollouts > 0).sum(1), 1)
     at = (np.arange(num_epochs)[:, None] + 0.5) / num_epochs * num_visits - 0.5  # [K, N], in visits
     curves = np.empty(at.shape)

@@ -13,7 +13,9 @@ from cero_jax.allocator import defaults
 
 ALLOCATOR = cero_jax.cero(total_budget=100, num_epochs=1)
 MAKERS = [cero_jax.cero, cero_jax.uniform, cero_jax.variance, cero_jax.knapsack, cero_jax.cero_dual]
-FUNCTIONS = {make.__name__: make for make in (*MAKERS, cero_jax.build_allocator)} | ALLOCATOR._asdict()
+FUNCTIONS = {
+    make.__name__: make for make in (*MAKERS, cero_jax.build_allocator, cero_jax.offline_optimum)
+} | ALLOCATOR._asdict()
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

@@ -1,6 +1,6 @@
 """The state and the contract that every allocator shares: what it holds, what it is asked, what a rule adds to it.
 
-Letters: N prompts of the data, P prompts of one call of `allocate`, U prompts of one call of `update`.
+Letters: N prompts of the data, P prompts of one call of `allocate`, U visits of one call of `update`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`build_allocator`: whole groups, the posterior and the ledger around a rule for the shares.
 
-Letters: N prompts of the data, P prompts of one call of `allocate`, U prompts of one call of `update`.
+Letters: N prompts of the data, P prompts of one call of `allocate`, U visits of one call of `update`.
 """
 
 from __future__ import annotations
@@ -137,7 +137,10 @@ def _compiled_update(update: UpdateFn) -> UpdateFn:
             "num_tokens": num_tokens,
         }
         counts = checks.checked_counts(counts, release, prompt_ids, num_prompts)
-        return compiled(state, prompt_ids=prompt_ids, release=release, **counts)
+        given = (
+            {} if release is True else {"release": release}
+        )  # the default is compiled in, and not sent to the device
+        return compiled(state, prompt_ids=prompt_ids, **counts, **given)
 
     checked.__doc__ = UpdateFn.__call__.__doc__
     return checked

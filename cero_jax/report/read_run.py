@@ -38,20 +38,20 @@ class RunLog(NamedTuple):
 class Curve(NamedTuple):
     """A figure against rollouts spent, over runs that differ by their seed alone."""
 
-    spent: np.ndarray  # [X] rollouts
-    mean: np.ndarray  # [X]
-    low: np.ndarray  # [X] of the lowest run
-    high: np.ndarray  # [X]
+    spent: np.ndarray  # [points] rollouts
+    mean: np.ndarray  # [points]
+    low: np.ndarray  # [points] of the lowest run
+    high: np.ndarray  # [points]
 
 
 class Allocation(NamedTuple):
-    """Where a run's rollouts went. G labels, C columns of one or more epochs."""
+    """Where a run's rollouts went: by label, over columns of one or more epochs."""
 
-    labels: tuple[str, ...]  # [G] in the order of the numbers in them
-    first_epoch: np.ndarray  # [C + 1] int; the last entry ends the last column
-    share: np.ndarray  # [G, C] of the column's rollouts
-    of_rollouts: np.ndarray  # [G] share of all rollouts
-    of_prompts: np.ndarray  # [G] share of all prompts
+    labels: tuple[str, ...]  # [labels] in the order of the numbers in them
+    first_epoch: np.ndarray  # [columns + 1] int; the last entry ends the last column
+    share: np.ndarray  # [labels, columns] of the column's rollouts
+    of_rollouts: np.ndarray  # [labels] share of all rollouts
+    of_prompts: np.ndarray  # [labels] share of all prompts
 
 
 def read_run(path: Path | str) -> RunLog:
