@@ -26,11 +26,11 @@ def fixed_utilities(make, num_epochs, tau, **own):
     total = 8 * PROMPTS * num_epochs
     allocator = make(total_budget=total, num_epochs=num_epochs, min_group=2, discount=1.0, **own)
 
-    def one_round(state, _):
+    def one_epoch(state, _):
         n, state = allocator.allocate(state._replace(alpha=alpha, beta=beta))
-        return allocator.update(state, None, n, n // 2), None
+        return allocator.update(state, n, n // 2), None
 
-    state = jax.jit(lambda: jax.lax.scan(one_round, allocator.init(PROMPTS), length=num_epochs)[0])()
+    state = jax.jit(lambda: jax.lax.scan(one_epoch, allocator.init(PROMPTS), length=num_epochs)[0])()
     v = p * (1 - p)
     best, _ = cero_jax.offline_optimum(v, total_budget=total, num_epochs=num_epochs, tau=tau)
     utility = [np.sum(v * -np.expm1(-np.asarray(x, np.float64) / tau)) for x in (state.cumulative_rollouts, best)]
@@ -114,7 +114,7 @@ def log(path, seeds, first_seed):
 
 
 def short(seeds, first_seed):
-    """Bar 5: rounds of N rollouts, groups from 4, 50 rollouts a prompt in all."""
+    """Bar 5: epochs of N rollouts, groups from 4, 50 rollouts a prompt in all."""
     yield HEADER
     yield "|---" * 11 + "|"
     yield row("drift of bar 3", simulate.drifting(PROMPTS), seeds, settings(PROMPTS, 50, 50 * PROMPTS, 4, first_seed))

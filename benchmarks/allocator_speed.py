@@ -1,4 +1,4 @@
-"""What a round costs: allocate + update by N, beside NumPy, solvers, and one pass of the state through memory.
+"""What an epoch costs: allocate + update by N, beside NumPy, solvers, and reading and writing the state once.
 
     pip install cvxpy && python benchmarks/allocator_speed.py --out benchmarks/allocator_speed.md
 
@@ -29,7 +29,7 @@ def median_seconds(function, repeats=15):
     return float(np.median(times[1:]))
 
 
-def numpy_round(alpha, beta, rollouts, budget, tau, rng, low=4, high=32):
+def numpy_epoch(alpha, beta, rollouts, budget, tau, rng, low=4, high=32):
     """The same rule on NumPy arrays: shares by bisection, groups by systematic sampling, then the posterior."""
     total = alpha + beta
     log_v = np.log((alpha / total) * (beta / total) * (total / (total + 1)))
@@ -41,9 +41,9 @@ def numpy_round(alpha, beta, rollouts, budget, tau, rng, low=4, high=32):
     shares = np.clip(tau * (log_v - bottom) - rollouts, 0, high)
     chance = np.minimum(shares / low, 1)
     place = np.cumsum(chance, dtype=np.float64) + rng.random()
-    live = np.floor(place) > np.floor(place - chance)
+    chosen = np.floor(place) > np.floor(place - chance)
     size = np.maximum(shares, low)
-    n = np.where(live, np.floor(size) + (rng.random(len(size), np.float32) < size % 1), 0)
+    n = np.where(chosen, np.floor(size) + (rng.random(len(size), np.float32) < size % 1), 0)
     keep = np.float32(0.9 ** (budget / (8 * len(alpha))))
     return 0.5 + keep * (alpha - 0.5) + n // 2, 0.5 + keep * (beta - 0.5) + (n - n // 2), rollouts + n
 
@@ -63,13 +63,13 @@ def sizes():
         n, after = allocator.allocate(state)
         correct = n // 2
         allocate = median_seconds(lambda a=allocator, s=state: a.allocate(s))
-        update = median_seconds(lambda a=allocator, s=after, n=n, c=correct: a.update(s, None, n, c))
+        update = median_seconds(lambda a=allocator, s=after, n=n, c=correct: a.update(s, n, c))
         arrays = (state.alpha, state.beta, state.cumulative_rollouts, state.reserved)
         stream = jax.jit(lambda arrays: [x + 1 for x in arrays])
         streamed = median_seconds(lambda f=stream, x=arrays: f(x))
         alpha, beta = np.asarray(state.alpha), np.asarray(state.beta)
         plain = np.zeros(num_prompts, np.float32), np.float32(num_prompts), np.float32(50), np.random.default_rng(0)
-        in_numpy = median_seconds(lambda a=alpha, b=beta, rest=plain: numpy_round(a, b, *rest), repeats=3)
+        in_numpy = median_seconds(lambda a=alpha, b=beta, rest=plain: numpy_epoch(a, b, *rest), repeats=3)
         memory = jax.jit(allocator.allocate).lower(state).compile().memory_analysis()
         assert memory is not None
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
@@ -83,7 +83,7 @@ def sizes():
 
 
 def solvers(num_prompts):
-    """One round of the rivals at N prompts against a convex solver and a dynamic program."""
+    """One epoch of the rivals at N prompts against a convex solver and a dynamic program."""
     budget = 8 * num_prompts
     yield "| objective | ours ms | solver | solver ms | ratio |"
     yield "|---|---|---|---|---|"
@@ -115,7 +115,7 @@ def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", help="file that the tables are written to")
     args = parser.parse_args()
-    lines = [f"# A round of the allocator on {jax.devices()[0].device_kind}, jax {jax.__version__}\n"]
+    lines = [f"# An epoch of the allocator on {jax.devices()[0].device_kind}, jax {jax.__version__}\n"]
     for title, rows in (("Every N", sizes()), ("Solvers at N = 4,096", solvers(4096))):
         lines += [f"\n## {title}\n", *rows]
     print(*lines, sep="\n")

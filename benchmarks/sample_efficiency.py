@@ -170,9 +170,8 @@ def savings(uniform: list[dict], other: list[dict]) -> dict:
         censored += not np.isfinite(need)
         needs.append((crossing(u, target), min(need, o["curve"][-1][0])))
     ratio = np.log([u / max(o, 1) for u, o in needs])
-    draws = (
-        np.random.default_rng(0).choice(ratio, (10_000, len(ratio))).mean(axis=1)
-    )  # paired: a seed brings both sides
+    # Paired: a seed brings both sides.
+    draws = np.random.default_rng(0).choice(ratio, (10_000, len(ratio))).mean(axis=1)
     low, high = np.exp(np.quantile(draws, [0.025, 0.975]))
     return {
         "ratio": float(np.exp(ratio.mean())),

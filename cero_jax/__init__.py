@@ -12,25 +12,35 @@ if TYPE_CHECKING:
     from cero_jax.allocator import (
         Allocator,
         AllocatorState,
+        Candidates,
         Ledger,
+        Rule,
         TokenLedger,
+        build_allocator,
         cero,
         cero_dual,
         diagnostics,
+        expected_variance,
         knapsack,
         offline_optimum,
         uniform,
         variance,
     )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Allocator",
     "AllocatorState",
+    "Candidates",
     "Ledger",
+    "Rule",
     "TokenLedger",
+    "build_allocator",
     "cero",
     "cero_dual",
     "diagnostics",
+    "expected_variance",
     "knapsack",
     "offline_optimum",
     "uniform",

@@ -1,5 +1,9 @@
-"""Rows of JSONL and Parquet files, and the text in their fields; what is wrong is one line with file, row and field."""
+"""Rows of JSONL, CSV and Parquet files, and the text in their fields.
 
+What is wrong with one is a single line that names the file, the row and the field.
+"""
+
+import csv
 import glob
 import json
 import math
@@ -17,31 +21,67 @@ def find_files(pattern: str) -> list[Path]:
         raise ValueError(f"{pattern}: not a regular file: give the path of a file, or a glob of files")
     found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
     if not found:
-        raise FileNotFoundError(f"{pattern}: no such file: give the path of a JSONL or Parquet file, or a glob")
+        raise FileNotFoundError(f"{pattern}: no such file: give the path of a JSONL, CSV or Parquet file, or a glob")
     return found
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:row", row) of each row, numbers as they are written; a file ending in .parquet is Parquet, others JSONL.
+    """("file:row", row) of each row; numbers of JSONL and CSV are text, as they are written.
 
-    Raises ValueError naming what is wrong, and where.
+    A file ending in .parquet is Parquet, one ending in .csv is CSV with the fields' names in its first line, others are
+    JSONL, an object a line. Raises ValueError naming what is wrong, and where.
     """
-    return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+    reader = {".parquet": _read_parquet, ".csv": _read_csv}.get(path.suffix.lower(), _read_jsonl)
+    return reader(path)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A BOM, CRLF and blank lines are fine."""
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, with their ends; a BOM is dropped. Raises ValueError where it is not UTF-8."""
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                line = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).rstrip(b"\r\n")
-                if line.strip():
-                    yield f"{path}:{number}", _object(f"{path}:{number}", line)
+                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+                try:
+                    yield line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line: save it as UTF-8"
+                    ) from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
 
 
-def _object(source: str, line: bytes) -> dict[str, Any]:
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """CRLF and blank lines are fine."""
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip(" \t\n\r\v\f"):
+            yield f"{path}:{number}", _object(f"{path}:{number}", line.rstrip("\r\n"))
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """CRLF, blank lines and quoted fields over several lines are fine; a row is known by its first line."""
+    reader, header, begin = csv.reader(_lines(path), strict=True), None, 1
+    try:
+        for cells in reader:
+            source, begin = f"{path}:{begin}", reader.line_num + 1
+            if not cells:
+                continue
+            if header is None:
+                header = cells
+                for name in header:
+                    if header.count(name) > 1:
+                        raise ValueError(f"{source}: field {name!r} is there twice in the first line: rename one")
+                continue
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{source}: {len(cells)} fields, where the first line names {len(header)}: mend the row"
+                )
+            yield source, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{path}:{begin}: broken CSV ({error}): mend the row") from error
+
+
+def _object(source: str, line: str) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(pairs)
         if len(row) < len(pairs):
@@ -50,9 +90,7 @@ def _object(source: str, line: bytes) -> dict[str, Any]:
         return row
 
     try:
-        row = json.loads(line.decode("utf-8"), parse_float=str, parse_int=str, object_pairs_hook=once)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source}: not UTF-8 at byte {error.start + 1} of the line: save it as UTF-8") from error
+        row = json.loads(line, parse_float=str, parse_int=str, object_pairs_hook=once)
     except json.JSONDecodeError as error:
         raise ValueError(f"{source}: broken JSON at column {error.colno} ({error.msg}): mend the line") from error
     except RecursionError as error:
@@ -69,7 +107,9 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ValueError(f"{path}: Parquet needs pyarrow: pip install 'cero_jax[parquet]', or give JSONL") from error
+        raise ValueError(
+            f"{path}: Parquet needs pyarrow: pip install 'cero_jax[parquet]', or give JSONL or CSV"
+        ) from error
     number = 0
     try:
         with parquet.ParquetFile(path) as file:

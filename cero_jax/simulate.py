@@ -8,8 +8,7 @@ JSONL may instead hold one row a prompt: {"group_size": 8, "num_correct": [0, 3,
 """
 
 import argparse
-import csv
-import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from cero_jax import read_files
 from cero_jax.allocator import Allocator, AllocatorState, cero, cero_dual, knapsack, uniform, variance
 
 ALLOCATORS = (uniform, variance, knapsack, cero_dual, cero)
@@ -27,8 +27,8 @@ SMOOTHING = 2.0  # visits: width of the Gaussian that turns a prompt's logged co
 CANNOT_KNOW = """\
 What a replay cannot know: the logged policy learned from the logged rollouts. Here every allocator meets the same
 success curves, smoothed from the log, as if its own choices had taught the policy nothing more and nothing less; a
-prompt seldom visited has a curve that is mostly guess; and live rollouts are not yet accuracy. Read it as how much of
-the budget was spent on groups that could teach nothing, and how much of that could be found out in time."""
+prompt seldom visited has a curve that is mostly guess; and rollouts in live groups are not yet accuracy. Read it as how
+much of the budget was spent on groups that could teach nothing, and how much of that could be found out in time."""
 
 
 class World(NamedTuple):
@@ -38,14 +38,14 @@ class World(NamedTuple):
     success: Callable[[Array, Array], Array]  # (logits [N], share of the budget spent []) -> probability [N]
     learn: Callable[
         [Array, Array, Array], Array
-    ]  # (logits, probability, rollouts / budget a prompt), all [N] -> logits
+    ]  # (logits, probability, rollouts / budget a prompt) -> logits, all [N]
 
 
 class Outcome(NamedTuple):
     """What a run came to."""
 
-    value: Array  # [] sum over rounds and prompts of p(1 - p), true at the time, times the increment of h(X / tau)
-    live_share: Array  # [] share of the rollouts drawn that were in groups with variance
+    value: Array  # [] sum over epochs and prompts of p(1 - p), true at the time, times the increment of h(X / tau)
+    live_share: Array  # [] share of the rollouts drawn that were in live groups, which hold two different rewards
     hopeless_share: Array  # [] share of the rollouts that went to prompts with p = 0
     spent_share: Array  # [] of the budget
     accuracy: Array  # [] mean success at the end on prompts that can be solved
@@ -89,15 +89,15 @@ def replayed(curves) -> World:
 
 
 def run(allocator: Allocator, world: World, key, *, num_prompts, total_budget, num_epochs, tau, told=False) -> Outcome:
-    """num_epochs rounds of one run, scanned. tau: of the value that is reported. told: show the rule the true p."""
-    init_key, rounds_key, seed_key = jax.random.split(key, 3)
+    """num_epochs epochs of one run, scanned. tau: of the value that is reported. told: show the rule the true p."""
+    init_key, epochs_key, seed_key = jax.random.split(key, 3)
     start = world.init(init_key)
     state = allocator.init(num_prompts, jax.random.randint(seed_key, (), 0, 2**30))
 
     def utility(rollouts):
         return -jnp.expm1(-rollouts.astype(jnp.float32) / tau)
 
-    def one_round(carry, key):
+    def one_epoch(carry, key):
         logits, state, value = carry
         probability = world.success(logits, state.ledger.spent / total_budget)
         if told:
@@ -106,14 +106,14 @@ def run(allocator: Allocator, world: World, key, *, num_prompts, total_budget, n
         before = state.cumulative_rollouts
         correct = jax.random.binomial(key, n.astype(jnp.float32), probability).astype(jnp.int32)
         gain = probability * (1 - probability) * (utility(before + n) - utility(before))
-        state = allocator.update(state, None, n, correct)
+        state = allocator.update(state, n, correct)
         live = jnp.sum(jnp.where((correct > 0) & (correct < n), n, 0))
         hopeless = jnp.sum(jnp.where(probability == 0, n, 0))
         logits = world.learn(logits, probability, n * (num_prompts / total_budget))
         return (logits, state, value + jnp.sum(gain)), (live, hopeless)
 
     carry = (start, state, jnp.zeros(()))
-    (logits, state, value), (live, hopeless) = jax.lax.scan(one_round, carry, jax.random.split(rounds_key, num_epochs))
+    (logits, state, value), (live, hopeless) = jax.lax.scan(one_epoch, carry, jax.random.split(epochs_key, num_epochs))
     spent = jnp.maximum(state.ledger.spent, 1)
     first, final = world.success(start, jnp.zeros(())), world.success(logits, jnp.ones(()))
     accuracy = jnp.sum(final) / jnp.maximum(jnp.sum(first > 0), 1)
@@ -145,29 +145,23 @@ def compare(world: World, *, seeds: int, settings: dict) -> dict[str, Outcome]:
 
 
 def read_log(path: str | Path, fields: tuple[str, str, str] = ("prompt", "epoch", "reward")) -> tuple[np.ndarray, ...]:
-    """(successes, rollouts), both [N, V] int: of each prompt at each of its visits, in order; 0 rollouts beyond them.
+    """(successes, rollouts), both [N, visits] int: of each prompt at its visits, in order; 0 rollouts beyond them.
 
-    Raises ValueError naming the file, the line and the field that is wrong.
+    path: a file, or a glob of files. Raises FileNotFoundError where there is none, and ValueError naming the file, the
+    row and the field that is wrong.
     """
-    path = Path(path)
     visits: dict = {}
-    for line, row in _rows(path):
-        if "num_correct" in row and "group_size" in row:
-            visits[line] = {k: (int(c), int(row["group_size"])) for k, c in enumerate(row["num_correct"])}
-            continue
-        missing = [name for name in fields if row.get(name) in (None, "")]
-        if missing:
-            raise ValueError(f"{path}:{line}: no field {missing[0]!r}; it has {', '.join(map(str, row))}. See --fields")
-        prompt, epoch, reward = (row[name] for name in fields)
-        try:
-            epoch, success = float(epoch), float(reward) >= SUCCESS_THRESHOLD
-        except ValueError:
-            raise ValueError(f"{path}:{line}: epoch={epoch!r}, reward={reward!r} must be numbers") from None
-        of_prompt = visits.setdefault(prompt, {})
-        correct, drawn = of_prompt.get(epoch, (0, 0))
-        of_prompt[epoch] = correct + success, drawn + 1
+    for file in read_files.find_files(str(path)):
+        for source, row in read_files.read_rows(file):
+            if "num_correct" in row and "group_size" in row:
+                visits[source] = _counts(source, row["num_correct"], row["group_size"])
+            else:
+                prompt, epoch, success = _rollout(source, row, fields)
+                of_prompt = visits.setdefault(prompt, {})
+                correct, drawn = of_prompt.get(epoch, (0, 0))
+                of_prompt[epoch] = correct + success, drawn + 1
     if not visits:
-        raise ValueError(f"{path} holds no rows")
+        raise ValueError(f"{path}: no row in it: expected one row a rollout, or one a prompt")
     counts = np.zeros((2, len(visits), max(map(len, visits.values()))), np.int64)
     for i, of_prompt in enumerate(visits.values()):
         for k, epoch in enumerate(sorted(of_prompt)):
@@ -175,33 +169,43 @@ def read_log(path: str | Path, fields: tuple[str, str, str] = ("prompt", "epoch"
     return counts[0], counts[1]
 
 
-def _rows(path: Path):
-    """(line, row as a dict) of a JSONL, CSV or Parquet file."""
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    if path.suffix == ".parquet":
-        try:
-            import pyarrow.parquet  # pyright: ignore[reportMissingImports]
-        except ImportError:
-            raise ValueError(f"{path}: reading Parquet needs pyarrow (pip install pyarrow)") from None
-        yield from enumerate(pyarrow.parquet.read_table(path).to_pylist(), start=1)
-    elif path.suffix == ".csv":
-        with path.open(newline="") as file:
-            yield from enumerate(csv.DictReader(file), start=2)
-    else:
-        with path.open() as file:
-            for line, text in enumerate(file, start=1):
-                try:
-                    row = json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}:{line}: broken JSON: {error}") from None
-                if not isinstance(row, dict):
-                    raise ValueError(f"{path}:{line}: a row must be an object with fields, not {text.strip()[:40]!r}")
-                yield line, row
+def _rollout(source: str, row: dict, fields: tuple[str, str, str]) -> tuple[str, float, bool]:
+    """(prompt, epoch, success) of a row of one rollout."""
+    try:
+        prompt, *numbers = (read_files.pick(source, row, field) for field in fields)
+    except ValueError as error:
+        raise ValueError(f"{error}, with --fields") from None
+    epoch, reward = (_number(source, field, value) for field, value in zip(fields[1:], numbers, strict=True))
+    prompt = read_files.text(source, fields[0], prompt)
+    return prompt, epoch, reward >= SUCCESS_THRESHOLD
+
+
+def _counts(source: str, num_correct, group_size) -> dict[int, tuple[int, int]]:
+    """{visit: (successes, rollouts)} of a row of one prompt."""
+    size = _number(source, "group_size", group_size)
+    if not isinstance(num_correct, list):
+        raise ValueError(f"{source}: field 'num_correct' is {num_correct!r:.40}: give a list, one count a visit")
+    found = [_number(source, "num_correct", each) for each in num_correct]
+    if not all(0 <= each <= size for each in found):
+        raise ValueError(f"{source}: field 'num_correct' holds a count outside 0..group_size={size:g}: mend it")
+    return {visit: (int(each), int(size)) for visit, each in enumerate(found)}
+
+
+def _number(source: str, field: str, value) -> float:
+    """A field's value as a finite number; JSONL and CSV hold it as text."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(
+            f"{source}: field {field!r} is {value!r:.40}, no number: mend it, or name another with --fields"
+        )
+    return number
 
 
 def success_curves(successes: np.ndarray, rollouts: np.ndarray, num_epochs: int) -> np.ndarray:
-    """Success probability [K, N]: each prompt's counts [N, V] smoothed over its visits, K epochs spread over them."""
+    """Success probability [K, N]: each prompt's counts [N, visits] smoothed over them, K epochs spread over them."""
     num_visits = np.maximum((rollouts > 0).sum(1), 1)
     at = (np.arange(num_epochs)[:, None] + 0.5) / num_epochs * num_visits - 0.5  # [K, N], in visits
     curves = np.empty(at.shape)
@@ -211,7 +215,7 @@ def success_curves(successes: np.ndarray, rollouts: np.ndarray, num_epochs: int)
     return curves
 
 
-def table(outcomes: dict[str, Outcome]) -> str:
+def outcome_table(outcomes: dict[str, Outcome]) -> str:
     """A Markdown table: means over seeds, value relative to uniform of the same seed with its standard error."""
     lines = [
         "| allocator | value / uniform | rollouts in live groups | to hopeless prompts | budget spent | end accuracy |",
@@ -248,7 +252,7 @@ def picture(outcomes: dict[str, Outcome], path: Path) -> None:
 
 
 def replay_settings(rollouts: np.ndarray, num_epochs: int, min_group: int) -> dict:
-    """The budget of a logged run, in num_epochs rounds."""
+    """The budget of a logged run, in num_epochs epochs."""
     num_prompts, total = rollouts.shape[0], int(rollouts.sum())
     sizes = {"num_prompts": num_prompts, "total_budget": total, "num_epochs": num_epochs}
     return {**sizes, "min_group": min_group, "tau": total / num_prompts}
@@ -257,7 +261,10 @@ def replay_settings(rollouts: np.ndarray, num_epochs: int, min_group: int) -> di
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m cero_jax.simulate", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--log", help="JSONL, CSV or Parquet file of (prompt, epoch, reward) rows; default: simulate")
+    parser.add_argument(
+        "--log",
+        help="JSONL, CSV or Parquet files (a path or a glob) of (prompt, epoch, reward) rows; default: simulate",
+    )
     parser.add_argument(
         "--fields",
         nargs=3,
@@ -266,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
         help="what these fields are called in the log (default: %(default)s)",
     )
     parser.add_argument(
-        "--epochs", type=int, help="rounds of a run; default 16, or the longest prompt's visits in a log"
+        "--epochs", type=int, help="epochs of a run; default 16, or the longest prompt's visits in a log"
     )
     parser.add_argument("--prompts", type=int, default=1000, help="prompts of the simulated data set")
     parser.add_argument("--hopeless", type=float, default=0.0, help="share of prompts that can never be solved")
@@ -277,14 +284,14 @@ def main(argv: list[str] | None = None) -> None:
     if args.log:
         try:
             successes, rollouts = read_log(args.log, tuple(args.fields))
-        except ValueError as error:
+        except (FileNotFoundError, ValueError) as error:
             parser.error(str(error))
         num_epochs = args.epochs or rollouts.shape[1]
         settings = replay_settings(rollouts, num_epochs, args.min_group)
-        dead = rollouts[(successes == 0) | (successes == rollouts)].sum() / rollouts.sum()
+        wasted = rollouts[(successes == 0) | (successes == rollouts)].sum() / rollouts.sum()
         never = rollouts[successes.sum(1) == 0].sum() / rollouts.sum()
         print(f"{settings['total_budget']} rollouts of {len(rollouts)} prompts in {args.log}.")
-        print(f"{100 * dead:.1f} % of them went to groups without variance,", end=" ")
+        print(f"{100 * wasted:.1f} % of them went to groups without variance,", end=" ")
         print(f"{100 * never:.1f} % to prompts never solved.\n")
         world = replayed(success_curves(successes, rollouts, num_epochs))
     else:
@@ -292,9 +299,9 @@ def main(argv: list[str] | None = None) -> None:
         sizes = {"num_prompts": args.prompts, "total_budget": total, "num_epochs": num_epochs}
         settings = {**sizes, "min_group": args.min_group, "tau": total / args.prompts}
         world = drifting(args.prompts, hopeless=args.hopeless)
-        print(f"{total} rollouts, {args.prompts} prompts, {num_epochs} rounds, {args.seeds} seeds.\n")
+        print(f"{total} rollouts, {args.prompts} prompts, {num_epochs} epochs, {args.seeds} seeds.\n")
     outcomes = compare(world, seeds=args.seeds, settings=settings)
-    print(table(outcomes))
+    print(outcome_table(outcomes))
     if args.log:
         print(f"\n{CANNOT_KNOW}")
     try:

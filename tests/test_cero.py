@@ -28,11 +28,11 @@ def fixed_run(make, num_epochs, factor, num_prompts=300, **own):
     total, tau = 8 * num_prompts * num_epochs, float(factor * num_epochs)
     allocator = make(total_budget=total, num_epochs=num_epochs, min_group=2, tau=tau, discount=1.0, **own)
 
-    def one_round(state, _):
+    def one_epoch(state, _):
         n, state = allocator.allocate(state._replace(alpha=alpha, beta=beta))
-        return allocator.update(state, None, n, n // 2), None
+        return allocator.update(state, n, n // 2), None
 
-    state = jax.jit(lambda: jax.lax.scan(one_round, allocator.init(num_prompts), length=num_epochs)[0])()
+    state = jax.jit(lambda: jax.lax.scan(one_epoch, allocator.init(num_prompts), length=num_epochs)[0])()
     v = p * (1 - p)
     best, _ = cero_jax.offline_optimum(v, total_budget=total, num_epochs=num_epochs, tau=tau)
     ours, optimum = (np.sum(v * -np.expm1(-np.asarray(x, float) / tau)) for x in (state.cumulative_rollouts, best))
@@ -86,7 +86,7 @@ def extreme_allocate(num_prompts):
     def run(state, tau, total, discount):
         allocator = cero_jax.cero(total_budget=total, num_epochs=3, tau=tau, discount=discount)
         n, after = allocator.allocate(state)
-        return n, allocator.update(after, None, n, n // 3)
+        return n, allocator.update(after, n, n // 3)
 
     return jax.jit(run), cero_jax.cero(total_budget=1, num_epochs=3).init(num_prompts)
 
@@ -116,7 +116,7 @@ def ledger_run(num_prompts):
         return cero_jax.cero(total_budget=0, num_epochs=7, tau=tau, explore=explore).allocate(state, ids, budget)
 
     def update(state, ids, n, correct, release):
-        return cero_jax.cero(total_budget=0, num_epochs=7).update(state, ids, n, correct, release=release)
+        return cero_jax.cero(total_budget=0, num_epochs=7).update(state, n, correct, prompt_ids=ids, release=release)
 
     start = cero_jax.cero(total_budget=0, num_epochs=7).init(num_prompts)
     return jax.jit(allocate), jax.jit(update), start
@@ -154,14 +154,14 @@ def test_the_ledger_balances_over_whole_runs_with_batches_in_flight(num_prompts,
 
 
 @pytest.mark.parametrize("make", [cero_jax.cero, cero_jax.uniform], ids=["cero", "uniform"])
-def test_a_token_budget_is_spent_past_32_bits_with_an_overshoot_of_at_most_a_round(make):
-    total, num_prompts, rounds = 9_000_000_000, 64, 40
-    allocator = make(total_budget=total, num_epochs=rounds, max_group=4096, expected_tokens=100_000)
+def test_a_token_budget_is_spent_past_32_bits_with_an_overshoot_of_at_most_an_epoch(make):
+    total, num_prompts, epochs = 9_000_000_000, 64, 40
+    allocator = make(total_budget=total, num_epochs=epochs, max_group=4096, expected_tokens=100_000)
     allocate, update = jax.jit(allocator.allocate), jax.jit(allocator.update)
     rng, state, spent = np.random.default_rng(0), allocator.init(num_prompts), 0
     tokens = np.where(np.arange(num_prompts) % 2, 40_000, 320_000)  # every other prompt answers at length
     calls = 0
-    while calls < 3 * rounds:
+    while calls < 3 * epochs:
         n, state = allocate(state)
         n = np.asarray(n)
         if not n.any():
@@ -172,11 +172,11 @@ def test_a_token_budget_is_spent_past_32_bits_with_an_overshoot_of_at_most_a_rou
             drawn = np.where(ids >= 0, n[ids], 0).astype(np.int32)
             paid = drawn * (tokens[ids] + rng.integers(-9, 9, 4))
             spent += int(paid[ids >= 0].sum())
-            state = update(state, ids, drawn, drawn // 2, num_tokens=paid.astype(np.int32))
+            state = update(state, drawn, drawn // 2, prompt_ids=ids, num_tokens=paid.astype(np.int32))
         words = np.asarray(state.tokens.spent).astype(np.uint64)
         assert (int(words[0]) << 32) + int(words[1]) == spent
     logged = cero_jax.diagnostics(state)
-    assert abs(spent - total) <= 1.1 * total / rounds
+    assert abs(spent - total) <= 1.1 * total / epochs
     assert float(logged["tokens_overshoot"]) == pytest.approx(max(spent - total, 0), rel=0.01, abs=1e6)
     np.testing.assert_allclose(state.tokens.mean_tokens, tokens, rtol=0.2)
     if make is cero_jax.cero:  # the same utility costs less where answers are short
@@ -192,7 +192,7 @@ def test_replicated_integers_are_those_of_one_device():
         n, after = allocate(state)
         replicated, _ = allocate(jax.device_put(state, everywhere))
         np.testing.assert_array_equal(n, replicated)
-        state = allocator.update(after, None, n, n // 3)
+        state = allocator.update(after, n, n // 3)
 
 
 def test_ten_million_prompts_sharded_keep_sum_and_bounds_and_the_shares_agree():

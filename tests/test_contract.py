@@ -1,4 +1,7 @@
-"""One contract for every allocator: bounds, exact sums, the ledger, padding, parts, jit, and stable structure."""
+"""One contract for every allocator, a user's own too: bounds, exact sums, ledger, padding, parts, jit, structure."""
+
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +12,18 @@ import cero_jax
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
-SPEND_ALL = [cero_jax.cero, cero_jax.uniform, cero_jax.variance, cero_jax.knapsack]
+
+def allocator_of_the_documentation():
+    """`greedy`, the ten lines under "Write your own"."""
+    text = (Path(__file__).resolve().parent.parent / "docs/allocator.md").read_text()
+    (code,) = re.findall(r"^## Write your own$.*?^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    scope = {}
+    exec(code, scope)
+    return scope["greedy"]
+
+
+GREEDY = allocator_of_the_documentation()
+SPEND_ALL = [GREEDY, cero_jax.cero, cero_jax.uniform, cero_jax.variance, cero_jax.knapsack]
 ALLOCATORS = [*SPEND_ALL, cero_jax.cero_dual]  # which spends what its duals say
 PROMPTS, BUDGET, EPOCHS = 60, 3000, 50
 
@@ -32,26 +46,27 @@ def check_ledger(state, total=BUDGET):
     assert reserved == int(state.reserved.sum())
 
 
-def test_a_run_spends_the_budget_to_the_rollout_in_rounds_shorter_than_a_pass(make):
+def test_a_run_spends_the_budget_to_the_rollout_in_epochs_shorter_than_a_pass(make):
     allocator = make(total_budget=BUDGET, num_epochs=EPOCHS)
     allocate, update = jax.jit(allocator.allocate), jax.jit(allocator.update)
     state, rng = allocator.init(PROMPTS, seed=1), np.random.default_rng(0)
-    rounds = []
+    sums = []
     for _ in range(EPOCHS + 1):
         n, state = allocate(state)
         check_groups(n)
         check_ledger(state)
-        rounds.append(int(n.sum()))
+        sums.append(int(n.sum()))
         drawn = np.flatnonzero(n)
         for part in np.array_split(drawn, 2):  # a step settles some prompts, padded to a fixed length
             ids = np.concatenate([part, np.full(40 - len(part), rng.choice([-1, PROMPTS]))]).astype(np.int32)
             counts = np.where(ids == np.clip(ids, 0, PROMPTS - 1), np.asarray(n)[np.clip(ids, 0, PROMPTS - 1)], 7)
-            state = update(state, ids, counts.astype(np.int32), rng.binomial(counts, 0.4).astype(np.int32))
+            correct = rng.binomial(counts, 0.4).astype(np.int32)
+            state = update(state, counts.astype(np.int32), correct, prompt_ids=ids)
             check_ledger(state)
     if make in SPEND_ALL:
-        assert rounds == [BUDGET // EPOCHS] * EPOCHS + [0]
+        assert sums == [BUDGET // EPOCHS] * EPOCHS + [0]
         assert int(state.ledger.spent) == BUDGET
-    assert 0.9 * BUDGET <= sum(rounds) <= BUDGET
+    assert 0.9 * BUDGET <= sum(sums) <= BUDGET
     assert allocate._cache_size() == update._cache_size() == 1
 
 
@@ -63,7 +78,7 @@ def test_two_batches_in_flight_cannot_overspend(make):
     assert int(first.sum()) == 80
     assert int(second.sum()) == 20
     check_ledger(state, 100)
-    state = allocator.update(state, jnp.arange(30), first // 2, first * 0)  # half of each was not drawn
+    state = allocator.update(state, first // 2, first * 0, prompt_ids=jnp.arange(30))  # half of each was not drawn
     check_ledger(state, 100)
     assert int(state.ledger.spent) == int((first // 2).sum())
     assert int(state.reserved[:30].sum()) == 0
@@ -75,11 +90,11 @@ def test_a_group_cut_over_two_steps_settles_in_two_parts(make):
     n, state = allocator.allocate(allocator.init(8), budget=32)
     ids = jnp.arange(8)
     half = n // 2
-    once = allocator.update(state, ids, n, half)
+    once = allocator.update(state, n, half, prompt_ids=ids)
     for release in (True, False):
-        twice = allocator.update(state, ids, half, half, release=release)
+        twice = allocator.update(state, half, half, prompt_ids=ids, release=release)
         assert int(twice.ledger.reserved) == (0 if release else 32 - int(half.sum()))
-        twice = allocator.update(twice, ids, n - half, half * 0)
+        twice = allocator.update(twice, n - half, half * 0, prompt_ids=ids)
         check_ledger(twice, 100)
         assert int(twice.ledger.spent) == 32
         np.testing.assert_array_equal(twice.cumulative_rollouts, once.cumulative_rollouts)
@@ -87,7 +102,8 @@ def test_a_group_cut_over_two_steps_settles_in_two_parts(make):
 
 def test_rows_that_are_no_evidence_are_charged_and_left_out_of_the_posterior(make):
     allocator = make(total_budget=100, num_epochs=1, discount=1.0)
-    state = allocator.update(allocator.init(4), jnp.array([2]), jnp.array([8]), jnp.array([3]), jnp.array([5]))
+    counts = {"num_rollouts": jnp.array([8]), "num_correct": jnp.array([3]), "num_evidence": jnp.array([5])}
+    state = allocator.update(allocator.init(4), prompt_ids=jnp.array([2]), **counts)
     np.testing.assert_allclose(state.alpha, [0.5, 0.5, 3.5, 0.5])
     np.testing.assert_allclose(state.beta, [0.5, 0.5, 2.5, 0.5])
     assert int(state.ledger.spent) == 8
@@ -101,7 +117,7 @@ def test_padding_gets_nothing_and_changes_nothing(make):
     assert n[jnp.array([1, 3, 5])].sum() == 0
     assert int(n.sum()) == 24
     np.testing.assert_array_equal(np.flatnonzero(after.reserved), np.sort(np.asarray(ids)[np.asarray(n) > 0]))
-    settled = allocator.update(after, ids, jnp.full(6, 4), jnp.full(6, 1))
+    settled = allocator.update(after, jnp.full(6, 4), jnp.full(6, 1), prompt_ids=ids)
     assert int(settled.ledger.spent) == 12
     np.testing.assert_array_equal(np.flatnonzero(settled.cumulative_rollouts), [3, 7, 9])
 
@@ -128,7 +144,7 @@ def test_structure_is_stable_under_cond_scan_vmap_and_eval_shape(make):
 
         def epoch(state, _):
             n, state = allocator.allocate(state)
-            state = jax.lax.cond(n[0] > 3, lambda s: allocator.update(s, None, n, n // 2), lambda s: s, state)
+            state = jax.lax.cond(n[0] > 3, lambda s: allocator.update(s, n, n // 2), lambda s: s, state)
             return state, n
 
         return jax.lax.scan(epoch, state, length=5)
@@ -165,3 +181,31 @@ def test_jit_equals_eager(make):
 def test_static_misuse_names_the_values(make, wrong, message):
     with pytest.raises(ValueError, match=message):
         make(**{"total_budget": 100, "num_epochs": 2, **wrong})
+
+
+def test_a_users_rule_decides_the_shares_and_keeps_a_state_of_its_own():
+    """A rule that counts how often each prompt was asked for, in an array over all N, and names a price."""
+
+    def rule(state, candidates, budget, key):
+        seen = candidates.take(state.rule_state) + 1
+        shares = jnp.where(candidates.valid, jnp.float32(4), 0)
+        return shares, state._replace(rule_state=candidates.put(state.rule_state, seen), budget_dual=jnp.float32(0.25))
+
+    allocator = cero_jax.build_allocator(
+        rule, total_budget=96, num_epochs=4, spends_all=False, init_rule=lambda n: jnp.zeros(n, jnp.int32)
+    )
+    state = allocator.init(6)
+    assert float(cero_jax.diagnostics(state)["budget_dual"]) == 0
+    for ids, expected in (([4, -1, 1], [0, 1, 0, 0, 1, 0]), (None, [1, 2, 1, 1, 2, 1]), ([6, 4], [1, 2, 1, 1, 3, 1])):
+        n, state = allocator.allocate(state, ids)
+        np.testing.assert_array_equal(n, [4] * 6 if ids is None else [4 if 0 <= i < 6 else 0 for i in ids])
+        np.testing.assert_array_equal(state.rule_state, expected)
+    assert float(cero_jax.diagnostics(state)["budget_dual"]) == 0.25
+
+
+def test_the_documented_rule_gives_more_where_the_variance_is():
+    allocator = GREEDY(total_budget=400, num_epochs=1, discount=1.0)
+    state = allocator.init(40)._replace(alpha=jnp.repeat(jnp.array([0.5, 20.0]), 20), beta=jnp.full(40, 20.0))
+    n, _ = allocator.allocate(state)
+    assert int(n.sum()) == 400
+    assert int(n[20:].sum()) > 5 * int(n[:20].sum())

@@ -29,7 +29,7 @@ def run(tmp_path):
         rollouts = rng.integers(4, 9, 2)
         evidence = rollouts - rng.integers(0, 3, 2)
         correct = rng.binomial(evidence, 0.4)
-        state = allocator.update(state, *(x.astype(np.int32) for x in (ids, rollouts, correct, evidence)))
+        state = allocator.update(state, rollouts, correct, prompt_ids=ids, num_evidence=evidence)
         spent += int(rollouts.sum())
         rows.append(
             {"kind": "step", "step": step, "epoch": step // 3, "spent": spent, "prompt_ids": ids.tolist(),
@@ -68,7 +68,7 @@ def run(tmp_path):
 def test_the_replayed_posterior_is_the_allocators(run):
     run, state = run
     visits, posterior = replay(run)
-    np.testing.assert_allclose(posterior, [state.alpha, state.beta], rtol=1e-5)
+    np.testing.assert_array_equal(posterior, [state.alpha, state.beta])
     assert [sum(v.rollouts for v in each) for each in visits] == state.cumulative_rollouts.tolist()
     assert visits[N - 1] == []
     for each in visits[:-1]:
@@ -77,20 +77,20 @@ def test_the_replayed_posterior_is_the_allocators(run):
 
 
 def test_expected_is_what_the_allocator_went_by(run):
-    """The population's prior in the place of the configured one, as the state stood when the round was allocated."""
+    """The population's prior in the place of the configured one, as the state stood when the epoch was allocated."""
     run, _ = run
     allocator = cero_jax.cero(total_budget=1000, num_epochs=10, discount=DISCOUNT)
     state, visits = allocator.init(N), replay(run)[0]
     for number, row in enumerate(run.steps):
-        if number % 3 == 0:  # a round begins
+        if number % 3 == 0:  # an epoch begins
             seen = [np.asarray(state.alpha) - 0.5, np.asarray(state.beta) - 0.5]
             a, b = fitted_prior(*seen, (0.5, 0.5))
             want = (seen[0] + a) / (seen[0] + a + seen[1] + b)
         for i in row["prompt_ids"]:
             (visit,) = (v for v in visits[i] if v.spent == row["spent"])
             assert visit.expected[0] / sum(visit.expected) == pytest.approx(float(want[i]), rel=1e-4)
-        columns = ("prompt_ids", "num_rollouts", "num_correct", "num_evidence")
-        state = allocator.update(state, *(np.array(row[name], np.int32) for name in columns))
+        columns = ("num_rollouts", "num_correct", "prompt_ids", "num_evidence")
+        state = allocator.update(state, **{name: np.array(row[name], np.int32) for name in columns})
 
 
 def test_a_prompts_history_to_read(run):

@@ -27,6 +27,11 @@ def test_the_allocator_imports_jax_and_numpy_only():
     assert not modules & {"flax", "optax", "orbax", "chex", "scipy", "matplotlib", "tyro"}
 
 
+def test_the_simulator_imports_jax_and_numpy_only():
+    modules = imported("import cero_jax.simulate")
+    assert not modules & {"flax", "optax", "orbax", "chex", "scipy", "matplotlib", "tyro", "pyarrow"}
+
+
 def test_an_unknown_name_is_refused_with_those_there_are():
     import cero_jax
 

@@ -56,7 +56,7 @@ def test_the_integers_reach_the_exact_optimum(name):
 
 
 @pytest.mark.parametrize("make", [cero_jax.uniform, cero_jax.variance, cero_jax.knapsack])
-def test_a_short_round_goes_to_those_with_the_fewest_rollouts(make):
+def test_a_short_epoch_goes_to_those_with_the_fewest_rollouts(make):
     allocator = make(total_budget=10_000, num_epochs=10)
     allocate = jax.jit(allocator.allocate)
     state = allocator.init(20)._replace(cumulative_rollouts=jnp.arange(20, dtype=jnp.int32) % 5 * 8)
@@ -73,7 +73,7 @@ def test_uniform_visits_everyone_equally_often():
     allocate, state = jax.jit(allocator.allocate), allocator.init(30)
     for _ in range(12):
         n, state = allocate(state)
-        state = allocator.update(state, None, n, n * 0)
+        state = allocator.update(state, n, n * 0)
     np.testing.assert_array_equal(state.cumulative_rollouts, 32)
 
 

@@ -56,11 +56,21 @@ def test_curves_follow_the_counts_and_ignore_visits_that_never_were():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no rows"),
-        ('{"prompt": 1, "epoch": 0}\n', r":1: no field 'reward'; it has prompt, epoch. See --fields"),
+        ("", "no row in it"),
+        ('{"prompt": 1, "epoch": 0}\n', r":1: no field 'reward' \(there are 'prompt', 'epoch'\): .* with --fields"),
         ('{"prompt": 1, "epoch": 0, "reward": 1}\n{"prompt"\n', r":2: broken JSON"),
-        ("[1, 2]\n", r":1: a row must be an object"),
-        ('{"prompt": 1, "epoch": "first", "reward": 1}\n', r":1: epoch='first'"),
+        ("[1, 2]\n", r":1: not a JSON object"),
+        ('{"prompt": 1, "epoch": "first", "reward": 1}\n', r":1: field 'epoch' is 'first', no number"),
+        ('{"prompt": 1, "epoch": 0, "reward": NaN}\n', r":1: field 'reward' is nan, no number"),
+        ('{"prompt": 1, "epoch": 0, "reward": null}\n', r":1: field 'reward' is None, no number"),
+        ('{"prompt": "", "epoch": 0, "reward": 1}\n', r":1: field 'prompt' is empty"),
+        ('{"prompt": 1, "prompt": 2, "epoch": 0, "reward": 1}\n', r":1: field 'prompt' is there twice"),
+        (
+            '{"group_size": 4, "num_correct": [1, 5]}\n',
+            r":1: field 'num_correct' holds a count outside 0..group_size=4",
+        ),
+        ('{"group_size": 4, "num_correct": 3}\n', r":1: field 'num_correct' is '3': give a list, one count a visit"),
+        ('{"group_size": "many", "num_correct": [3]}\n', r":1: field 'group_size' is 'many', no number"),
     ],
 )
 def test_a_bad_log_names_the_file_and_the_line(tmp_path, text, message):
@@ -70,10 +80,33 @@ def test_a_bad_log_names_the_file_and_the_line(tmp_path, text, message):
         simulate.read_log(path)
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "log.csv"])
+def test_a_log_from_another_machine_reads_alike(tmp_path, name):
+    """A BOM, CRLF, blank lines, other names, nested fields: what an export or an editor makes of a log."""
+    if name == "log.csv":
+        lines = ["uid,step,score", *(f"{r['prompt']},{r['epoch']},{r['reward']}" for r in rows())]
+        fields = ("uid", "step", "score")
+    else:
+        lines = [json.dumps({"info": {"uid": r["prompt"]}, "step": r["epoch"], "score": r["reward"]}) for r in rows()]
+        fields = ("info.uid", "step", "score")
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
+    successes, rollouts = simulate.read_log(tmp_path / name, fields)
+    np.testing.assert_array_equal(successes, [[0, 2, 4], [4, 4, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(rollouts, [[4, 4, 4], [4, 4, 0], [4, 4, 4]])
+
+
+def test_a_log_in_several_files_is_one_log(tmp_path):
+    found = list(rows())
+    for part, lines in enumerate((found[:7], found[7:])):
+        (tmp_path / f"part{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    successes, _ = simulate.read_log(tmp_path / "part*.jsonl")
+    np.testing.assert_array_equal(successes, [[0, 2, 4], [4, 4, 0], [0, 0, 0]])
+
+
 def test_a_missing_log_is_one_line_of_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         simulate.main(["--log", str(tmp_path / "none.jsonl")])
-    assert "none.jsonl is not a file" in capsys.readouterr().err
+    assert "none.jsonl: no such file" in capsys.readouterr().err
 
 
 def test_the_command_line_replays_a_log_and_says_what_it_cannot_know(tmp_path, capsys):

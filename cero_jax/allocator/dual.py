@@ -1,12 +1,16 @@
 """The budget's price: where shares that fall with a price sum to the budget."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
+from cero_jax.allocator.defaults import MAX_GROUP, UTILITY
 from cero_jax.allocator.utility import Utility, utility_family
 
 MOST_STEPS = 144  # every fourth one halves the bracket: from about 100 down to the resolution of a float32
@@ -106,12 +110,32 @@ def water_fill(
 
 
 def offline_optimum(
-    expected_variance, *, total_budget, num_epochs: int, max_group: int = 32, tau, utility: str = "exponential"
+    expected_variance: ArrayLike,
+    *,
+    total_budget: ArrayLike,
+    num_epochs: int,
+    max_group: int = MAX_GROUP,
+    tau: ArrayLike,
+    utility: str = UTILITY,
 ) -> tuple[Array, Array]:
     """The best that any allocation could do with utilities known from the start: the benchmark for regret.
 
-    expected_variance: [N], v_i. Maximises sum_i v_i h(X_i / tau) under sum_i X_i <= total_budget, 0 <= X_i <= K M, in
-    real numbers. Returns ([N] float32 rollouts X, [] float32 utility). Source: CERO, public points 3, 4 and 6.
+    Maximises sum_i v_i h(X_i / tau) under sum_i X_i <= total_budget and 0 <= X_i <= num_epochs max_group, in real
+    numbers. Source: CERO (arXiv 2606.05606), public points 3, 4 and 6.
+
+    Args:
+        expected_variance: [N] v_i, the true p (1 - p) of each prompt.
+        total_budget: [] rollouts of the whole run.
+        num_epochs: epochs of the run: with max_group, it bounds what one prompt can get.
+        max_group: rollouts that a prompt can get in one epoch.
+        tau: [] rollouts at which a prompt's utility saturates.
+        utility: how it saturates at z = X / tau: "exponential", 1 - exp(-z), or "rational", z / (1 + z).
+
+    Returns:
+        ([N] float32 rollouts X of each prompt, [] float32 utility of them all).
+
+    Raises:
+        ValueError: utility is neither of the two.
     """
     family = utility_family(utility)
     v = jnp.asarray(expected_variance, jnp.float32)

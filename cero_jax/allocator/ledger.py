@@ -1,7 +1,7 @@
-"""The ledger of the run's one budget, in exact integers, and the budget of a round or of a batch.
+"""The ledger of the run's one budget, in exact integers, and the budget of an epoch or of a batch.
 
-Time is rollouts, not calls: which round a run is in follows from what is spent and reserved, so a crash, a resume or a
-batch in flight cannot lose or repeat a round.
+Time is rollouts, not calls: which epoch a run is in follows from what is spent and reserved, so a crash, a resume or a
+batch in flight cannot lose or repeat an epoch.
 """
 
 from typing import NamedTuple
@@ -18,7 +18,7 @@ class Ledger(NamedTuple):
     total: Array  # [] int32, rollouts of the whole run; 2^31 - 1 where the budget is in tokens
     spent: Array  # [] int32, rollouts drawn and settled by `update`
     reserved: Array  # [] int32, rollouts handed out by `allocate` and not settled yet
-    offered: Array  # [] int32 in [0, N), prompts offered in batches since the stream's pass began
+    offered: Array  # [] int32 in [0, N), prompts offered in batches since the stream last came to its end
 
     @property
     def left(self) -> Array:
@@ -46,7 +46,7 @@ def open_ledger(total_budget) -> Ledger:
     return Ledger(jnp.asarray(total_budget, jnp.int32), *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
 
-def open_token_ledger(total_budget: int, num_prompts: int, expected_tokens) -> TokenLedger:
+def open_token_ledger(total_budget, num_prompts: int, expected_tokens) -> TokenLedger:
     """A token ledger with everything left. total_budget: tokens below 2^63, a Python integer."""
     total = jnp.asarray(np.array([total_budget >> 32, total_budget & 0xFFFFFFFF], np.uint32))
     mean = jnp.full(num_prompts, jnp.asarray(expected_tokens, jnp.float32))
@@ -66,7 +66,7 @@ def charge_tokens(ledger: TokenLedger, num_rollouts: Array, rollouts_before: Arr
 
 
 def token_budget(ledger: TokenLedger, reserved: Array, *, num_epochs: int) -> Array:
-    """[] float32, tokens of the next round: what is left / rounds left."""
+    """[] float32, tokens of the next epoch: what is left / epochs left."""
     left = jnp.maximum(ledger.left(reserved), 0)
     size = jnp.maximum(as_float(ledger.total) / num_epochs, 1)
     epoch = jnp.clip(jnp.round((as_float(ledger.total) - left) / size), 0, num_epochs - 1)
@@ -86,20 +86,20 @@ def _difference(a: Array, b: Array) -> Array:
     return jnp.where(negative, -as_float(flipped), as_float(jnp.stack([high, low])))
 
 
-def round_budget(ledger: Ledger, *, num_epochs: int, min_group: int) -> Array:
-    """[] int32: what is left / rounds left, the remainder to the first rounds; at least one group.
+def epoch_budget(ledger: Ledger, *, num_epochs: int, min_group: int) -> Array:
+    """[] int32: what is left / epochs left, the remainder to the first epochs; at least one group.
 
-    The whole run is num_epochs rounds of total // num_epochs, the first total % num_epochs of them one larger. The
-    round is the one whose beginning lies nearest to what is spent and reserved: a few rollouts that were not drawn do
-    not make a round begin again.
+    The whole run is num_epochs epochs of total // num_epochs, the first total % num_epochs of them one larger. The
+    epoch is the one whose beginning lies nearest to what is spent and reserved: a few rollouts that were not drawn do
+    not make an epoch begin again.
     """
     small, larger = ledger.total // num_epochs, ledger.total % num_epochs
     committed = jnp.maximum(ledger.spent + ledger.reserved, 0)
-    after = committed - larger * (small + 1)  # beyond the larger rounds
+    after = committed - larger * (small + 1)  # beyond the larger epochs
     epoch = jnp.where(after < 0, _nearest(committed, small + 1), larger + _nearest(jnp.maximum(after, 0), small))
-    rounds_left = num_epochs - jnp.clip(epoch, 0, num_epochs - 1)
+    epochs_left = num_epochs - jnp.clip(epoch, 0, num_epochs - 1)
     left = jnp.maximum(ledger.left, 0)
-    share = left // rounds_left + (left % rounds_left > 0).astype(jnp.int32)
+    share = left // epochs_left + (left % epochs_left > 0).astype(jnp.int32)
     return jnp.minimum(jnp.maximum(share, min_group), left)
 
 
@@ -110,14 +110,14 @@ def _nearest(x: Array, size: Array) -> Array:
 
 
 def batch_budget(ledger: Ledger, num_offered: Array, *, num_epochs: int, num_prompts: int) -> tuple[Array, Ledger]:
-    """[] int32: epoch_budget * P / N for the next P prompts of a stream, and the ledger that has counted them.
+    """[] int32: total / num_epochs * P / N for the next P prompts of a stream, and the ledger that has counted them.
 
-    Rounded cumulatively: the shares of a pass over all N prompts sum to total // num_epochs exactly.
+    Rounded cumulatively: the shares of all N prompts, offered once, sum to total // num_epochs exactly.
     """
-    epoch_budget = ledger.total // num_epochs
+    of_epoch = ledger.total // num_epochs
     before = ledger.offered
     after = before + num_offered
-    share = _scaled(epoch_budget, after, num_prompts) - _scaled(epoch_budget, before, num_prompts)
+    share = _scaled(of_epoch, after, num_prompts) - _scaled(of_epoch, before, num_prompts)
     share = jnp.minimum(share, jnp.maximum(ledger.left, 0))
     return share, ledger._replace(offered=after % num_prompts)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.special import digamma
 
-ROLLOUTS_PER_PASS = 8  # a pass is 8 N rollouts, however they are cut into rounds: the unit of `discount`
+ROLLOUTS_PER_PASS = 8  # a pass is 8 N rollouts, however they are cut into epochs: the unit of `discount`
 FIT_SAMPLE = 1024  # prompts that the fitted prior looks at
 FIT_STEPS = 20
 
@@ -19,6 +19,21 @@ def expected_variance(alpha: Array, beta: Array) -> Array:
     """
     total = alpha + beta
     return (alpha / total) * (beta / total) * (total / (total + 1))
+
+
+def add_evidence(
+    alpha: Array, beta: Array, num_rollouts: Array, num_correct: Array, num_evidence: Array, *, prior, discount
+) -> tuple[Array, Array]:
+    """The alpha and beta [N] after new rollouts: old evidence fades by what was spent, then the new is added.
+
+    num_rollouts, num_correct, num_evidence: [N] int32, drawn of each prompt, successes, and rollouts that count.
+    prior: two numbers or two arrays [N]. discount: share of the evidence kept over a pass of 8 N rollouts.
+    """
+    num_spent = jnp.sum(num_rollouts, dtype=jnp.int32)
+    keep = retention(num_spent, discount=discount, num_prompts=alpha.shape[0])
+    alpha = forget(alpha, prior[0], keep) + num_correct.astype(jnp.float32)
+    beta = forget(beta, prior[1], keep) + (num_evidence - num_correct).astype(jnp.float32)
+    return alpha, beta
 
 
 def retention(num_spent: Array, *, discount, num_prompts: int) -> Array:

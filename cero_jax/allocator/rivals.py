@@ -1,9 +1,11 @@
 """What others do with a budget, under the same contract, so that a user compares by changing one word.
 
-Written from their mathematics. They know no budget across epochs: where a round's budget is under P group_size it goes
+Written from their mathematics. They know no budget across epochs: where an epoch's budget is under P group_size it goes
 to the floor(budget / group_size) prompts with the fewest cumulative rollouts, ties by the key, and their rule divides
 it among those.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 
@@ -11,8 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
-from cero_jax.allocator.base import Allocator, AllocatorState, Prompts, build
+from cero_jax.allocator.base import Allocator, AllocatorState, Candidates
+from cero_jax.allocator.build import build_allocator
+from cero_jax.allocator.defaults import ADVANTAGE, DISCOUNT, GROUP_SIZE, MAX_GROUP, MIN_GROUP, PRIOR
 from cero_jax.allocator.dual import shares_at_budget
 from cero_jax.allocator.posterior import expected_variance
 
@@ -21,23 +26,39 @@ _GREATEST = 2**31 - 1
 
 def uniform(
     *,
-    total_budget,
+    total_budget: ArrayLike,
     num_epochs: int,
-    min_group: int = 4,
-    max_group: int = 32,
-    group_size: int = 8,
-    prior=(0.5, 0.5),
-    discount=0.9,
-    expected_tokens=None,
+    min_group: int = MIN_GROUP,
+    max_group: int = MAX_GROUP,
+    group_size: int = GROUP_SIZE,
+    prior: tuple[ArrayLike, ArrayLike] = PRIOR,
+    discount: ArrayLike = DISCOUNT,
+    expected_tokens: ArrayLike | None = None,
 ) -> Allocator:
     """GRPO's fixed group size: every prompt alike, in turn.
 
-    group_size: rollouts of a group, within [min_group, max_group]; groups grow evenly where a round's budget is more
-    than P group_size. prior, discount: of the posterior, kept for the diagnostics alone. The others as in `cero`.
+    An epoch's budget under P group_size goes to the floor(budget / group_size) prompts with the fewest rollouts so far.
+    Source: GRPO (arXiv 2402.03300), which draws one group size throughout.
+
+    Args:
+        total_budget: rollouts of the whole run, below 2^31, may be traced; tokens where expected_tokens is given.
+        num_epochs: calls of `allocate` that the budget is cut into: each may be a pass over the data, or a few steps.
+        min_group: rollouts of the smallest group that is drawn at all, at least 2.
+        max_group: rollouts of the largest group.
+        group_size: rollouts of a group, within [min_group, max_group]; groups grow alike where the budget allows.
+        prior: Beta(alpha, beta) of a prompt's success probability for diagnostics: two numbers, or two arrays [N].
+        discount: share of the evidence kept over a pass of 8 N rollouts, in (0, 1]; may be traced.
+        expected_tokens: a first guess at the tokens of a rollout: the budget is in tokens, below 2^63. None: rollouts.
+
+    Returns:
+        The allocator: init, allocate and update, three pure functions on one state.
+
+    Raises:
+        ValueError: a setting that is known now is out of its range.
     """
 
-    def divide(prompts: Prompts, chosen: Array, budget: Array) -> Array:
-        paid = jnp.where(chosen, 1.0, 0.0) if prompts.cost is None else jnp.where(chosen, prompts.cost, 0.0)
+    def divide(candidates: Candidates, chosen: Array, budget: Array) -> Array:
+        paid = jnp.where(chosen, 1.0, 0.0) if candidates.cost is None else jnp.where(chosen, candidates.cost, 0.0)
         return jnp.where(chosen, budget.astype(jnp.float32) / jnp.maximum(jnp.sum(paid), 1e-6), 0.0)
 
     return _in_turn(
@@ -55,21 +76,40 @@ def uniform(
 
 def variance(
     *,
-    total_budget,
+    total_budget: ArrayLike,
     num_epochs: int,
-    min_group: int = 4,
-    max_group: int = 32,
-    group_size: int = 8,
-    advantage: str = "rloo",
-    prior=(0.5, 0.5),
-    discount=0.9,
-    expected_tokens=None,
+    min_group: int = MIN_GROUP,
+    max_group: int = MAX_GROUP,
+    group_size: int = GROUP_SIZE,
+    advantage: str = ADVANTAGE,
+    prior: tuple[ArrayLike, ArrayLike] = PRIOR,
+    discount: ArrayLike = DISCOUNT,
+    expected_tokens: ArrayLike | None = None,
 ) -> Allocator:
-    """VIP (arXiv 2602.01601): minimise the sum over prompts of the gradient's variance.
+    """VIP: minimise the sum over prompts of the gradient's variance.
 
     With a = E[p(1 - p)], a prompt's variance at n rollouts is a / (n - 1) for advantage "rloo" and a (n - 1) / n^2 for
     "dr_grpo". Both gains of one more rollout fall in n, so a threshold on the gain is exact in integers (for "dr_grpo"
-    from min_group 3 on: its gain of 2 -> 3 is under that of 3 -> 4). The other arguments as in `uniform`.
+    from min_group 3 on: its gain of 2 -> 3 is under that of 3 -> 4). Source: VIP (arXiv 2602.01601), its objective.
+
+    An epoch's budget under P group_size goes to the floor(budget / group_size) prompts with the fewest rollouts so far.
+
+    Args:
+        total_budget: rollouts of the whole run, below 2^31, may be traced; tokens where expected_tokens is given.
+        num_epochs: calls of `allocate` that the budget is cut into: each may be a pass over the data, or a few steps.
+        min_group: rollouts of the smallest group that is drawn at all, at least 2.
+        max_group: rollouts of the largest group.
+        group_size: rollouts of a group on average, within [min_group, max_group].
+        advantage: whose gradient: "rloo" (less the mean of the others) or "dr_grpo" (less the group's mean).
+        prior: Beta(alpha, beta) of a prompt's success probability: two numbers, or two arrays [N].
+        discount: share of the evidence kept over a pass of 8 N rollouts, in (0, 1]; may be traced.
+        expected_tokens: a first guess at the tokens of a rollout: the budget is in tokens, below 2^63. None: rollouts.
+
+    Returns:
+        The allocator: init, allocate and update, three pure functions on one state.
+
+    Raises:
+        ValueError: a setting that is known now is out of its range.
     """
     if advantage not in ("rloo", "dr_grpo"):
         raise ValueError(f"advantage={advantage!r} is neither 'rloo' nor 'dr_grpo'")
@@ -77,8 +117,8 @@ def variance(
     gains = (sizes - 1) / sizes**2 - sizes / (sizes + 1) ** 2
     rising = jnp.asarray(np.sort(-gains), jnp.float32)
 
-    def size_at(prompts: Prompts, price: Array) -> Array:
-        ratio = price / expected_variance(prompts.alpha, prompts.beta)
+    def size_at(candidates: Candidates, price: Array) -> Array:
+        ratio = price / expected_variance(candidates.alpha, candidates.beta)
         if advantage == "rloo":  # the gain of n - 1 -> n is a / ((n - 1)(n - 2))
             return jnp.floor(1.5 + jnp.sqrt(0.25 + 1 / ratio))
         return min_group + jnp.searchsorted(rising, -ratio, side="right").astype(jnp.float32)
@@ -98,25 +138,44 @@ def variance(
 
 def knapsack(
     *,
-    total_budget,
+    total_budget: ArrayLike,
     num_epochs: int,
-    min_group: int = 4,
-    max_group: int = 32,
-    group_size: int = 8,
-    prior=(0.5, 0.5),
-    discount=0.9,
-    expected_tokens=None,
+    min_group: int = MIN_GROUP,
+    max_group: int = MAX_GROUP,
+    group_size: int = GROUP_SIZE,
+    prior: tuple[ArrayLike, ArrayLike] = PRIOR,
+    discount: ArrayLike = DISCOUNT,
+    expected_tokens: ArrayLike | None = None,
 ) -> Allocator:
-    """Knapsack RL (arXiv 2509.25849): maximise the chance of a group with a gradient, weighed by what it teaches.
+    """Knapsack RL: maximise the chance of a group with a gradient, weighed by what it teaches.
 
     With p the posterior mean, maximise the sum of (1 - p^n - (1 - p)^n) p (1 - p)^2. The gain of n -> n + 1 is
-    p (1 - p)^2 (p^n (1 - p) + (1 - p)^n p), which falls in n, so a threshold is exact. Arguments as in `uniform`.
+    p (1 - p)^2 (p^n (1 - p) + (1 - p)^n p), which falls in n, so a threshold is exact.
+    Source: Knapsack RL (arXiv 2509.25849), its objective.
+
+    An epoch's budget under P group_size goes to the floor(budget / group_size) prompts with the fewest rollouts so far.
+
+    Args:
+        total_budget: rollouts of the whole run, below 2^31, may be traced; tokens where expected_tokens is given.
+        num_epochs: calls of `allocate` that the budget is cut into: each may be a pass over the data, or a few steps.
+        min_group: rollouts of the smallest group that is drawn at all, at least 2.
+        max_group: rollouts of the largest group.
+        group_size: rollouts of a group on average, within [min_group, max_group].
+        prior: Beta(alpha, beta) of a prompt's success probability: two numbers, or two arrays [N].
+        discount: share of the evidence kept over a pass of 8 N rollouts, in (0, 1]; may be traced.
+        expected_tokens: a first guess at the tokens of a rollout: the budget is in tokens, below 2^63. None: rollouts.
+
+    Returns:
+        The allocator: init, allocate and update, three pure functions on one state.
+
+    Raises:
+        ValueError: a setting that is known now is out of its range.
     """
     steps = int(max_group - min_group).bit_length()
 
-    def size_at(prompts: Prompts, price: Array) -> Array:
-        p = prompts.alpha / (prompts.alpha + prompts.beta)
-        q = prompts.beta / (prompts.alpha + prompts.beta)
+    def size_at(candidates: Candidates, price: Array) -> Array:
+        p = candidates.alpha / (candidates.alpha + candidates.beta)
+        q = candidates.beta / (candidates.alpha + candidates.beta)
         log_p, log_q = jnp.log(p), jnp.log(q)
 
         def gain(n):
@@ -144,16 +203,16 @@ def knapsack(
     )
 
 
-def fewest_first(key, prompts: Prompts, count: Array) -> Array:
+def fewest_first(key, candidates: Candidates, count: Array) -> Array:
     """[P] bool: the `count` valid prompts with the fewest cumulative rollouts, ties drawn by the key."""
     beyond = jnp.int32(_GREATEST)
-    rollouts = jnp.where(prompts.valid, prompts.rollouts, beyond)
+    rollouts = jnp.where(candidates.valid, candidates.rollouts, beyond)
     last = _order_statistic(rollouts, count)
     below = rollouts < last
-    tied = prompts.valid & (rollouts == last)
+    tied = candidates.valid & (rollouts == last)
     priority = jnp.where(tied, jax.random.randint(key, rollouts.shape, 0, beyond, jnp.int32), beyond)
     missing = count - jnp.sum(below, dtype=jnp.int32)
-    return prompts.valid & (below | (tied & (priority <= _order_statistic(priority, missing))))
+    return candidates.valid & (below | (tied & (priority <= _order_statistic(priority, missing))))
 
 
 def _order_statistic(x: Array, count: Array) -> Array:
@@ -169,32 +228,32 @@ def _order_statistic(x: Array, count: Array) -> Array:
 
 
 def _in_turn(
-    divide: Callable[[Prompts, Array, Array], Array], *, group_size: int, min_group: int, max_group: int, **settings
+    divide: Callable[[Candidates, Array, Array], Array], *, group_size: int, min_group: int, max_group: int, **settings
 ) -> Allocator:
     """The allocator that chooses whose turn it is and lets `divide` share the budget among them."""
     if not min_group <= group_size <= max_group:
         raise ValueError(f"group_size={group_size} must lie in min_group={min_group}..max_group={max_group}")
 
-    def rule(state: AllocatorState, prompts: Prompts, budget: Array, key) -> tuple[Array, AllocatorState, Array]:
+    def rule(state: AllocatorState, candidates: Candidates, budget: Array, key) -> tuple[Array, AllocatorState]:
         mean_cost = 1 if state.tokens is None else jnp.mean(state.tokens.mean_tokens)
         num_groups = (budget // (group_size * mean_cost)).astype(jnp.int32)
-        chosen = fewest_first(key, prompts, jnp.maximum(num_groups, 1))
-        return divide(prompts, chosen, budget), state, state.prompt_dual
+        chosen = fewest_first(key, candidates, jnp.maximum(num_groups, 1))
+        return divide(candidates, chosen, budget), state
 
-    return build(rule, min_group=min_group, max_group=max_group, **settings)
+    return build_allocator(rule, min_group=min_group, max_group=max_group, **settings)
 
 
-def _by_threshold(size_at: Callable[[Prompts, Array], Array], min_group: int, max_group: int):
+def _by_threshold(size_at: Callable[[Candidates, Array], Array], min_group: int, max_group: int):
     """A `divide` that gives every chosen prompt the size at which its gain of one more falls under one price.
 
-    size_at: (prompts, price []) -> [P] float32, the size before it is cut to [min_group, max_group].
+    size_at: (candidates, price []) -> [P] float32, the size before it is cut to [min_group, max_group].
     """
 
-    def divide(prompts: Prompts, chosen: Array, budget: Array) -> Array:
+    def divide(candidates: Candidates, chosen: Array, budget: Array) -> Array:
         def shares_at(log_price):
-            size = jnp.clip(size_at(prompts, jnp.exp(log_price)), min_group, max_group)
+            size = jnp.clip(size_at(candidates, jnp.exp(log_price)), min_group, max_group)
             return jnp.where(chosen, size, 0.0)
 
-        return shares_at_budget(shares_at, jnp.float32(-80.0), jnp.float32(1.0), budget, prompts.cost)[0]
+        return shares_at_budget(shares_at, jnp.float32(-80.0), jnp.float32(1.0), budget, candidates.cost)[0]
 
     return divide

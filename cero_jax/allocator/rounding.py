@@ -39,14 +39,14 @@ def whole_groups(key, shares: Array, valid: Array, budget: Array, *, min_group: 
     num_small = jnp.floor(expected + jax.random.uniform(keys[0])).astype(jnp.int32)
     num_small = jnp.clip(num_small, fewest - num_large, most - num_large)
     chance = chance * (jnp.maximum(num_small, 0).astype(jnp.float32) / jnp.maximum(expected, 1e-30))
-    live = large | _systematic(keys[1], chance)
-    live = _exactly(keys[2], live, valid, shares > 0, large, num_large + num_small)
+    chosen = large | _systematic(keys[1], chance)
+    chosen = _exactly(keys[2], chosen, valid, shares > 0, large, num_large + num_small)
 
     size = jnp.clip(shares, min_group, max_group)
     floor = jnp.floor(size)
-    whole = jnp.where(live, floor.astype(jnp.int32), 0)
+    whole = jnp.where(chosen, floor.astype(jnp.int32), 0)
     missing = (budget - jnp.sum(whole)).astype(jnp.float32)
-    extra = _systematic(keys[3], _tilted(jnp.where(live, size - floor, 0.0), live & (whole < max_group), missing))
+    extra = _systematic(keys[3], _tilted(jnp.where(chosen, size - floor, 0.0), chosen & (whole < max_group), missing))
     num_rollouts = whole + extra.astype(jnp.int32)
     return _balance(keys[4], num_rollouts, budget, min_group=min_group, max_group=max_group)
 
@@ -106,8 +106,8 @@ def _tilted(fraction: Array, room: Array, total: Array) -> Array:
     return jnp.where(total < above, down, up)
 
 
-def _exactly(key, live: Array, valid: Array, wanted: Array, kept: Array, count: Array) -> Array:
-    """Opens or closes groups until exactly `count` are live: wanted ones are opened first, kept ones closed last.
+def _exactly(key, chosen: Array, valid: Array, wanted: Array, kept: Array, count: Array) -> Array:
+    """Opens or closes groups until exactly `count` are open: wanted ones are opened first, kept ones closed last.
 
     The systematic draw is within one of the count, so this is mostly no step at all.
     """
@@ -116,15 +116,15 @@ def _exactly(key, live: Array, valid: Array, wanted: Array, kept: Array, count: 
         return jnp.sum(carry[1], dtype=jnp.int32) != count
 
     def step(carry):
-        key, live = carry
+        key, chosen = carry
         key, draw = jax.random.split(key)
-        short = count - jnp.sum(live, dtype=jnp.int32)
-        eligible = jnp.where(short > 0, valid & ~live, live)
+        short = count - jnp.sum(chosen, dtype=jnp.int32)
+        eligible = jnp.where(short > 0, valid & ~chosen, chosen)
         preferred = eligible & jnp.where(short > 0, wanted, ~kept)
         eligible = jnp.where(jnp.any(preferred), preferred, eligible)
-        return key, live ^ choose(draw, eligible, jnp.abs(short))
+        return key, chosen ^ choose(draw, eligible, jnp.abs(short))
 
-    return jax.lax.while_loop(unequal, step, (key, live))[1]
+    return jax.lax.while_loop(unequal, step, (key, chosen))[1]
 
 
 def _balance(key, num_rollouts: Array, budget: Array, *, min_group: int, max_group: int) -> Array:

@@ -11,6 +11,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from cero_jax.allocator.base import AllocatorState
+from cero_jax.allocator.checks import known
+from cero_jax.allocator.ledger import as_float
+
 
 class Utility(NamedTuple):
     """One family h. z = X / tau >= 0 is a prompt's cumulative rollouts in units of tau."""
@@ -43,3 +47,18 @@ def utility_family(name: str) -> Utility:
     if name == "rational":
         return RATIONAL
     raise ValueError(f"utility={name!r} is neither 'exponential' nor 'rational'")
+
+
+def saturation(state: AllocatorState, tau) -> Array:
+    """[] float32 > 0, rollouts: tau, or the whole run's rollouts a prompt where it is None."""
+    if tau is None and state.tokens is not None:
+        tau = as_float(state.tokens.total) / jnp.sum(state.tokens.mean_tokens)
+    elif tau is None:
+        tau = state.ledger.total.astype(jnp.float32) / state.alpha.shape[0]
+    return jnp.maximum(jnp.asarray(tau, jnp.float32), 1e-6)
+
+
+def check_tau(tau) -> None:
+    """Raises ValueError on a tau known to be wrong."""
+    if not all(x > 0 for x in known(tau)):
+        raise ValueError(f"tau={tau} rollouts must be positive, or None for total_budget / N")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cero_jax.allocator.posterior import ROLLOUTS_PER_PASS, fitted_prior
+from cero_jax.allocator.posterior import add_evidence, fitted_prior
 
 MAX_COLUMNS = 60  # of a heat map
 MAX_STRETCHES = 30  # of steps, each a point of a curve: one step alone is noise
@@ -38,20 +38,20 @@ class RunLog(NamedTuple):
 class Curve(NamedTuple):
     """A figure against rollouts spent, over runs that differ by their seed alone."""
 
-    spent: np.ndarray  # [X] rollouts
-    mean: np.ndarray  # [X]
-    low: np.ndarray  # [X] of the lowest run
-    high: np.ndarray  # [X]
+    spent: np.ndarray  # [points] rollouts
+    mean: np.ndarray  # [points]
+    low: np.ndarray  # [points] of the lowest run
+    high: np.ndarray  # [points]
 
 
 class Allocation(NamedTuple):
-    """Where a run's rollouts went. G labels, C columns of one or more epochs."""
+    """Where a run's rollouts went: by label, over columns of one or more epochs."""
 
-    labels: tuple[str, ...]  # [G] in the order of the numbers in them
-    first_epoch: np.ndarray  # [C + 1] int; the last entry ends the last column
-    share: np.ndarray  # [G, C] of the column's rollouts
-    of_rollouts: np.ndarray  # [G] share of all rollouts
-    of_prompts: np.ndarray  # [G] share of all prompts
+    labels: tuple[str, ...]  # [labels] in the order of the numbers in them
+    first_epoch: np.ndarray  # [columns + 1] int; the last entry ends the last column
+    share: np.ndarray  # [labels, columns] of the column's rollouts
+    of_rollouts: np.ndarray  # [labels] share of all rollouts
+    of_prompts: np.ndarray  # [labels] share of all prompts
 
 
 def read_run(path: Path | str) -> RunLog:
@@ -126,7 +126,7 @@ def accuracy_curve(runs: Sequence[RunLog]) -> Curve:
 
 
 def live_curve(runs: Sequence[RunLog]) -> Curve:
-    """Share of rows in groups with variance: the means of up to 30 stretches of steps, each at its middle."""
+    """Share of rows in live groups: the means of up to 30 stretches of steps, each at its middle."""
     series = []
     for run in runs:
         parts = np.array_split(np.array([(row["spent"], row["live_share"]) for row in run.steps]), MAX_STRETCHES)
@@ -195,7 +195,7 @@ def _by_number(label: str) -> tuple:
 class Visit(NamedTuple):
     """Rollouts of a prompt in one step, and two posteriors Beta(alpha, beta) of its success.
 
-    expected: what the round was allocated by, for `cero` under the prior fitted to the population. after: these
+    expected: what the epoch was allocated by, for `cero` under the prior fitted to the population. after: these
     rollouts counted, under the configured prior, which is what the state keeps.
     """
 
@@ -209,27 +209,27 @@ class Visit(NamedTuple):
 
 
 _fitted_prior = jax.jit(fitted_prior)
+_add_evidence = jax.jit(add_evidence)
 
 
 def replay(run: RunLog) -> tuple[list[list[Visit]], np.ndarray]:
-    """The visits of each prompt, and alpha, beta at the end: [2, N], by the arithmetic of the allocator."""
+    """The visits of each prompt, and alpha, beta at the end: [2, N] float32, by the arithmetic of the allocator."""
     settings, number = run.config["allocator"], len(run.labels)
-    prior = np.array(settings["prior"], float)[:, None]
-    posterior = np.repeat(prior, number, axis=1)
+    prior = np.array(settings["prior"], np.float32)
+    posterior = np.repeat(prior[:, None], number, axis=1)
     visits: list[list[Visit]] = [[] for _ in range(number)]
     epoch, expected = -1, posterior
     for row in run.steps:
-        if row["epoch"] != epoch:  # a round begins
+        if row["epoch"] != epoch:  # an epoch begins
             epoch, expected = row["epoch"], posterior
             if settings["name"] == "cero":
-                fitted = _fitted_prior(*(posterior - prior), tuple(settings["prior"]))
-                expected = posterior - prior + np.array(fitted, float)[:, None]
+                seen = posterior - prior[:, None]
+                expected = seen + np.array(_fitted_prior(*seen, tuple(settings["prior"])))[:, None]
         ids, rollouts, correct = (np.array(row[key], int) for key in ("prompt_ids", "num_rollouts", "num_correct"))
         evidence = np.array(row.get("num_evidence", rollouts), int)
-        keep = settings["discount"] ** (rollouts.sum() / (ROLLOUTS_PER_PASS * number))
-        posterior = prior + keep * (posterior - prior)
-        posterior[0, ids] += correct  # a prompt has one visit a step
-        posterior[1, ids] += evidence - correct
+        counts = np.zeros((3, number), np.int32)
+        counts[:, ids] = rollouts, correct, evidence  # a prompt has one visit a step
+        posterior = np.array(_add_evidence(*posterior, *counts, prior=tuple(prior), discount=settings["discount"]))
         for i, drawn, right, counted in zip(ids.tolist(), rollouts, correct, evidence, strict=True):
             pairs = ((float(x[0, i]), float(x[1, i])) for x in (expected, posterior))
             visits[i].append(Visit(row["epoch"], row["spent"], int(drawn), int(right), int(drawn - counted), *pairs))
@@ -243,7 +243,7 @@ def read_samples(run: RunLog) -> dict[int, list[dict[str, Any]]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
             sample = json.loads(line)
-        except ValueError:  # the last line of a live run
+        except ValueError:  # the last line of a running run
             continue
         if sample["kind"] == "train":
             samples.setdefault(sample["prompt_id"], []).append(sample)
