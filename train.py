@@ -102,7 +102,8 @@ def verify(run: Run, plans: list[StepPlan], rollouts: Rollouts, verification: Ve
 def settle(run: Run, state: State, cursor: Cursor, step: ScoredStep) -> tuple[State, Cursor]:
     """Let the allocator take in what was drawn: the posterior of each prompt, and the budget that is spent."""
     plan = step.plan
-    allocation = run.update(state.allocation, plan.visit_ids, plan.visit_sizes, step.num_correct, step.num_evidence)
+    counts = {"prompt_ids": plan.visit_ids, "num_evidence": step.num_evidence}
+    allocation = run.update(state.allocation, plan.visit_sizes, step.num_correct, **counts)
     mean_tokens = observed_tokens(state.mean_tokens, plan, step.batch.lengths)
     spent = cursor.spent + int(plan.visit_sizes.sum())
     cursor = cursor._replace(step=cursor.step + 1, epoch_step=cursor.epoch_step + 1, spent=spent)

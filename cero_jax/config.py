@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import tyro
 
 import cero_jax
+from cero_jax.allocator import defaults
 from cero_jax.data import TaskConfig
 from cero_jax.evaluation import EvaluationConfig
 from cero_jax.grpo import AdvantageKind
@@ -41,21 +42,21 @@ class AllocatorConfig:
     """Rollouts of the whole run: it ends when they are spent."""
     num_epochs: int = 25
     """Calls of `allocate` that the budget is spread over; an epoch may be a few steps or more than a pass."""
-    min_group: int = 4
+    min_group: int = defaults.MIN_GROUP
     """Fewest rollouts of a visit."""
-    max_group: int = 32
+    max_group: int = defaults.MAX_GROUP
     """Most rollouts of a prompt in an epoch."""
-    group_size: int = 8
+    group_size: int = defaults.GROUP_SIZE
     """Rollouts of a visit (uniform), or of one on average (variance, knapsack)."""
     tau: float | None = None
     """Rollouts at which returns diminish; None is total_budget / prompts (cero, cero_dual)."""
-    prior: tuple[float, float] = (0.5, 0.5)
+    prior: tuple[float, float] = defaults.PRIOR
     """Beta prior of a prompt's success."""
-    discount: float = 0.9
+    discount: float = defaults.DISCOUNT
     """Share of the evidence that survives a pass, of 8 rollouts a prompt."""
-    explore: float = 0.1
+    explore: float = defaults.EXPLORE
     """Share of an epoch for prompts whose evidence has faded, stalest first (cero)."""
-    utility: Literal["exponential", "rational"] = "exponential"
+    utility: Literal["exponential", "rational"] = defaults.UTILITY
     """How utility saturates in a prompt's cumulative rollouts (cero, cero_dual)."""
 
     def build(self, advantage: AdvantageKind = "grpo") -> cero_jax.Allocator:

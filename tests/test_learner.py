@@ -177,9 +177,8 @@ def test_microbatches_add_up_to_the_gradient_of_the_whole_step(size):
     assert_same(got, whole)
     assert float(metrics["loss"]) == pytest.approx(float(value), abs=1e-6)
     assert 0 < float(metrics["clip_share"]) < 1
-    assert float(metrics["clip_share"]) >= float(
-        sums["clip_share"] / sums["weight"]
-    )  # of fewer rows, the dead left out
+    # of fewer rows, the dead left out
+    assert float(metrics["clip_share"]) >= float(sums["clip_share"] / sums["weight"])
     order = np.random.default_rng(0).permutation(ROWS)
     shuffled = Batch(*(x[order] for x in batch))
     assert_same(accumulated_gradient(PLAIN, shuffled, live_in(shuffled), rows_per_microbatch=size)[0], whole)

@@ -191,9 +191,8 @@ def test_a_verification_that_timed_out_is_charged_and_no_evidence():
     assert (row["num_rollouts"], row["num_evidence"]) == ([4, 3], [3, 1])
     assert row["status"] == {"right": 1, "wrong": 2, "no answer": 0, "too long": 1, "timed out": 3, "error": 0}
     rows, allocator = make_rows(), cero_jax.cero(total_budget=100, num_epochs=1, discount=1.0)
-    state = allocator.update(
-        allocator.init(3), rows.visit_ids, rows.visit_sizes, result.num_correct, result.num_evidence
-    )
+    counts = {"prompt_ids": rows.visit_ids, "num_evidence": result.num_evidence}
+    state = allocator.update(allocator.init(3), rows.visit_sizes, result.num_correct, **counts)
     np.testing.assert_allclose(state.alpha, [0.5, 0.5, 1.5])
     np.testing.assert_allclose(state.beta, [1.5, 0.5, 2.5])
     assert int(state.ledger.spent) == 7

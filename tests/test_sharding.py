@@ -236,7 +236,7 @@ def allocate_on(mesh):
         num_rollouts, state = allocate(state)
         assert num_rollouts.sharding.is_fully_replicated
         counts = np.asarray(num_rollouts)
-        state = update(state, None, counts, rng.binomial(counts, np.linspace(0, 1, 100)).astype(np.int32))
+        state = update(state, counts, rng.binomial(counts, np.linspace(0, 1, 100)).astype(np.int32))
         epochs.append(counts)
     return np.stack(epochs)
 

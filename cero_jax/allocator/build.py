@@ -137,9 +137,7 @@ def _compiled_update(update: UpdateFn) -> UpdateFn:
             "num_tokens": num_tokens,
         }
         counts = checks.checked_counts(counts, release, prompt_ids, num_prompts)
-        given = (
-            {} if release is True else {"release": release}
-        )  # the default is compiled in, and not sent to the device
+        given = {} if release is True else {"release": release}  # the default is compiled in, not sent to the device
         return compiled(state, prompt_ids=prompt_ids, **counts, **given)
 
     checked.__doc__ = UpdateFn.__call__.__doc__
