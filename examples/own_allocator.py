@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 import cero_jax
 from cero_jax.config import AllocatorConfig, Config
+from cero_jax.grpo import AdvantageKind
 from cero_jax.learner import LearnerConfig
 from cero_jax.sampler import SamplerConfig
 from cero_jax.tasks.chain_sum import ChainSum
@@ -33,10 +34,12 @@ def proportional(*, power: float, **settings) -> cero_jax.Allocator:
 class Proportional(AllocatorConfig):
     """The settings of `proportional`, beside those that every allocator has."""
 
+    name: str = "proportional"
+    """Stands in the name of the run's directory."""
     power: float = 1.0
     """0 is uniform; the larger, the more goes to prompts that are solved half of the time."""
 
-    def build(self, advantage: str) -> cero_jax.Allocator:
+    def build(self, advantage: AdvantageKind = "grpo") -> cero_jax.Allocator:
         """The allocator. advantage: how the learner computes advantages, for a rule that depends on it."""
         del advantage
         return proportional(
@@ -57,5 +60,4 @@ config = Config(
     sampler=SamplerConfig(max_completion_tokens=25),
     learner=LearnerConfig(rows_per_step=16, learning_rate=2.5e-4),
     warm_start=WarmStartConfig(num_steps=500, learning_rate=3e-3),
-    work_dir="runs/own_allocator",
 )
