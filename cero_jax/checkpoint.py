@@ -5,11 +5,14 @@ and `cursor` (where in the run that is, how far the metrics files reach, the has
 array is kept under its name in the state, "policy.params.layers.attn.q", and read back by that name.
 """
 
+import os
 import signal
+import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +37,7 @@ class Cursor(NamedTuple):
     accuracy: float | None = None  # held out, when last measured
     evaluated: int = 0  # rollouts spent by then
     start_hash: str = ""  # of the parameters that RL started from, where resuming reads them again
-    metrics: dict | None = None  # how far the metrics files reach
+    metrics_position: dict | None = None  # how far the metrics files reach
     checkpoint_number: int = 0
     saved_step: int = 0  # step of that checkpoint
 
@@ -48,7 +51,9 @@ def _named(tree: Any, part: str) -> dict[str, Any]:
     """The arrays of a tree, which is that part of the state ("": all of it), by their names in the state."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     inner = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    return {".".join(filter(None, (part, name))): leaf for name, (_, leaf) in zip(inner, leaves, strict=True)}
+    named = {".".join(filter(None, (part, name))): leaf for name, (_, leaf) in zip(inner, leaves, strict=True)}
+    assert len(named) == len(leaves), "two arrays of a state have one name"
+    return named
 
 
 def _pack(tree: Any, part: str = "") -> dict[str, Any]:
@@ -69,8 +74,17 @@ def _unpack(packed: dict[str, Any], like: Any, part: str = "") -> Any:
 def _abstract(leaf: Any) -> Any:
     """Shape, dtype and place of an array to be restored; a NumPy array comes back as one."""
     if isinstance(leaf, np.ndarray):
-        return leaf
+        return np.empty_like(leaf)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _check_restored(restored: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise ValueError for an array that was not there, or is of another shape: what was asked for comes back then."""
+    for name, leaf in asked.items():
+        if restored[name] is leaf or isinstance(restored[name], jax.ShapeDtypeStruct):
+            raise ValueError(f"no {name} in it")
+        if restored[name].shape != leaf.shape:
+            raise ValueError(f"{name} has shape {restored[name].shape}, not {leaf.shape}")
 
 
 class Checkpoints:
@@ -110,8 +124,7 @@ class Checkpoints:
         )
         with self._damage_named(cursor.checkpoint_number):
             restored = self._manager.restore(cursor.checkpoint_number, args=ocp.args.Composite(state=args))["state"]
-            if absent := [name for name, leaf in restored.items() if isinstance(leaf, jax.ShapeDtypeStruct)]:
-                raise KeyError(f"no {', '.join(absent)} in it")  # what was asked for comes back as it is
+            _check_restored(restored, packed)
             return _unpack(restored, like, part)
 
     def save(self, cursor: Cursor, state: Any) -> Cursor:
@@ -154,8 +167,18 @@ class Checkpoints:
             ) from error
 
 
+def fail_at_once() -> NoReturn:
+    """Print the exception being handled and end the process with status 1.
+
+    sys.exit would wait for Orbax's writer threads, which never end after a failed save.
+    """
+    traceback.print_exc()
+    sys.stdout.flush()  # os._exit flushes nothing
+    os._exit(1)
+
+
 class StopSignal:
-    """Turns SIGTERM and SIGINT into a wish that the loop reads between steps; a second one acts as it always did."""
+    """Turns SIGTERM and SIGINT into a flag that the loop reads between batches; a second one acts as it always did."""
 
     def __init__(self):
         self.number = 0  # of the signal that came; 0: none

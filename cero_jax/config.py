@@ -43,11 +43,11 @@ class AllocatorConfig:
     num_epochs: int = 25
     """Calls of `allocate` that the budget is spread over; an epoch may be a few steps or more than a pass."""
     min_group: int = defaults.MIN_GROUP
-    """Fewest rollouts of a visit."""
+    """Fewest rollouts of a group, and of each part of one that is cut over two steps."""
     max_group: int = defaults.MAX_GROUP
     """Most rollouts of a prompt in an epoch."""
     group_size: int = defaults.GROUP_SIZE
-    """Rollouts of a visit (uniform), or of one on average (variance, knapsack)."""
+    """Rollouts of a group (uniform), or of one on average (variance, knapsack)."""
     tau: float | None = None
     """Rollouts at which returns diminish; None is total_budget / prompts (cero, cero_dual)."""
     prior: tuple[float, float] = defaults.PRIOR
@@ -90,7 +90,7 @@ class Config:
     allocator: AllocatorConfig = field(default_factory=AllocatorConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     model_folder: str | None = None
-    """Hugging Face folder: its weights, shape and tokenizer take the place of `model` (less its dtypes, remat and
+    """Hugging Face folder: its weights, shape and tokenizer take the place of `model` (except its dtypes, remat and
     LoRA) and of the task's tokenizer. The trained model is written to <work_dir>/export-<rollouts>, in that format."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
@@ -98,7 +98,7 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     dynamic_sampling: bool = False
-    """DAPO's remedy: groups without variance are drawn, charged and left out until a step is full of others."""
+    """DAPO's remedy: live groups are collected until they fill an optimiser step; the others are paid for alone."""
     success_threshold: float = 0.5
     """A reward of at least this is a success to the posterior."""
     truncated: Literal["wrong", "mask"] = "wrong"
@@ -113,7 +113,7 @@ class Config:
     def __post_init__(self):
         if self.seed < 0:
             raise ValueError(f"seed={self.seed} must not be negative")
-        if not (dataclasses.is_dataclass(self.task) and isinstance(self.task, TaskConfig)):
+        if isinstance(self.task, type) or not (dataclasses.is_dataclass(self.task) and hasattr(self.task, "build")):
             raise ValueError(
                 f"task={self.task!r} must be a dataclass of settings with a method build(seed, tokenizer), which gives "
                 "a cero_jax.data.Task"
@@ -171,7 +171,7 @@ def from_command_line(args: list[str]) -> Config:
     if not Path(args[0]).is_file():
         there = ", ".join(sorted(str(path) for path in Path("configs").glob("*.py")))
         sys.exit(f"no config file {args[0]}; there are: {there}")
-    default = getattr(_load_file(Path(args[0])), "config", None)
+    default = getattr(_load_file(Path(args[0]), again=True), "config", None)
     if not isinstance(default, Config):
         sys.exit(f"{args[0]} must set `config` to a cero_jax.config.Config")
     _refuse_unknown(args[1:], default)
@@ -179,11 +179,11 @@ def from_command_line(args: list[str]) -> Config:
     return tyro.cli(Config, default=default, args=args[1:], prog=f"train.py {args[0]}", config=markers)
 
 
-def _load_file(path: Path) -> ModuleType:
-    """A user's Python file as a module; loaded once."""
+def _load_file(path: Path, again: bool = False) -> ModuleType:
+    """A user's Python file as a module, run where it was not yet or is to be run again."""
     path = path.resolve()
     name = f"{_FILE}{path}"
-    if name not in sys.modules:
+    if again or name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
         if spec is None or spec.loader is None or not path.is_file():
             raise ValueError(f"{path}: not a Python file that is there: put it back")
@@ -226,44 +226,75 @@ def to_json(config: Config) -> dict:
 
 
 def from_json(plain: dict) -> Config:
-    """The config that `to_json` wrote. Raises ValueError where a field is unknown, as after a change of version."""
+    """The config that `to_json` wrote. It runs the file, or imports the module, of a task or an allocator of one's own.
+
+    Raises ValueError where a class is not found, or a field is unknown, as after a change of version.
+    """
     version = plain.get("version", "an older one")
     try:
-        return _from_plain(Config, {key: value for key, value in plain.items() if key != "version"})
-    except (KeyError, TypeError, ValueError, AttributeError, ImportError) as error:
+        own = {name: _find_class(**plain[name]["class"]) for name in ("task", "allocator")}
+        return _from_plain(Config, {key: value for key, value in plain.items() if key != "version"}, own)
+    except (KeyError, TypeError) as error:
         raise ValueError(
             f"not the config of a run of this version of cero_jax ({cero_jax.__version__}; it was {version}): {error}"
         ) from error
+
+
+def check_saved_as_it_is(config: Config) -> None:
+    """Raise ValueError where the config would be read back as another: an evaluation would measure another task."""
+    plain = to_json(config)
+    for name in ("task", "allocator"):
+        settings, kind = getattr(config, name), type(getattr(config, name))
+        read = _from_plain(kind, {key: value for key, value in plain[name].items() if key != "class"}, {})
+        changed = [f.name for f in dataclasses.fields(kind) if getattr(read, f.name) != getattr(settings, f.name)]
+        if changed or "<locals>" in kind.__qualname__:
+            what = f"{name}.{changed[0]}={getattr(settings, changed[0])!r}" if changed else f"{kind.__qualname__}"
+            raise ValueError(
+                f"{what} cannot be read back from a run's config.json: use numbers, text, tuples of them and nested "
+                "dataclasses, in a class that stands at the top of its file"
+            )
 
 
 def _class_of(settings: Any) -> dict[str, str]:
     """The name of a settings' class, and the module or the user's file that it is found in again."""
     kind = type(settings)
     if kind.__module__ == "__main__" or kind.__module__.startswith(_FILE):
-        return {"name": kind.__qualname__, "file": str(Path(str(sys.modules[kind.__module__].__file__)).resolve())}
+        file = getattr(sys.modules[kind.__module__], "__file__", None)
+        if file is None:
+            raise ValueError(f"{kind.__qualname__} has no file to be found in again: put the class in one")
+        return {"name": kind.__qualname__, "file": str(Path(file).resolve())}
     return {"name": kind.__qualname__, "module": kind.__module__}
 
 
 def _find_class(name: str, module: str = "", file: str = "") -> type:
-    return attrgetter(name)(_load_file(Path(file)) if file else importlib.import_module(module))
+    """The dataclass of that name in a user's file, which is run, or in a module. Raises ValueError where it is none."""
+    try:
+        kind = attrgetter(name)(_load_file(Path(file)) if file else importlib.import_module(module))
+    except (AttributeError, ImportError) as error:
+        raise ValueError(f"the class {name} that the run was configured by is not found: {error}") from error
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):  # nothing else is called by a config.json
+        raise ValueError(f"{name} of {file or module} is no dataclass of settings")
+    return kind
 
 
-def _from_plain(kind: type, plain: dict) -> Any:
-    """The dataclass `kind`, or the one that the values name, with nested ones inside it."""
-    if "class" in plain:
-        kind = _find_class(**plain["class"])
+def _from_plain(kind: type, plain: dict, own: dict[str, type]) -> Any:
+    """The dataclass `kind` with nested ones inside it. own: the classes of the fields that say theirs."""
     hints = get_type_hints(kind)
     values = {}
     for key, value in plain.items():
         if key == "class":
             continue
-        if isinstance(value, dict):  # of a dataclass, of one that may be None, or of one that says its name
-            types = (hints[key], *get_args(hints[key]))
-            nested = next((each for each in types if dataclasses.is_dataclass(each)), None)
-            if nested is not None or "class" in value:
-                value = _from_plain(nested, value)  # type: ignore[arg-type]
-        values[key] = tuple(value) if isinstance(value, list) else value
+        if isinstance(value, dict):  # of a dataclass, or of one that may be None
+            types = (own.get(key), hints[key], *get_args(hints[key]))
+            nested = next((each for each in types if isinstance(each, type) and dataclasses.is_dataclass(each)), None)
+            value = value if nested is None else _from_plain(nested, value, {})
+        values[key] = _tuples(value)
     return kind(**values)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as the tuples that they were before JSON."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def flat(plain: dict, prefix: str = "") -> dict:

@@ -26,10 +26,10 @@ class Task(NamedTuple):
     train: Prompts
     heldout: Prompts
     tokenizer: Tokenizer
-    verify: Verifier  # one completion at a time
+    verify: Verifier | None = None  # one completion at a time; or else `verify_many`
     # (rng, number) -> questions exactly as in a prompt, completions without eos: for a supervised warm start
     demonstrations: Callable[[np.random.Generator, int], tuple[list[str], list[str]]] | None = None
-    verify_many: VerifyMany | None = None  # many at a time, in the place of `verify`, where that is not None
+    verify_many: VerifyMany | None = None  # many at a time; or else `verify`
 
 
 @runtime_checkable

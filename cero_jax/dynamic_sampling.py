@@ -1,7 +1,6 @@
-"""DAPO's dynamic sampling (Yu et al. 2025, arXiv 2503.14476): an optimiser step of live groups only.
+"""DAPO's dynamic sampling (Yu et al. 2025, arXiv 2503.14476): optimiser steps of live groups only.
 
-Groups without variance are drawn, charged and left out. Those with variance are collected over as many steps' worth of
-rollouts as it takes to fill one optimiser step.
+Live groups are collected until they fill an optimiser step; the others are paid for and not learned from.
 """
 
 import sys
@@ -31,7 +30,7 @@ class Collector:
     def close(self) -> None:
         """Say what is lost where the run ends before the step is full."""
         if self.held:
-            lost = f"{len(self.held)} batches of dynamic sampling fill no step: they are not learned from"
+            lost = f"the run ends with the live groups of {len(self.held)} steps held, which fill no optimiser step"
             tqdm.write(lost, file=sys.stderr)
 
 

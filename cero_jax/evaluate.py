@@ -23,8 +23,8 @@ from cero_jax.run import build_task, check_same_start, starting_policy
 from cero_jax.sampler import Sampler, make_sampler
 
 
-class Policy(NamedTuple):
-    """A run's latest policy, to be measured."""
+class Checkpointed(NamedTuple):
+    """A run's latest policy, with what it takes to measure it."""
 
     config: Config
     task: Task
@@ -33,7 +33,7 @@ class Policy(NamedTuple):
     spent: int  # rollouts, when it was saved
 
 
-def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -> Policy:
+def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -> Checkpointed:
     """The policy of a run's latest checkpoint; changes nothing there, so that a running one may be measured.
 
     task_changes, sampler_changes: fields of config.task and config.sampler to replace.
@@ -67,7 +67,7 @@ def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -
         check_same_start(cursor, frozen, config)
         params = lora.join(frozen, params)
     sample = make_sampler(config.model, config.sampler, task.tokenizer.eos_ids, task.tokenizer.pad_id, mesh)
-    return Policy(config, task, sample, params, cursor.spent)
+    return Checkpointed(config, task, sample, params, cursor.spent)
 
 
 def _changed(config: Config, task_changes: dict, sampler_changes: dict) -> Config:

@@ -66,6 +66,17 @@ def evaluate(
     """Draw `samples` completions of each held-out prompt, `rows` at a time, and verify them while the next are drawn.
 
     The keys depend on the seed, the prompt and the sample alone: two evaluations differ by their policies only.
+
+    Args:
+      sample: the sampler.
+      params: of the policy.
+      task: whose held-out prompts are asked, and whose verifier judges.
+      config: how many completions, how many at once.
+      seed: of the draws.
+      success_threshold: a reward of at least this counts as right in pass@k.
+
+    Raises:
+      ValueError as `verify` does.
     """
     prompts, num_rows = task.heldout, config.rows
     num_prompts = len(prompts.questions)

@@ -94,7 +94,7 @@ class Fixed(NamedTuple):
     """Parameters that an optimiser step reads and leaves as they are."""
 
     frozen: Params  # of a model with adapters, all but those; else {}
-    ref_params: Params | None  # what was trained, as RL started from it, where there is a KL term
+    ref_params: Params | None  # the trained parameters as they were when RL began; None without a KL term
 
 
 HostOrDevice = Any  # a NumPy array on its way to the devices, or a JAX array there: jitted functions take both
@@ -126,7 +126,7 @@ def make_optimizer(config: LearnerConfig) -> optax.GradientTransformation:
 def completion_log_probs(params: Params, config: ModelConfig, batch: Batch, *, temperature: float, chunk: int) -> Array:
     """[R, T] float32 log-probabilities of the completion's tokens, of the full vocabulary at `temperature`.
 
-    Logits are computed for completion tokens only, `chunk` of a row at a time and again in the backward pass:
+    Logits are computed for completion tokens only, `chunk` of a row at a time, and again for their gradient:
     [R, Tp + T, V] is never held.
     """
     num_rows, width = batch.prompt_tokens.shape
@@ -168,7 +168,7 @@ class Advantages(NamedTuple):
     weights: Array  # [R, T] float32, of each token in the loss
 
 
-def advantages(batch: Batch, config: LearnerConfig) -> Advantages:
+def step_advantages(batch: Batch, config: LearnerConfig) -> Advantages:
     """Advantages and token weights of a step's rows; a row of advantage 0 counts in the weights' denominators."""
     groups = {"group_ids": batch.group_ids, "row_mask": batch.row_mask, "num_groups": batch.reward.shape[0]}
     advantage = grpo.advantages(batch.reward, kind=config.advantage, **groups)
@@ -192,8 +192,8 @@ def rows_with_gradient(batch: Batch, config: LearnerConfig) -> np.ndarray:
 class Microbatch(NamedTuple):
     """Rows whose gradient is computed at once, and the tokens that the longest of them needs."""
 
-    rows: np.ndarray  # [m] int32, places in the step's batch
-    used: np.ndarray  # [m] bool, False: there to fill the shape
+    rows: np.ndarray  # [size] int32, places in the step's batch
+    used: np.ndarray  # [size] bool, False: there to fill the shape
     limit: int  # completion tokens, static
 
 
@@ -225,7 +225,7 @@ def grpo_loss(
     config: LearnerConfig,
     temperature: float,
 ) -> tuple[Array, dict[str, Array]]:
-    """The share of a step's loss that these rows have; and its metrics, each a sum of weights times a token's."""
+    """These rows' part of the step's loss, and their metrics as weighted sums: `finish` divides by the weight."""
     log_probs_of = partial(
         completion_log_probs, config=model_config, batch=batch, temperature=temperature, chunk=config.logit_chunk_tokens
     )
@@ -278,7 +278,7 @@ def _float32(tree: Params) -> Params:
 
 
 def make_stepper(model_config: ModelConfig, vocab_size: int, config: LearnerConfig, mesh: Mesh) -> Stepper:
-    """The optimiser around a model's trained parameters, sharded as they are. Raises ValueError as `shard_params`."""
+    """The optimiser of a model's trained parameters, sharded as they are. Raises ValueError as sharding does."""
     optimizer = make_optimizer(config)
     _, trained = lora.split(model.abstract_params(model_config, vocab_size))
     params = sharding.shard_params(trained, mesh)
@@ -356,10 +356,10 @@ def make_learner(
             summed = compiled[part.limit](*inputs)
         return finish(state, summed, learning_rate)
 
-    advantages_of = jax.jit(partial(advantages, config=config), out_shardings=row_sharding)
+    advantages_of = jax.jit(partial(step_advantages, config=config), out_shardings=row_sharding)
     return Learner(stepper.init, advantages_of, step, stepper.shardings)
 
 
 def learning_rate(config: LearnerConfig, spent: int, total_budget: int) -> float:
-    """The rate once `spent` of `total_budget` rollouts are: linear from the peak to its final share."""
+    """The rate after `spent` of `total_budget` rollouts: linear from the peak to final_learning_rate_share of it."""
     return config.learning_rate * (1.0 - (1.0 - config.final_learning_rate_share) * min(1.0, spent / total_budget))

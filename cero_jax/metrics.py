@@ -1,4 +1,4 @@
-"""What a run leaves for people: three JSONL files, TensorBoard, one live line.
+"""What a run leaves for people: three JSONL files, TensorBoard, one line of progress.
 
 metrics.jsonl and samples.jsonl hold only what the state determines, so a resumed run's equal an uninterrupted one's to
 the bit (but where a verification timed out); timings.jsonl holds the rest.
@@ -93,7 +93,7 @@ def _scalars(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]
 
 
 class Progress:
-    """One live line: rollouts spent of the budget, rollouts a second, time left, and the last figures.
+    """One line that moves: rollouts spent of the budget, rollouts a second, time left, and the last figures.
 
     total, initial: rollouts of the whole run, and those spent before it was resumed. Where `stream` (stderr) is no
     terminal, a plain line every `every_seconds` takes its place.

@@ -27,7 +27,7 @@ def keep_likely(logits: Array, top_k: int, top_p: float) -> Array:
 def draw(logits: Array, keys: Array, *, temperature: float, top_k: int, top_p: float) -> tuple[Array, Array]:
     """Draw one token a row, by the inverse of the cumulative distribution: one uniform number a row.
 
-    Two levels, the block and then the token in it: on a CPU 7 to 47 times faster than Gumbel noise for every word.
+    Two levels, the block and then the token in it: on a CPU 7 to 47 times faster than Gumbel noise for every token.
 
     Args:
       logits: [R, V] float32.

@@ -1,11 +1,11 @@
-"""A step's rollouts on their way from the planner over the sampler to the learner: the host's part, in NumPy.
+"""A step's rollouts on their way from the planner over the sampler to the learner: the host's part of the loop.
 
 Letters: N prompts, R rows of a step, U visits in it.
 """
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -54,7 +54,10 @@ def sampling_batch(prompts: Prompts, plans: list[StepPlan], num_steps: int, mean
 
 
 def observed_tokens(mean_tokens: np.ndarray, plan: StepPlan, lengths: np.ndarray) -> np.ndarray:
-    """The mean_tokens [N] float32 after a step: half of what was, half of what its completions [R] took."""
+    """[N] float32 mean tokens: of each prompt drawn, the average of its old value and this step's mean length.
+
+    mean_tokens: [N] float32. lengths: [R] tokens of the step's completions.
+    """
     ids, lengths = plan.prompt_ids[plan.row_mask], lengths[plan.row_mask]
     seen, place = np.unique(ids, return_inverse=True)
     means = np.bincount(place, lengths) / np.bincount(place)
@@ -64,12 +67,18 @@ def observed_tokens(mean_tokens: np.ndarray, plan: StepPlan, lengths: np.ndarray
 
 
 def score_steps(
-    prompts: Prompts, plans: list[StepPlan], rollouts: Rollouts, verified: Verified, seconds: float, **rules: Any
+    prompts: Prompts,
+    plans: list[StepPlan],
+    rollouts: Rollouts,
+    verified: Verified,
+    seconds: float,
+    truncated: Literal["wrong", "mask"],
+    success_threshold: float,
 ) -> list[ScoredStep]:
-    """Each step's share of what was drawn together; rules: as `to_batch` takes them."""
+    """Each step's share of what was drawn together; the arguments as in `to_batch`."""
     parts = split_steps(rollouts, verified, len(plans[0].row_mask))
     return [
-        to_batch(prompts, plan, *part, seconds / len(plans), **rules)
+        to_batch(prompts, plan, *part, seconds / len(plans), truncated, success_threshold)
         for plan, part in zip(plans, parts, strict=False)  # a batch that was padded has more parts
     ]
 
@@ -88,7 +97,6 @@ def to_batch(
     rollouts: Rollouts,
     verified: Verified,
     seconds: float,
-    *,
     truncated: Literal["wrong", "mask"],
     success_threshold: float,
 ) -> ScoredStep:
@@ -124,8 +132,8 @@ def to_batch(
 def visit_rate_weights(plan: StepPlan, allocation: AllocatorState, clip: float) -> tuple[np.ndarray, float]:
     """[R] float32 weights that undo the rate at which an allocation visits a prompt; their mean over real rows is 1.
 
-    A prompt's rate is its rollouts so far, this epoch's included, over their mean; held within a factor of `clip`. Also
-    returns the share of rows whose rate was held. Reads [N] counts from the device.
+    A prompt's rate is its rollouts so far, this epoch's included, over their mean; clipped to [1 / clip, clip]. Also
+    returns the share of rows whose rate was clipped. Reads [N] counts from the device.
     """
     rollouts = np.asarray(allocation.cumulative_rollouts + allocation.reserved)
     rate = (rollouts / max(rollouts.mean(), 1e-9))[np.maximum(plan.prompt_ids, 0)]

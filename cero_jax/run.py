@@ -3,7 +3,6 @@
 import dataclasses
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -17,9 +16,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from cero_jax import lora, memory, sharding
-from cero_jax.allocator.base import AllocatorState
+from cero_jax.allocator.base import AllocateFn, AllocatorState, UpdateFn
 from cero_jax.checkpoint import Checkpoints, Cursor
-from cero_jax.config import Config, to_json
+from cero_jax.config import Config, check_saved_as_it_is, to_json
 from cero_jax.data import Task, epoch_order, prompts_hash
 from cero_jax.evaluation import evaluate, scores_table
 from cero_jax.huggingface import weights
@@ -40,9 +39,9 @@ class State(NamedTuple):
     """Everything that training moves. A checkpoint holds all of it."""
 
     policy: TrainState
-    allocation: AllocatorState
+    allocator: AllocatorState  # each prompt's posterior, and the ledger of the budget
     num_rollouts: Array  # [N] int32, of the epoch under way
-    mean_tokens: np.ndarray  # [N] float32, of each prompt's completions; until they are known the longest allowed
+    mean_tokens: np.ndarray  # [N] float32, of each prompt's completions; max_completion_tokens until one is drawn
 
 
 class Run(NamedTuple):
@@ -53,14 +52,14 @@ class Run(NamedTuple):
     task: Task
     sample: Sampler
     learner: Learner
-    allocate: Callable  # jitted: AllocatorState -> (num_rollouts [N], AllocatorState)
-    update: Callable  # jitted: (AllocatorState, counts [U] ...) -> AllocatorState, as an allocator's update
+    allocate: AllocateFn  # jitted, as are `update` and all of the learner
+    update: UpdateFn
     fixed: Fixed
     checkpoints: Checkpoints
     metrics: MetricsWriter
     progress: Progress
 
-    def policy(self, state: State) -> Params:
+    def params(self, state: State) -> Params:
         """The policy's parameters, those that are frozen among them."""
         return lora.join(self.fixed.frozen, state.policy.params)
 
@@ -81,7 +80,7 @@ class Run(NamedTuple):
 
     def save(self, state: State, cursor: Cursor) -> Cursor:
         """Checkpoint the state, with how far the metrics files reach."""
-        return self.checkpoints.save(cursor._replace(metrics=self.metrics.position()), state)
+        return self.checkpoints.save(cursor._replace(metrics_position=self.metrics.position()), state)
 
     def log_step(self, cursor: Cursor, step: ScoredStep, metrics: dict, learn_seconds: float) -> None:
         """Write what a step came to, some of its completions, and show it."""
@@ -93,7 +92,7 @@ class Run(NamedTuple):
     def evaluate(self, state: State, cursor: Cursor) -> Cursor:
         """Measure held-out accuracy, write it, and show one completion."""
         began, config = time.perf_counter(), self.config
-        policy, threshold = self.policy(state), config.success_threshold
+        policy, threshold = self.params(state), config.success_threshold
         result = evaluate(self.sample, policy, self.task, config.evaluation, config.seed, threshold)
         cursor = cursor._replace(accuracy=result.accuracy, evaluated=cursor.spent)
         self.log("eval", cursor, result.metrics(), {"eval_seconds": time.perf_counter() - began})
@@ -106,12 +105,15 @@ class Run(NamedTuple):
         return cursor
 
     def export(self, state: State, cursor: Cursor) -> Path | None:
-        """Write the policy as a model folder within the run's, once, where it came from one; returns where."""
+        """Write the trained policy as a Hugging Face folder in the run's directory, if it is not there; returns where.
+
+        None for a run without a model_folder.
+        """
         if self.config.model_folder is None:
             return None
         folder = self.directory / f"export-{cursor.spent}"
         if not folder.exists():
-            weights.save(folder, self.config.model_folder, self.config.model, self.policy(state))
+            weights.save(folder, self.config.model_folder, self.config.model, self.params(state))
         return folder
 
     def finish(self, state: State, cursor: Cursor, signal: int = 0) -> int:
@@ -176,7 +178,7 @@ def _check_context(config: Config, task: Task) -> None:
 
 
 def check_same_start(cursor: Cursor, params: Params, config: Config) -> Cursor:
-    """The cursor with the hash of the parameters that RL started from. Raises ValueError where they were others."""
+    """The cursor with the hash of the parameters that RL started from. Raises ValueError where it began from others."""
     found = weights.fingerprint(params)
     if cursor.start_hash not in ("", found):
         source = config.model_folder or "the warm start in the cache beside the run"
@@ -204,6 +206,7 @@ def _check_rows(config: Config, mesh: Mesh) -> None:
 
 def start(config: Config) -> tuple[Run, State, Cursor]:
     """Build, check and restore. Raises ValueError on bad input, before any work is done or lost."""
+    check_saved_as_it_is(config)
     config, task = build_task(config)
     num_prompts, tokenizer = len(task.train.questions), task.tokenizer
     config.check(num_prompts)
@@ -230,17 +233,16 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         frozen, params = params, fresh_adapters(config, tokenizer.vocab_size, learner)
     # A copy: the step donates the parameters it is given.
     ref_params = jax.tree.map(jnp.copy, params) if config.learner.kl_coef else None
-    allocation, num_rollouts = jax.device_put(
-        (allocator.init(num_prompts, config.seed), jnp.zeros(num_prompts, jnp.int32)), everywhere
-    )
+    at_start = allocator.init(num_prompts, config.seed), jnp.zeros(num_prompts, jnp.int32)
+    allocator_state, num_rollouts = jax.device_put(at_start, everywhere)
     mean_tokens = np.full(num_prompts, config.sampler.max_completion_tokens, np.float32)
-    state = State(learner.init(params), allocation, num_rollouts, mean_tokens)
+    state = State(learner.init(params), allocator_state, num_rollouts, mean_tokens)
     if cursor.checkpoint_number:
         state = checkpoints.restore(cursor, like=state)
     if config.extend:
         total = jax.device_put(jnp.int32(config.allocator.total_budget), everywhere)
-        ledger = state.allocation.ledger._replace(total=total)
-        state = state._replace(allocation=state.allocation._replace(ledger=ledger))
+        ledger = state.allocator.ledger._replace(total=total)
+        state = state._replace(allocator=state.allocator._replace(ledger=ledger))
         cursor = cursor._replace(finished=False, config=fresh.config)
     run = Run(
         config=config,
@@ -253,7 +255,7 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         update=jax.jit(partial(allocator.update, release=False), out_shardings=everywhere),
         fixed=Fixed(frozen, ref_params),
         checkpoints=checkpoints,
-        metrics=MetricsWriter(directory, position=cursor.metrics),
+        metrics=MetricsWriter(directory, position=cursor.metrics_position),
         progress=Progress(total=config.allocator.total_budget, initial=cursor.spent),
     )
     held, total = len(task.heldout.questions), config.allocator.total_budget

@@ -1,4 +1,4 @@
-"""The directory of a run: may this config go on there; its settings and prompts, for whoever reads the run."""
+"""The directory of a run: made, checked for whether a config may resume there, its settings written for readers."""
 
 import json
 from pathlib import Path
@@ -45,7 +45,10 @@ def check_resumable(cursor: Cursor, config: Config, prompts_hash: str) -> None:
     if prompts_hash != cursor.prompts_hash:
         raise ValueError(f"{config.run_dir} holds a run on other prompts, or in another order: give the same data back")
     if config.allocator.total_budget < cursor.config["allocator"]["total_budget"]:
-        raise ValueError(f"extend: total_budget may only grow, from {cursor.config['allocator']['total_budget']}")
+        raise ValueError(
+            f"--extend=True: allocator.total_budget={config.allocator.total_budget} is below the run's "
+            f"{cursor.config['allocator']['total_budget']}: it may only grow"
+        )
 
 
 def open_run_dir(config: Config) -> tuple[Path, Path]:

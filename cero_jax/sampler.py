@@ -99,7 +99,7 @@ class Prefilled(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Rollouts under way; which row a slot draws is the host's to know. An idle slot is done."""
+    """Rollouts under way. The host keeps track of which row a slot draws; an idle slot is done."""
 
     key: Array  # [S] keys, of the row
     hidden: Array  # [S, D] of the last token, which the next is drawn from
@@ -162,7 +162,7 @@ def fill(
         *(jnp.where(new.reshape(-1, *[1] * (b.ndim - 1)), b, s) for b, s in zip(begun[:-1], slots[:-1], strict=True)),
         cache=slots.cache,
     )
-    # where behind a row's end nothing is read, so that the prompt's width is all that is copied
+    # Nothing reads the cache behind a row's end, so only the prompt's places are copied.
     caches = (
         c.at[:, :, :width].set(jnp.where(new[None, :, None, None, None], p[:, prompt_of_slot], c[:, :, :width]))
         for c, p in zip(slots.cache, prompts.cache, strict=True)
@@ -178,11 +178,11 @@ def decode(
     config: SamplerConfig,
     eos_ids: tuple[int, ...],
     pad_id: int,
-    ask_each_step: bool,
+    stop_early: bool,
 ) -> Slots:
     """A window of steps: draw a token for every slot that is not done, read it, go on.
 
-    ask_each_step: stop as soon as every slot is done. Over several devices that would be an all-reduce a step.
+    stop_early: leave the window once all slots are done; on several devices that would cost an all-reduce a step.
     """
     eos = jnp.asarray(eos_ids, jnp.int32)
     space, width = slots.cache.k.shape[2], slots.tokens.shape[1]
@@ -215,7 +215,7 @@ def decode(
 
     def goes_on(carry):
         t, slots = carry
-        return (t < config.window) & ~slots.done.all() if ask_each_step else t < config.window
+        return (t < config.window) & ~slots.done.all() if stop_early else t < config.window
 
     return jax.lax.while_loop(goes_on, step, (jnp.int32(0), slots))[1]
 
@@ -245,7 +245,7 @@ class Sampler(Protocol):
 
 
 def cache_sizes(width: int, config: SamplerConfig) -> tuple[int, ...]:
-    """Places of a cache behind prompts of `width` tokens: for one window, then for twice as many, up to the limit."""
+    """The cache lengths compiled for, rising: the prompts' `width` plus one window, two, four .. up to T."""
     limit, sizes = config.max_completion_tokens, [config.window]
     while sizes[-1] < limit:
         sizes.append(2 * sizes[-1])
@@ -332,7 +332,7 @@ def make_sampler(
     @on_slots
     def run_window(slots: Slots, params: Params) -> Slots:
         settings = {"model_config": model_config, "config": config, "eos_ids": eos_ids, "pad_id": pad_id}
-        return decode(params, slots, ask_each_step=mesh.size == 1, **settings)
+        return decode(params, slots, stop_early=mesh.size == 1, **settings)
 
     cast = jax.jit(partial(model.cast, dtype=model_config.compute_dtype))
     read_prompts = jax.jit(partial(prefill, config=model_config))

@@ -79,6 +79,23 @@ class AlphabetTokenizer:
         return "".join(self.alphabet[i - 2] for i in text_ids(ids, self))
 
 
+class EndsAlsoAt:
+    """A tokenizer whose completions end at more ids than they did: at the end of a line, say."""
+
+    def __init__(self, tokenizer: Tokenizer, ids: Iterable[int]):
+        self._tokenizer = tokenizer
+        self.vocab_size, self.pad_id, self.chat = tokenizer.vocab_size, tokenizer.pad_id, tokenizer.chat
+        self.eos_ids = tuple(dict.fromkeys((*ids, *tokenizer.eos_ids)))
+
+    def encode(self, text: str) -> list[int]:
+        """As the tokenizer does."""
+        return self._tokenizer.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """As the tokenizer does, up to the first of all ends."""
+        return self._tokenizer.decode(text_ids(ids, self))
+
+
 def text_ids(ids: Iterable[int], tokenizer: Tokenizer) -> list[int]:
     """`ids` up to the first eos, without pad. Raises ValueError outside the vocabulary."""
     kept = []

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cero_jax.data import Prompts, Task
-from cero_jax.rewards import TOO_LONG, Verdict, one_by_one
+from cero_jax.rewards import TOO_LONG, Verdict, VerifyMany, one_by_one, verdict
 from cero_jax.sampler import Rollouts, SamplingBatch
 
 PADDING = Verdict(0.0, "")
@@ -32,7 +32,7 @@ def verify(task: Task, prompts: Prompts, prompt_ids: np.ndarray, rollouts: Rollo
       row_mask: [R] bool, False for padding.
 
     Raises:
-      ValueError where the verifier gives a reward that is not finite.
+      ValueError where the verifier gives anything but a finite reward or a Verdict, or the task has none or two.
     """
     completions = [
         task.tokenizer.decode(tokens[:length].tolist()) if real else ""
@@ -42,12 +42,25 @@ def verify(task: Task, prompts: Prompts, prompt_ids: np.ndarray, rollouts: Rollo
     verdicts = [Verdict(0.0, TOO_LONG) if real else PADDING for real in row_mask]
     rows = np.flatnonzero(row_mask & ~cut).tolist()
     asked = [(prompts.questions[i], completions[row], prompts.answers[i]) for row in rows for i in [prompt_ids[row]]]
-    verify_many = task.verify_many or one_by_one(task.verify)
-    for row, found in zip(rows, verify_many(asked), strict=True):
-        if not np.isfinite(found.reward):
-            raise ValueError(f"the verifier gave {found.reward} to prompt {prompt_ids[row]}: a reward must be finite")
-        verdicts[row] = found
+    for row, found in zip(rows, _verify_many(task)(asked), strict=True):
+        try:
+            verdicts[row] = verdict(found)
+        except ValueError as error:
+            raise ValueError(f"the verifier on prompt {prompt_ids[row]}: {error}") from None
+        if not np.isfinite(verdicts[row].reward):
+            raise ValueError(
+                f"the verifier gave {verdicts[row].reward} to prompt {prompt_ids[row]}: a reward must be finite"
+            )
     return Verified(completions, verdicts, np.array([each.reward for each in verdicts], np.float32))
+
+
+def _verify_many(task: Task) -> VerifyMany:
+    """The task's verifier, of many completions. Raises ValueError where the task has none, or two."""
+    if task.verify is not None and task.verify_many is None:
+        return one_by_one(task.verify)
+    if task.verify is None and task.verify_many is not None:
+        return task.verify_many
+    raise ValueError("a task has either `verify` or `verify_many`: give one of them, and None for the other")
 
 
 class Verification:

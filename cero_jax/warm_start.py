@@ -125,7 +125,7 @@ def warm_start(
             shutil.rmtree(scratch)
         target = jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            jax.eval_shape(init), stepper.shardings.params,
+            model.abstract_params(model_config, vocab_size), stepper.shardings.params,
         )  # fmt: skip
         return checkpointer.restore(cached, target)
 

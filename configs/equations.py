@@ -8,7 +8,6 @@ Expect: held-out accuracy from 0.27 to 0.37 (two seeds, benchmarks/real_model.py
 Command: python train.py configs/equations.py --model-folder=models/gemma-3-270m
 """
 
-import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +18,7 @@ from cero_jax.evaluation import EvaluationConfig
 from cero_jax.learner import LearnerConfig
 from cero_jax.rewards.exact import exact
 from cero_jax.sampler import SamplerConfig
-from cero_jax.tokenizer import ByteTokenizer, Tokenizer
+from cero_jax.tokenizer import ByteTokenizer, EndsAlsoAt, Tokenizer
 
 SOLVED = ("3 + 4 = 7", "8 - 5 = 3", "2 * 6 = 12", "23 + 14 = 37", "9 + 8 = 17")
 KINDS = ("1 + 1", "2 + 1", "2 + 2", "3 + 3", "1 - 1", "2 - 2", "1 * 1", "2 * 1")  # digits of either side
@@ -38,14 +37,16 @@ class Equations:
     """Longest prompt in tokens."""
 
     def build(self, seed: int, tokenizer: Tokenizer | None = None) -> Task:
-        """The task, with a tokenizer that ends a completion at the end of its line; None: bytes."""
+        """The task. A completion ends with its line. tokenizer: None is bytes."""
         rng, train, heldout = np.random.default_rng((seed, _STREAM)), [], []
         for kind in KINDS:
             drawn = self._draw(rng, kind)
             train += [(kind, *each) for each in drawn[: self.train_of_kind]]
             heldout += [(kind, *each) for each in drawn[self.train_of_kind :]]
         train = [train[i] for i in rng.permutation(len(train))]  # an id says nothing of the prompt
-        tokenizer = _ending_at_line(tokenizer or ByteTokenizer())
+        tokenizer = tokenizer or ByteTokenizer()
+        lines = (tokenizer.encode(end)[-1] for end in ("\n", "\n\n", "\n\n\n"))  # some tokens hold several
+        tokenizer = EndsAlsoAt(tokenizer, lines)
         return Task(self._encode(train, tokenizer), self._encode(heldout, tokenizer), tokenizer, exact)
 
     def _draw(self, rng: np.random.Generator, kind: str) -> list[tuple[str, str]]:
@@ -64,14 +65,6 @@ class Equations:
         kinds, questions, answers = zip(*rows, strict=True)
         questions = ["\n".join((*SOLVED, question)) for question in questions]
         return encode_prompts(questions, answers, kinds, tokenizer, self.max_prompt_tokens)
-
-
-def _ending_at_line(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy whose completions end at the end of a line too: some tokens hold several."""
-    line = copy.copy(tokenizer)
-    ends = (*(tokenizer.encode(end)[-1] for end in ("\n", "\n\n", "\n\n\n")), *tokenizer.eos_ids)
-    line.eos_ids = ends  # type: ignore[misc] (of the copy)
-    return line
 
 
 config = Config(

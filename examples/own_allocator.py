@@ -41,7 +41,8 @@ class Proportional(AllocatorConfig):
 
     def build(self, advantage: AdvantageKind = "grpo") -> cero_jax.Allocator:
         """The allocator. advantage: how the learner computes advantages, for a rule that depends on it."""
-        del advantage
+        if self.name != "proportional":
+            return super().build(advantage)
         return proportional(
             power=self.power,
             total_budget=self.total_budget,

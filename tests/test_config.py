@@ -10,7 +10,7 @@ import pytest
 from tiny_run import tiny_config
 
 from cero_jax import run as runs
-from cero_jax.config import from_command_line, from_json, to_json
+from cero_jax.config import check_saved_as_it_is, from_command_line, from_json, to_json
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.rope import RopeScaling
@@ -162,10 +162,73 @@ def test_a_saved_config_is_read_back(tmp_path, task):
     scaling = RopeScaling("llama3", 8.0)
     config = tiny_config(tmp_path / "run", task=task, model=ModelConfig(rope_scaling=scaling, sliding_layers=(0,)))
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
-    for broken in (
-        {},
-        to_json(config) | {"no_such": 1},
-        to_json(config) | {"task": {"class": {"name": "Other", "module": "cero_jax.data"}}},
+    for broken, why in (
+        ({}, "not the config of a run of this version"),
+        (to_json(config) | {"no_such": 1}, "not the config of a run of this version"),
+        (
+            to_json(config) | {"task": {"class": {"name": "Other", "module": "cero_jax.data"}}},
+            "class Other .* not found",
+        ),
+        # a config.json names classes of settings, and nothing else is called
+        (to_json(config) | {"task": {"class": {"name": "system", "module": "os"}, "command": "true"}}, "no dataclass"),
     ):
-        with pytest.raises(ValueError, match="not the config of a run of this version"):
+        with pytest.raises(ValueError, match=why):
             from_json(broken)
+
+
+@dataclasses.dataclass(frozen=True)
+class Odd:
+    """A task whose settings JSON cannot give back."""
+
+    setting: object
+
+    def build(self, seed, tokenizer=None):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({1: "x"}, r"task.setting=\{1: 'x'\} cannot be read back"),
+        ([1, 2], r"task.setting=\[1, 2\] cannot be read back"),
+        (len, "cannot be saved as JSON"),
+        (((1, 2), (3, 4)), None),
+        (None, None),
+    ],
+)
+def test_a_setting_that_would_be_read_back_as_another_is_refused(tmp_path, setting, message):
+    config = tiny_config(tmp_path / "run", task=Odd(setting))
+    if message is None:
+        assert from_json(json.loads(json.dumps(to_json(config)))) == config
+        check_saved_as_it_is(config)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_saved_as_it_is(config)
+
+
+def test_a_class_inside_a_function_cannot_be_found_again(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Local(ChainSum):
+        pass
+
+    with pytest.raises(ValueError, match=r"Local cannot be read back .* at the top of its file"):
+        check_saved_as_it_is(tiny_config(tmp_path / "run", task=Local()))
+
+
+@pytest.mark.parametrize("task", [ChainSum, "chain_sum", None])
+def test_a_task_is_an_instance_of_a_dataclass_that_builds(task):
+    with pytest.raises(ValueError, match="must be a dataclass of settings with a method build"):
+        tiny_config("", task=task)
+
+
+def test_an_allocator_s_name_that_there_is_not_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"allocator.name='sero' is none of cero, uniform"):
+        runs.start(tiny_config(tmp_path / "run", **with_allocator(name="sero")))
+
+
+def test_a_config_file_that_was_edited_is_read_again(tmp_path):
+    path, text = tmp_path / "mine.py", Path(CHAIN_SUM).read_text()
+    path.write_text(text)
+    assert from_command_line([str(path)]).name == "chain_sum"
+    path.write_text(text.replace('name="chain_sum"', 'name="edited"'))
+    assert from_command_line([str(path)]).name == "edited"

@@ -175,6 +175,7 @@ def test_jit_equals_eager(make):
         ({"num_epochs": 0}, "num_epochs=0"),
         ({"total_budget": 2**31}, "2147483648"),
         ({"prior": (0.0, 1.0)}, r"prior=\(0.0, 1.0\)"),
+        ({"prior": (np.array([1.0, np.nan]), 1.0)}, r"prior=.*nan"),
         ({"discount": 1.5}, "discount=1.5"),
     ],
 )
@@ -209,3 +210,22 @@ def test_the_documented_rule_gives_more_where_the_variance_is():
     n, _ = allocator.allocate(state)
     assert int(n.sum()) == 400
     assert int(n[20:].sum()) > 5 * int(n[:20].sum())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -5.0, 1e9])
+def test_a_rule_whose_shares_are_no_numbers_still_ends(bad):
+    def rule(state, candidates, budget, key):
+        del budget, key
+        return jnp.where(jnp.arange(candidates.alpha.shape[0]) % 2 == 0, jnp.float32(bad), 8.0), state
+
+    allocator = cero_jax.build_allocator(rule, total_budget=BUDGET, num_epochs=EPOCHS)
+    n, state = allocator.allocate(allocator.init(PROMPTS))
+    check_groups(n)
+    check_ledger(state)
+    assert int(n.sum()) == BUDGET // EPOCHS
+
+
+def test_a_rule_of_the_wrong_shape_is_refused():
+    allocator = cero_jax.build_allocator(lambda s, c, b, k: (jnp.zeros(3), s), total_budget=BUDGET, num_epochs=EPOCHS)
+    with pytest.raises(ValueError, match=rf"the rule gave shares of shape \(3,\) to {PROMPTS} prompts"):
+        allocator.allocate(allocator.init(PROMPTS))

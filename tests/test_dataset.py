@@ -201,9 +201,9 @@ def test_dapo_rows(write, tmp_path, kind):
     task = dataset.build(seed=0)
     found = dict(zip(questions(task), task.train.answers + task.heldout.answers, strict=True))
     assert found == {f"Reason.\n\nSolve: what is {n} + {n}?": str(2 * n) for n in range(6)}
-    verdicts = task.verify.many([("", r"\boxed{4}", "4"), ("", r"\boxed{\frac{8}{2}}", "4"), ("", "4", "4")])
+    verdicts = task.verify_many([("", r"\boxed{4}", "4"), ("", r"\boxed{\frac{8}{2}}", "4"), ("", "4", "4")])
     assert [each.status for each in verdicts] == ["right", "right", "no answer"]
-    task.verify.close()
+    task.verify_many.__self__.close()
 
 
 def test_parquet_columns_of_other_types(tmp_path):
@@ -281,7 +281,7 @@ def test_chat_renders_by_the_tokenizers_template(write):
         "<system>Be brief.<user>hi<assistant>yes<user>q Box it.<assistant>",
         "<system>Be brief.<user>plain Box it.<assistant>",
     }
-    with pytest.raises(ValueError, match="chat=True needs the tokenizer of a model folder"):
+    with pytest.raises(ValueError, match="chat=True needs a tokenizer with a chat template"):
         dataset.build(0)
 
 
@@ -289,8 +289,8 @@ def test_a_verifier_of_the_users_own(write):
     task = Dataset(
         write(row("a"), row("b")), verifier="user_verifiers:length", num_heldout=1, max_prompt_tokens=6000
     ).build(0)
-    assert task.verify("q", "four", "1").reward == 0.4
-    task.verify.close()
+    assert task.verify_many([("q", "four", "1")])[0].reward == 0.4
+    task.verify_many.__self__.close()
     with pytest.raises(ValueError, match=r"verifier='user_verifiers:no' cannot be loaded: AttributeError"):
         Dataset(write(row()), verifier="user_verifiers:no").build(0)
 

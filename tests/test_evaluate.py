@@ -124,7 +124,11 @@ def test_each_status_of_a_pool_and_a_cut_completion_is_counted():
     task = make_task(None)
     heldout = encode_prompts(QUESTIONS[:4], ["hang", "raise", "right", "none"], LABELS[:4], TOKENIZER, 3)
     result = evaluate(
-        sample, None, task._replace(heldout=heldout, verify_many=pool.many), EvaluationConfig(samples=2, rows=3), 0
+        sample,
+        None,
+        task._replace(heldout=heldout, verify=None, verify_many=pool.many),
+        EvaluationConfig(samples=2, rows=3),
+        0,
     )
     pool.close()
     assert result.scores["all"].status == {

@@ -14,13 +14,13 @@ from cero_jax.learner import (
     Batch,
     Fixed,
     LearnerConfig,
-    advantages,
     completion_log_probs,
     grpo_loss,
     learning_rate,
     make_learner,
     microbatches,
     rows_with_gradient,
+    step_advantages,
     token_limits,
 )
 from cero_jax.model import ModelConfig
@@ -72,7 +72,7 @@ def drawn(batch):
 def _value_and_gradient(params, ref_params, batch, config):
     """Of the whole step at once, padding and all."""
     loss = partial(grpo_loss, model_config=CONFIG, config=config, temperature=TEMPERATURE)
-    return jax.value_and_grad(loss, has_aux=True)(params, ref_params, batch, advantages(batch, config))
+    return jax.value_and_grad(loss, has_aux=True)(params, ref_params, batch, step_advantages(batch, config))
 
 
 def gradient_of(config, batch, ref=None, at=None):
@@ -316,7 +316,7 @@ def test_rematerialised_layers_give_the_same_gradient_and_keep_less():
         config = dataclasses.replace(CONFIG, num_layers=8, remat=remat)
         deep = model.init_params(config, VOCAB, 0)
         loss = partial(grpo_loss, model_config=config, config=PLAIN, temperature=TEMPERATURE)
-        function = jax.jit(jax.grad(lambda p, b: loss(p, None, b, advantages(b, PLAIN))[0]))
+        function = jax.jit(jax.grad(lambda p, b: loss(p, None, b, step_advantages(b, PLAIN))[0]))
         compiled = function.lower(deep, make_batch()).compile()
         return compiled(deep, make_batch()), compiled.memory_analysis().temp_size_in_bytes
 

@@ -233,7 +233,7 @@ def test_a_folder_is_exported_with_its_adapters_merged(tmp_path):
     assert cursor.optimizer_steps > 0
     shape, exported = weights.load(tmp_path / "run/export-64", one_device())
     assert shape.lora_rank is None
-    whole = run.policy(state)
+    whole = run.params(state)
     jax.tree.map(np.testing.assert_array_equal, restore_policy(config.run_dir, {}, {}).params, whole)
     tokens = np.arange(10, 18, dtype=np.int32)[None]
     positions = np.arange(8, dtype=np.int32)[None]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cero_jax import memory, model, sharding
-from cero_jax.learner import Batch, LearnerConfig, advantages, grpo_loss
+from cero_jax.learner import Batch, LearnerConfig, grpo_loss, step_advantages
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig
 from cero_jax.sharding import MeshConfig
@@ -49,7 +49,7 @@ def test_activations_and_logits_are_near_the_compilers_figure(remat):
         zeros(rows, bool), zeros(rows, np.float32),
     )  # fmt: skip
     loss = partial(grpo_loss, model_config=config, config=LEARNER, temperature=1.0)
-    step = jax.jit(jax.grad(lambda params, batch: loss(params, None, batch, advantages(batch, LEARNER))[0]))
+    step = jax.jit(jax.grad(lambda params, batch: loss(params, None, batch, step_advantages(batch, LEARNER))[0]))
     compiled = step.lower(model.abstract_params(config, VOCAB), batch).compile()
     needed, held = estimate(config), compiled.memory_analysis().temp_size_in_bytes
     assert 0.6 < (needed.activations + needed.logits) / held < 1.7

@@ -9,7 +9,7 @@ from cero_jax.packing import StepPlan, plan
 
 
 @st.composite
-def rounds(draw):
+def epochs(draw):
     """num_rollouts [N], order [N], rows_per_step, min_group."""
     min_group = draw(st.integers(2, 8))
     rows_per_step = draw(st.integers(min_group, 48))
@@ -19,10 +19,10 @@ def rounds(draw):
     return num_rollouts, order, rows_per_step, min_group
 
 
-@given(rounds())
+@given(epochs())
 @settings(max_examples=400, deadline=None)
-def test_every_rollout_is_laid_once_in_visits_that_stand_alone(round_):
-    num_rollouts, order, rows_per_step, min_group = round_
+def test_every_rollout_is_laid_once_in_visits_that_stand_alone(epoch):
+    num_rollouts, order, rows_per_step, min_group = epoch
     steps = plan(num_rollouts, order, rows_per_step=rows_per_step, min_group=min_group)
     laid = [[] for _ in num_rollouts]
     for step in steps:
@@ -45,10 +45,10 @@ def test_every_rollout_is_laid_once_in_visits_that_stand_alone(round_):
         assert indices == list(range(num_rollouts[prompt]))  # each once, and in order: an earlier step holds the first
 
 
-@given(rounds())
+@given(epochs())
 @settings(max_examples=50, deadline=None)
-def test_shapes_and_types_do_not_depend_on_the_allocation(round_):
-    num_rollouts, order, rows_per_step, min_group = round_
+def test_shapes_and_types_do_not_depend_on_the_allocation(epoch):
+    num_rollouts, order, rows_per_step, min_group = epoch
     for step in plan(num_rollouts, order, rows_per_step=rows_per_step, min_group=min_group):
         assert isinstance(step, StepPlan)
         for name, column in step._asdict().items():

@@ -48,8 +48,8 @@ def test_rewards_keep_their_order(pool):
         ("leave", ERROR, "SystemExit: 0"),
         ("quit", ERROR, "the worker died: exit code 3"),
         ("nan", ERROR, "it gave nan: a reward must be finite"),
-        ("text", ERROR, "ValueError: could not convert"),
-        ("none", ERROR, "TypeError"),
+        ("text", ERROR, "ValueError: it gave 'right': give a number"),
+        ("none", ERROR, "ValueError: it gave None: give a number"),
     ],
 )
 def test_what_goes_wrong_is_a_status_and_the_other_rows_stand(pool, what, status, why):

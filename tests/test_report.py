@@ -91,8 +91,13 @@ def test_prompts_without_labels_are_told_apart_by_their_first_visit(make_run):
 
 def test_seeds_share_a_curve_and_other_settings_do_not(make_run):
     paths = [
-        make_run(seed=0),
-        make_run([eval_row(0, 0, 0.4), eval_row(1, 12, 0.4), step_row(1, 0, 20, [0], [4], [0])], seed=1),
+        make_run(seed=0, version="1", task={"class": {"name": "Sums", "file": "/here/sums.py"}, "size": 3}),
+        make_run(
+            [eval_row(0, 0, 0.4), eval_row(1, 12, 0.4), step_row(1, 0, 20, [0], [4], [0])],
+            seed=1,
+            version="2",
+            task={"class": {"name": "Sums", "file": "/there/sums.py"}, "size": 3},
+        ),
         make_run(allocator="uniform"),
         make_run(allocator="uniform", learner={"clip": 0.3}),
     ]

@@ -225,6 +225,29 @@ def test_a_reward_that_is_not_finite_is_refused_with_its_prompt(bad):
         scored_by(lambda q, c, a: bad if q == "a" else 1.0)
 
 
+@pytest.mark.parametrize("odd", [None, "right", Verdict(1.0, "fine")])
+def test_a_verifier_that_gives_no_number_is_refused_with_its_prompt(odd):
+    with pytest.raises(ValueError, match=r"the verifier on prompt 0: it gave .*: give a number, or a Verdict whose"):
+        scored_by(lambda q, c, a: odd if q == "a" else 1.0)
+
+
+def test_many_are_verified_at_once_and_a_task_has_one_verifier():
+    asked = []
+
+    def many(each):
+        asked.append(len(each))
+        return [REWARD[completion] for _, completion, _ in each]
+
+    rows = make_rows()
+    task = make_task(None)._replace(verify_many=many)
+    verified = verify(task, task.train, rows.prompt_ids, ROLLOUTS, rows.row_mask)
+    np.testing.assert_array_equal(verified.reward, scored().batch.reward)
+    assert asked == [6]
+    for wrong in (make_task(None), task._replace(verify=lambda q, c, a: 0.0)):
+        with pytest.raises(ValueError, match="either `verify` or `verify_many`"):
+            verify(wrong, task.train, rows.prompt_ids, ROLLOUTS, rows.row_mask)
+
+
 def random_batch(seed, num_rows=16, num_groups=5):
     """Rows of groups in any order, some of them padding, rewards often alike; each row carries its number."""
     rng = np.random.default_rng(seed)

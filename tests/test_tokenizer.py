@@ -131,14 +131,11 @@ def test_ids_without_a_token_decode_to_nothing_and_ids_of_no_embedding_are_refus
 
 def test_a_template_that_attacks_or_refuses_is_an_error(tmp_path):
     attack = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    for template, message in (
-        (attack, "refuses .* unsafe"),
-        ("{% set x = messages.append(1) %}", "refuses"),
-        (None, "no chat template"),
-    ):
+    for template, message in ((attack, "refuses .* unsafe"), ("{% set x = messages.append(1) %}", "refuses")):
         tokenizer = FolderTokenizer(folder_of("qwen2", tmp_path / str(template)[:5], {"chat_template": template}))
         with pytest.raises(ValueError, match=message):
             tokenizer.chat([{"role": "user", "content": "x"}])
+    assert FolderTokenizer(folder_of("qwen2", tmp_path / "plain", {"chat_template": None})).chat is None
     with pytest.raises(ValueError, match="unknown role robot"):
         FolderTokenizer(FIXTURES / "qwen2").chat([{"role": "robot", "content": "x"}])
 

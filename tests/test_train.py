@@ -31,7 +31,7 @@ def settled(config) -> AllocatorState:
     run, state, cursor = runs.start(config)
     run.close()
     assert cursor.finished
-    return state.allocation
+    return state.allocator
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ class AllocateFn(Protocol):
 
         Args:
             state: as `init`, `allocate` or `update` returned it last.
-            prompt_ids: [P] int, distinct; ids outside [0, N) are padding and get 0. None: all N, the usual call.
+            prompt_ids: [P] int, one id a prompt of this call, distinct; ids outside [0, N) are padding. None: all N.
             budget: [] int, rollouts (or tokens) of this call, clipped to what is left. None: this epoch's share.
 
         Returns:
@@ -94,18 +94,19 @@ class UpdateFn(Protocol):
 
         Args:
             state: as `allocate` or `update` returned it last.
-            num_rollouts: [U] int, rollouts really drawn, and charged.
+            num_rollouts: [U] int, one number a prompt: rollouts really drawn, and charged.
             num_correct: [U] int, successes among those rollouts that are evidence.
             prompt_ids: [U] int, distinct; ids outside [0, N) are padding and ignored. None: all N, in order.
             num_evidence: [U] int, rollouts that count for the posterior. None: all; fewer where a verifier timed out.
-            num_tokens: [U] int, tokens of a prompt's rollouts in sum, where the budget is in tokens. None: as expected.
-            release: bool, [] or [U]: free what these prompts still hold. False keeps it for a later part of the group.
+            num_tokens: [U] int, tokens of a prompt's rollouts in sum, for a budget in tokens. None: their running mean.
+            release: bool, [] or [U]: free what these prompts still have in reserve. False keeps it for a later part.
 
         Returns:
             The state that has taken them in.
 
         Raises:
-            ValueError: the counts, where they can be read, are no integers, negative, of another shape or out of order.
+            ValueError: the counts, where they can be read, are no integers, negative, of another shape, or
+                break num_correct <= num_evidence <= num_rollouts; or an id stands twice.
         """
         ...
 
@@ -152,7 +153,7 @@ class Rule(Protocol):
             key: [] PRNG key of this call, for a rule that draws.
 
         Returns:
-            ([P] float32 shares in rollouts, 0 for padding, that cost the budget together; the state, unchanged but for
+            ([P] float32 shares in rollouts, 0 for padding, whose sum, or cost, is the budget; the state, unchanged but for
             rule_state and budget_dual, where the rule keeps anything or has a price).
         """
         ...

@@ -157,6 +157,12 @@ def _hand_out(
     if exactly:
         share = rounding.feasible_budget(share, num_valid, **bounds)
     shares, state = rule(state, candidates, share, rule_key)
+    if shares.shape != candidates.alpha.shape:
+        raise ValueError(
+            f"the rule gave shares of shape {shares.shape} to {candidates.alpha.shape[0]} prompts: give [P]"
+        )
+    # A share that is no number would never come to whole groups that sum to the budget.
+    shares = jnp.where(candidates.valid & jnp.isfinite(shares), jnp.clip(shares, 0, bounds["max_group"]), 0)
     if exactly:
         total = share
     else:

@@ -29,8 +29,9 @@ def check_settings(total_budget, num_epochs, min_group, max_group, prior, discou
         raise ValueError(f"total_budget={total_budget} rollouts must lie in 0..2^31 - 1")
     if not all(x > 0 for x in known(expected_tokens)):
         raise ValueError(f"expected_tokens={expected_tokens} a rollout must be positive")
-    if len(prior) != 2 or not all(x > 0 for x in known(*prior)):
-        raise ValueError(f"prior={prior} must be two positive numbers, Beta(alpha, beta)")
+    arrays = [np.asarray(x) for x in prior if isinstance(x, np.ndarray | list | tuple)]
+    if len(prior) != 2 or not all(x > 0 for x in known(*prior)) or not all((x > 0).all() for x in arrays):
+        raise ValueError(f"prior={prior} must be two positive numbers or arrays [N] of them, Beta(alpha, beta)")
     if not all(0 < x <= 1 for x in known(discount)):
         raise ValueError(f"discount={discount} must lie in (0, 1]; 1 never forgets")
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from cero_jax.huggingface.families import read_json
 from cero_jax.tokenizer import text_ids
 
 
@@ -31,8 +31,11 @@ class FolderTokenizer:
             self._backend = Backend.from_file(str(path))
         except Exception as error:  # the library raises no narrower class
             raise ValueError(f"{path}: not a tokenizer ({error}): download it again") from error
-        model, stops = self._json("config.json", needed=True), self._json("generation_config.json")
-        self._settings = self._json("tokenizer_config.json")
+        model = read_json(self.folder / "config.json")
+        stops, self._settings = (
+            read_json(self.folder / name) if (self.folder / name).is_file() else {}
+            for name in ("generation_config.json", "tokenizer_config.json")
+        )
         self.vocab_size: int = model["vocab_size"]  # rows of the embedding table: often more than there are tokens
         self._bos = self._special("bos_token", stops.get("bos_token_id", model.get("bos_token_id")))
         adds_bos = self._backend.encode("").ids[:1] == [self._bos]
@@ -69,22 +72,26 @@ class FolderTokenizer:
         """Text of `ids` up to the first eos. Special tokens and ids without a token add nothing to it."""
         return self._backend.decode(text_ids(ids, self), skip_special_tokens=True)
 
-    def chat(self, messages: list[dict[str, str]]) -> str:
-        """The prompt that the folder's chat template makes of messages, each {"role": ..., "content": ...}.
+    @property
+    def chat(self) -> Callable[[list[dict[str, str]]], str] | None:
+        """Renders messages, each {"role": ..., "content": ...}, by the folder's chat template; None: it has none.
 
-        Raises ValueError where the folder has no chat template, or the template refuses the messages.
+        The function raises ValueError where the template refuses the messages.
         """
+        return None if self._template is None else self._render
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
         tokens = {name: self._token(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         tokens = {name: token for name, token in tokens.items() if token is not None}
-        render = self._template
+        assert self._template is not None
         try:
-            return render(messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokens)
+            return self._template(messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokens)
         except Exception as error:  # a template is a program: it may raise anything
             raise ValueError(f"{self.folder}: its chat template refuses {messages!r}: {error}") from error
 
     @cached_property
-    def _template(self) -> Callable[..., str]:
-        """The template's render function. A template is untrusted, so it runs in Jinja's sandbox.
+    def _template(self) -> Callable[..., str] | None:
+        """The template's render function, None without one. A template is untrusted, so it runs in Jinja's sandbox.
 
         Whitespace, filters and functions are set as transformers sets them.
         """
@@ -97,7 +104,7 @@ class FolderTokenizer:
         if isinstance(source, list):  # several templates, each with a name
             source = {each["name"]: each["template"] for each in source}.get("default")
         if source is None:
-            raise ValueError(f"{self.folder} has no chat template: use a plain prompt, or an instruction-tuned model")
+            return None
 
         def raise_exception(message: str):
             raise TemplateError(message)
@@ -107,16 +114,6 @@ class FolderTokenizer:
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         return environment.from_string(source).render
-
-    def _json(self, name: str, needed: bool = False) -> dict[str, Any]:
-        """The content of a JSON file of the folder; {} where it is not there and not needed."""
-        path = self.folder / name
-        if not needed and not path.is_file():
-            return {}
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: broken JSON ({error}): download it again") from error
 
     def _token(self, name: str) -> str | None:
         """The text of a token that tokenizer_config.json names, as a string or as an object with key "content"."""

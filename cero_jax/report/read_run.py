@@ -108,7 +108,9 @@ def group_runs(runs: Sequence[RunLog]) -> dict[str, list[RunLog]]:
     """Runs under the name a legend gives them: those whose settings differ by seed and directory alone share one."""
     groups: dict[str, list[RunLog]] = {}
     for run in runs:
-        settings = {key: value for key, value in run.config.items() if key not in ("seed", "work_dir")}
+        settings = {key: value for key, value in run.config.items() if key not in ("seed", "work_dir", "version")}
+        for name in ("task", "allocator"):  # where their classes are found may differ
+            settings[name] = {key: value for key, value in settings.get(name, {}).items() if key != "class"}
         groups.setdefault(json.dumps(settings, sort_keys=True), []).append(run)
     names = {}
     one_name = len({run.config["name"] for run in runs}) == 1

@@ -32,21 +32,25 @@ class Verifier(Protocol):
 class VerifyMany(Protocol):
     """What judges many completions at once: in other processes, on a server, in a batch of a reward model."""
 
-    def __call__(self, asked: Sequence[tuple[str, str, str]], /) -> list[Verdict]:
-        """The verdicts, in order. asked: (question, completion, answer) of each. May block until the last is there."""
+    def __call__(self, asked: Sequence[tuple[str, str, str]], /) -> Sequence[float | Verdict]:
+        """A reward or a Verdict of each, in order. asked: (question, completion, answer) of each. May take its time."""
         ...
 
 
 def one_by_one(verify: Verifier) -> VerifyMany:
     """A verifier of one completion as a verifier of many."""
-    return lambda asked: [verdict(verify(*each)) for each in asked]
+    return lambda asked: [verify(*each) for each in asked]
 
 
 def verdict(result: float | Verdict) -> Verdict:
-    """A verifier's result as a Verdict: a reward of at least 1/2 is right. Raises TypeError where it is neither."""
-    if isinstance(result, Verdict):
+    """A verifier's result as a Verdict: a reward of at least 1/2 is right. Raises ValueError where it is neither."""
+    if isinstance(result, Verdict) and result.status in STATUSES:
         return result
-    reward = float(result)
+    try:
+        reward = float(result)  # type: ignore[arg-type] (whatever a user's function gave)
+    except (TypeError, ValueError):
+        names = ", ".join(map(repr, STATUSES))
+        raise ValueError(f"it gave {result!r}: give a number, or a Verdict whose status is one of {names}") from None
     return Verdict(reward, RIGHT if reward >= 0.5 else WRONG)
 
 

@@ -71,8 +71,10 @@ class Pool:
             if not self._pool.active or self._stuck:
                 self.close()
                 self._pool, self._stuck = self._new(), False
-            futures = [self._pool.schedule(_verify, args=asked[i], timeout=self.seconds) for i in waiting]
-            for i, future in zip(waiting, futures, strict=True):
+            futures = []
+            with contextlib.suppress(RuntimeError):  # the pool broke meanwhile: what is not scheduled is asked again
+                futures += (self._pool.schedule(_verify, args=asked[i], timeout=self.seconds) for i in waiting)
+            for i, future in zip(waiting, futures, strict=False):
                 verdicts[i] = self._outcome(future)
         found = [each or Verdict(0.0, ERROR, "the verifiers' processes broke again and again") for each in verdicts]
         self._log_first_error(found)

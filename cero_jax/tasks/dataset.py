@@ -1,4 +1,4 @@
-"""Question and answer from JSONL or Parquet files: the rows of GSM8K, MATH, DAPO and AIME, and files of your own."""
+"""Question and answer from files: the rows of GSM8K, MATH, DAPO and AIME, and JSONL, CSV or Parquet of your own."""
 
 import logging
 from collections import Counter
@@ -11,7 +11,7 @@ import numpy as np
 
 from cero_jax import read_files
 from cero_jax.data import Prompts, Task, encode_prompts
-from cero_jax.rewards import RIGHT, Verifier, VerifyMany, one_by_one
+from cero_jax.rewards import RIGHT, Verifier, VerifyMany, verdict
 from cero_jax.rewards.choice import choice
 from cero_jax.rewards.exact import exact
 from cero_jax.rewards.final_number import final_number
@@ -39,7 +39,7 @@ class Dataset:
     """Prompts and gold answers from files of rows."""
 
     path: str
-    """The training file or a glob of files: JSONL, or Parquet where the name ends in .parquet."""
+    """The training file or a glob of files: CSV or Parquet where the name ends so, else JSONL."""
     question_field: str = "question"
     """Field of the question, text or messages; "reward_model.ground_truth" looks inside, "problem|question" at both."""
     answer_field: str = "answer"
@@ -72,10 +72,10 @@ class Dataset:
         tokenizer = tokenizer or ByteTokenizer()
         if "{question}" not in self.template:
             raise ValueError(f"template={self.template!r} must hold {{question}}, where the question goes")
-        if self.chat and tokenizer.chat is None:
-            raise ValueError("chat=True needs the tokenizer of a model folder with a chat template: give model_folder")
-        render = tokenizer.chat if self.chat and tokenizer.chat else _paragraphs
-        verify, verify_many = self._verifier()
+        render = tokenizer.chat if self.chat else _paragraphs
+        if render is None:
+            raise ValueError("chat=True needs a tokenizer with a chat template: give an instruction-tuned model_folder")
+        inline, pooled = self._verifier()
         rows = self._read(self.path, "all")
         if self.heldout_paths:
             names = _names(self.heldout_paths) if len(self.heldout_paths) > 1 else ["all"]
@@ -91,13 +91,14 @@ class Dataset:
             order = np.random.default_rng((seed, _STREAM)).permutation(len(rows))
             heldout = [rows[i] for i in order[-self.num_heldout :]]
             rows = [rows[i] for i in sorted(order[: -self.num_heldout])]
-        self._check_gold(verify_many or one_by_one(verify), rows + heldout)
+        self._check_gold(rows + heldout, inline, pooled)
         train = self._encode(rows, tokenizer, render, "train")
         held = self._encode(heldout, tokenizer, render, "held-out")
         _report_duplicates(train, held)
-        return Task(train, held, tokenizer, verify, verify_many=verify_many)
+        return Task(train, held, tokenizer, inline, verify_many=pooled)
 
-    def _verifier(self) -> tuple[Verifier, VerifyMany | None]:
+    def _verifier(self) -> tuple[Verifier | None, VerifyMany | None]:
+        """One of the two: a function to be called in this process, or a pool of others."""
         if self.verifier in INLINE:
             return INLINE[self.verifier], None
         function = POOLED.get(self.verifier, self.verifier)
@@ -106,7 +107,7 @@ class Dataset:
             raise ValueError(f"verifier={self.verifier!r} is not one of {names}, nor module:function")
         pool = Pool(function, seconds=self.verifier_seconds, memory_mb=self.verifier_memory_mb)
         pool.check()
-        return pool, pool.many
+        return None, pool.many
 
     def _read(self, pattern: str, label: str) -> list[Row]:
         rows = []
@@ -121,14 +122,15 @@ class Dataset:
             raise ValueError(f"{pattern}: no row in it: expected one JSON object a line")
         return rows
 
-    def _check_gold(self, verify_many: VerifyMany, rows: list[Row]) -> None:
+    def _check_gold(self, rows: list[Row], inline: Verifier | None, pooled: VerifyMany | None) -> None:
         """Each gold answer passes its verifier; a function of the user's may want more than the bare answer."""
         if self.verifier not in INLINE and self.verifier not in POOLED:
             return
         asked = [
             ("", rf"\boxed{{{row.answer}}}" if self._is_bare(row.answer) else row.answer, row.answer) for row in rows
         ]
-        for row, each in zip(rows, verify_many(asked), strict=True):
+        found = pooled(asked) if pooled else [inline(*each) for each in asked] if inline else []
+        for row, each in zip(rows, map(verdict, found), strict=True):
             if each.status != RIGHT:
                 raise ValueError(
                     f"{row.source}: the gold answer in {self.answer_field!r} fails verifier={self.verifier!r} itself "
