@@ -153,8 +153,8 @@ class Rule(Protocol):
             key: [] PRNG key of this call, for a rule that draws.
 
         Returns:
-            ([P] float32 shares in rollouts, 0 for padding, whose sum, or cost, is the budget; the state, unchanged but for
-            rule_state and budget_dual, where the rule keeps anything or has a price).
+            ([P] float32 shares in rollouts, 0 for padding, whose sum, or cost, is the budget; the state, with another
+            rule_state and budget_dual where the rule keeps anything or has a price).
         """
         ...
 
