@@ -59,7 +59,7 @@ def train_epoch(run: Run, state: State, cursor: Cursor, stop: StopSignal, collec
     while cursor.epoch_step < len(epoch_plans):
         plans = epoch_plans[cursor.epoch_step :][: config.learner.steps_per_batch]
         rollouts, verification = draw(run, state, cursor, plans)
-        for scored in verify(run, plans, rollouts, verification):
+        for scored in verify(run, state, plans, rollouts, verification):
             state, cursor = settle(run, state, cursor, scored)
             state, cursor = learn(run, state, cursor, scored, collector)
         if cursor.spent >= cursor.evaluated + config.evaluation.every_rollouts:
@@ -91,11 +91,13 @@ def draw(run: Run, state: State, cursor: Cursor, plans: list[StepPlan]) -> tuple
     return run.sample(params, seed, step_of_row, prompts, verification.on_end), verification
 
 
-def verify(run: Run, plans: list[StepPlan], rollouts: Rollouts, verification: Verification) -> list[ScoredStep]:
-    """Wait for the rewards, and part the batch into its steps: each with its rows and their rewards."""
+def verify(
+    run: Run, state: State, plans: list[StepPlan], rollouts: Rollouts, verification: Verification
+) -> list[ScoredStep]:
+    """Wait for the rewards, and part the batch into steps: each with its rows, their rewards, and what was believed."""
     verified, seconds = verification.result()
-    truncated, threshold = run.config.truncated, run.config.success_threshold
-    return score_steps(run.task.train, plans, rollouts, verified, seconds, truncated, threshold)
+    rules = run.beliefs(state, plans), run.config.truncated, run.config.success_threshold
+    return score_steps(run.task.train, plans, rollouts, verified, seconds, *rules)
 
 
 def settle(run: Run, state: State, cursor: Cursor, scored: ScoredStep) -> tuple[State, Cursor]:
@@ -117,16 +119,17 @@ def learn(run: Run, state: State, cursor: Cursor, scored: ScoredStep, collector:
         batch, metrics = batch._replace(row_weight=weight), metrics | {"visit_rate_clipped": clipped}
     if run.config.dynamic_sampling:  # the groups with variance of several steps, once they fill one; None until then
         batch = collector.add(batch)
-    if batch is not None and (rows := rows_with_gradient(batch, config)).any():
+    if batch is not None:
         advantages = run.learner.advantages(batch)
-        rate = learning_rate(config, cursor.spent, run.config.allocator.total_budget)
-        policy, measured = run.learner.step(state.policy, run.fixed, batch, advantages, np.float32(rate), rows)
-        # Read at once: the next step, or the next rollouts, need this policy, so there is nothing to do meanwhile.
-        measured = {name: float(value) for name, value in jax.device_get(measured).items()}
-        if not np.isfinite(measured["loss"] + measured["grad_norm"]):
-            raise FloatingPointError(f"step {cursor.step}: {measured}: not finite; lower learner.learning_rate")
-        metrics |= measured | {"learning_rate": rate}
-        state, cursor = state._replace(policy=policy), cursor._replace(optimizer_steps=cursor.optimizer_steps + 1)
+        if (rows := rows_with_gradient(batch, advantages, config)).any():
+            rate = learning_rate(config, cursor.spent, run.config.allocator.total_budget)
+            policy, measured = run.learner.step(state.policy, run.fixed, batch, advantages, np.float32(rate), rows)
+            # Read at once: the next step, or the next rollouts, need this policy, so there is nothing to do meanwhile.
+            measured = {name: float(value) for name, value in jax.device_get(measured).items()}
+            if not np.isfinite(measured["loss"] + measured["grad_norm"]):
+                raise FloatingPointError(f"step {cursor.step}: {measured}: not finite; lower learner.learning_rate")
+            metrics |= measured | {"learning_rate": rate}
+            state, cursor = state._replace(policy=policy), cursor._replace(optimizer_steps=cursor.optimizer_steps + 1)
     run.log_step(cursor, scored, metrics, learn_seconds=time.perf_counter() - began)
     return state, cursor
 

@@ -5,6 +5,7 @@ Live groups are collected until they fill an optimiser step; the others are paid
 
 import sys
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -51,9 +52,9 @@ def pack_live(batches: list[Batch], min_group: int) -> tuple[Batch, bool]:
                 room -= len(members)
             else:
                 full = True
-    packed = Batch(*(np.concatenate([column[:0], *(getattr(b, name)[m] for b, m in groups)])
-                     for name, column in zip(Batch._fields, batches[0], strict=True)))  # fmt: skip
+    chosen = [jax.tree.map(lambda column, members=members: column[members], batch) for batch, members in groups]
+    packed = jax.tree.map(lambda column, *parts: np.concatenate([column[:0], *parts]), batches[0], *chosen)
     sizes = [len(members) for _, members in groups]
     packed = packed._replace(group_ids=np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))
-    padded = Batch(*(np.pad(column, [(0, room)] + [(0, 0)] * (column.ndim - 1)) for column in packed))
+    padded = jax.tree.map(lambda column: np.pad(column, [(0, room)] + [(0, 0)] * (column.ndim - 1)), packed)
     return padded, full or room < min_group

@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-AdvantageKind = Literal["grpo", "dr_grpo", "rloo"]
+AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "posterior", "posterior_normalised"]
+BY_POSTERIOR = ("posterior", "posterior_normalised")  # advantages that need what was believed before the group
+LEAST_DEVIATION = 0.1  # that a normalised posterior advantage is divided by: of a success rate of 1 %
 Aggregation = Literal["token", "sequence", "prompt"]
 
 
@@ -64,8 +66,48 @@ def advantages(
     elif kind == "dr_grpo":
         advantage = centred
     else:
-        raise ValueError(f"advantage kind={kind!r} must be one of 'grpo', 'dr_grpo', 'rloo'")
+        raise ValueError(f"advantage kind={kind!r} must be one of 'grpo', 'dr_grpo', 'rloo' here")
     return jnp.where(has_variance(reward, group_ids, row_mask, num_groups), advantage, 0.0)
+
+
+def posterior_advantages(
+    reward: Array,
+    alpha: Array,
+    beta: Array,
+    group_ids: Array,
+    row_mask: Array,
+    *,
+    num_groups: int,
+    normalised: bool = False,
+) -> Array:
+    """Advantage of each row over what its prompt's posterior expected, given the other rows of its group.
+
+    Row j of a group with n rows and reward sum S, of a prompt believed to succeed as Beta(a, b) before the group, has
+    the baseline b_j = (a + S - r_j) / (a + b + n - 1): the mean of the posterior that has seen the other rows. Neither
+    (a, b) nor the others depend on r_j, so E[b_j grad log pi(y_j)] = E[b_j] E[grad log pi(y_j)] = 0, whatever (a, b)
+    is: the gradient stays unbiased, and so it does behind a division by any function of b_j. A group without variance
+    teaches (all wrong where success was expected), and a group of one has an advantage. The price: where the belief is
+    wrong, b_j is noise that a group's own mean does not have.
+
+    Args:
+      reward: [R] float32, 0 or 1, or between: the sum of the others then stands for their successes.
+      alpha, beta: [R] float32 > 0, of the row's prompt before its group, in rollouts.
+      group_ids: [R] int32 in 0..G-1.
+      row_mask: [R] bool, False for padding and for rows that are no evidence.
+      num_groups: G, static.
+      normalised: divide by sqrt(b_j (1 - b_j)), at least LEAST_DEVIATION.
+
+    Returns:
+      [R] float32, 0 for masked rows. Source: this project's; conjugacy of the Beta-Bernoulli.
+    """
+    size = _group_sum(jnp.ones_like(reward), group_ids, row_mask, num_groups)[group_ids]
+    total = _group_sum(reward, group_ids, row_mask, num_groups)[group_ids]
+    baseline = (alpha + total - reward) / (alpha + beta + size - 1.0)
+    advantage = reward - baseline
+    if normalised:
+        variance = jnp.maximum(baseline * (1.0 - baseline), LEAST_DEVIATION**2)
+        advantage = advantage * jax.lax.rsqrt(variance)
+    return jnp.where(row_mask, advantage, 0.0)
 
 
 def token_weights(

@@ -16,7 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from cero_jax import grpo, lora, model, sharding
-from cero_jax.grpo import AdvantageKind, Aggregation
+from cero_jax.grpo import BY_POSTERIOR, AdvantageKind, Aggregation
 from cero_jax.model import ModelConfig, Params
 
 
@@ -38,6 +38,11 @@ class LearnerConfig:
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this global norm."""
     advantage: AdvantageKind = "grpo"
+    """Of a rollout over its group's mean (grpo: over its standard deviation too; dr_grpo), over the mean of the others
+    (rloo), or over what the allocator's posterior expected of its prompt (posterior; posterior_normalised: over the
+    expected standard deviation too): then groups without variance teach too, and min_group may be 1."""
+    least_advantage: float = 1e-3
+    """Rows whose advantage is smaller are left out of the backward computation (posterior, posterior_normalised)."""
     aggregation: Aggregation = "token"
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -112,6 +117,8 @@ class Batch(NamedTuple):
     group_ids: HostOrDevice  # [R] int32, in 0..R-1
     row_mask: HostOrDevice  # [R] bool, False: padding, or masked out
     row_weight: HostOrDevice  # [R] float32, multiplies the row's tokens' weights; 1 unless visit rates are undone
+    alpha: HostOrDevice = None  # [R] float32, with beta: the posterior of the row's prompt before it was drawn;
+    beta: HostOrDevice = None  # [R] float32; None where advantages do not come from it
 
 
 def make_optimizer(config: LearnerConfig) -> optax.GradientTransformation:
@@ -171,7 +178,11 @@ class Advantages(NamedTuple):
 def step_advantages(batch: Batch, config: LearnerConfig) -> Advantages:
     """Advantages and token weights of a step's rows; a row of advantage 0 counts in the weights' denominators."""
     groups = {"group_ids": batch.group_ids, "row_mask": batch.row_mask, "num_groups": batch.reward.shape[0]}
-    advantage = grpo.advantages(batch.reward, kind=config.advantage, **groups)
+    if config.advantage in BY_POSTERIOR:
+        normalised = config.advantage == "posterior_normalised"
+        advantage = grpo.posterior_advantages(batch.reward, batch.alpha, batch.beta, normalised=normalised, **groups)
+    else:
+        advantage = grpo.advantages(batch.reward, kind=config.advantage, **groups)
     weights = grpo.token_weights(token_mask(batch), aggregation=config.aggregation, **groups)
     return Advantages(advantage, weights * batch.row_weight[:, None])
 
@@ -184,9 +195,15 @@ def live_rows(batch: Batch) -> np.ndarray:
     return np.asarray(_has_variance(batch.reward, batch.group_ids, batch.row_mask, num_groups=len(batch.reward)))
 
 
-def rows_with_gradient(batch: Batch, config: LearnerConfig) -> np.ndarray:
-    """[R] bool: the live rows, or, with a KL term, all but padding."""
-    return np.asarray(batch.row_mask) if config.kl_coef else live_rows(batch)
+def rows_with_gradient(batch: Batch, advantages: Advantages, config: LearnerConfig) -> np.ndarray:
+    """[R] bool: the rows that have an advantage, or, with a KL term, all but padding.
+
+    Waits for the advantages: the host plans micro-batches by them.
+    """
+    if config.kl_coef:
+        return np.asarray(batch.row_mask)
+    least = config.least_advantage if config.advantage in BY_POSTERIOR else 0.0
+    return np.abs(np.asarray(advantages.advantage)) > least
 
 
 class Microbatch(NamedTuple):

@@ -18,6 +18,13 @@ from cero_jax.sampler import Rollouts, SamplingBatch
 from cero_jax.verify import Verified
 
 
+class Beliefs(NamedTuple):
+    """What the allocator held of each visit's prompt before it was drawn: Beta(alpha, beta) of its success."""
+
+    alpha: np.ndarray  # [U] float32 > 0
+    beta: np.ndarray  # [U] float32 > 0
+
+
 class ScoredStep(NamedTuple):
     """A step's rollouts with their rewards."""
 
@@ -72,14 +79,15 @@ def score_steps(
     rollouts: Rollouts,
     verified: Verified,
     seconds: float,
+    beliefs: list[Beliefs] | list[None],
     truncated: Literal["wrong", "mask"],
     success_threshold: float,
 ) -> list[ScoredStep]:
     """Each step's share of what was drawn together; the arguments as in `to_batch`."""
     parts = split_steps(rollouts, verified, len(plans[0].row_mask))
     return [
-        to_batch(prompts, plan, *part, seconds / len(plans), truncated, success_threshold)
-        for plan, part in zip(plans, parts, strict=False)  # a batch that was padded has more parts
+        to_batch(prompts, plan, *part, seconds / len(plans), believed, truncated, success_threshold)
+        for plan, believed, part in zip(plans, beliefs, parts, strict=False)  # a padded batch has more parts
     ]
 
 
@@ -97,6 +105,7 @@ def to_batch(
     rollouts: Rollouts,
     verified: Verified,
     seconds: float,
+    beliefs: Beliefs | None,
     truncated: Literal["wrong", "mask"],
     success_threshold: float,
 ) -> ScoredStep:
@@ -105,6 +114,8 @@ def to_batch(
     A truncated rollout has reward 0; under "mask" it counts neither in the loss nor in its group. For the posterior it
     is a failure all the same: a prompt whose completions never end in time would otherwise look untried for ever. A
     rollout whose verification timed out has reward 0 and is no evidence: that says nothing of the policy.
+
+    beliefs: where advantages are taken over them, else None. With them, what is no evidence has no advantage either.
     """
     completions, verdicts, reward = verified
     cut = np.asarray(rollouts.truncated) & plan.row_mask
@@ -115,6 +126,7 @@ def to_batch(
         for chosen in (success, judged)
     )
     prompt_ids = np.maximum(plan.prompt_ids, 0)
+    row_mask = plan.row_mask & ~cut if truncated == "mask" else plan.row_mask
     batch = Batch(
         prompt_tokens=prompts.tokens[prompt_ids],
         prompt_lengths=prompts.lengths[prompt_ids],
@@ -123,8 +135,10 @@ def to_batch(
         log_probs=np.asarray(rollouts.log_probs),
         reward=reward,
         group_ids=plan.group_ids,
-        row_mask=plan.row_mask & ~cut if truncated == "mask" else plan.row_mask,
+        row_mask=row_mask if beliefs is None else row_mask & judged,
         row_weight=np.ones(len(reward), np.float32),
+        alpha=None if beliefs is None else beliefs.alpha[plan.group_ids],
+        beta=None if beliefs is None else beliefs.beta[plan.group_ids],
     )
     return ScoredStep(plan, batch, num_correct, num_evidence, cut, completions, verdicts, seconds)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -17,10 +18,12 @@ from tqdm import tqdm
 
 from cero_jax import lora, memory, sharding
 from cero_jax.allocator.base import AllocateFn, AllocatorState, UpdateFn
+from cero_jax.allocator.posterior import under_fitted_prior
 from cero_jax.checkpoint import Checkpoints, Cursor
 from cero_jax.config import Config, check_saved_as_it_is, to_json
 from cero_jax.data import Task, epoch_order, prompts_hash
 from cero_jax.evaluation import evaluate, scores_table
+from cero_jax.grpo import BY_POSTERIOR
 from cero_jax.huggingface import weights
 from cero_jax.huggingface.families import read_config
 from cero_jax.huggingface.tokenizer import FolderTokenizer
@@ -29,7 +32,7 @@ from cero_jax.metrics import MetricsWriter, Progress
 from cero_jax.model import Dtype, Params, init_params
 from cero_jax.packing import StepPlan, plan
 from cero_jax.report.picture import draw_report
-from cero_jax.rollout import ScoredStep, step_samples
+from cero_jax.rollout import Beliefs, ScoredStep, step_samples
 from cero_jax.run_directory import check_resumable, open_run_dir, write_settings
 from cero_jax.sampler import Sampler, make_sampler
 from cero_jax.warm_start import warm_start
@@ -54,6 +57,7 @@ class Run(NamedTuple):
     learner: Learner
     allocate: AllocateFn  # jitted, as are `update` and all of the learner
     update: UpdateFn
+    believe: Callable  # jitted: (AllocatorState, prompt_ids [U]) -> alpha, beta [U], under the prior fitted to all
     fixed: Fixed
     checkpoints: Checkpoints
     metrics: MetricsWriter
@@ -72,6 +76,13 @@ class Run(NamedTuple):
             rows_per_step=self.config.learner.rows_per_step,
             min_group=self.config.allocator.min_group,
         )
+
+    def beliefs(self, state: State, plans: list[StepPlan]) -> list[Beliefs] | list[None]:
+        """What is held of each step's prompts before they are drawn, where advantages are taken over that."""
+        if self.config.learner.advantage not in BY_POSTERIOR:
+            return [None] * len(plans)
+        # Read from the device, a few numbers a visit: the rows are laid out on the host.
+        return [Beliefs(*jax.device_get(self.believe(state.allocator, plan.visit_ids))) for plan in plans]
 
     def log(self, kind: str, cursor: Cursor, metrics: dict, seconds: dict) -> None:
         """Write a row of metrics, with where in the run it was taken."""
@@ -253,6 +264,7 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         allocate=jax.jit(allocator.allocate, out_shardings=everywhere),
         # Every rollout of an epoch is drawn: release=False keeps the rest of a group cut over two steps reserved.
         update=jax.jit(partial(allocator.update, release=False), out_shardings=everywhere),
+        believe=jax.jit(partial(believe, prior=config.allocator.prior), out_shardings=everywhere),
         fixed=Fixed(frozen, ref_params),
         checkpoints=checkpoints,
         metrics=MetricsWriter(directory, position=cursor.metrics_position),
@@ -266,6 +278,13 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     if cursor.finished:
         print(f"{directory} has spent its budget; to go on, give a larger allocator.total_budget and --extend=True")
     return run, state, cursor
+
+
+def believe(allocator: AllocatorState, prompt_ids: Array, prior: tuple[float, float]) -> tuple[Array, Array]:
+    """The posterior of these prompts' success, alpha and beta [U], under the prior fitted to the population."""
+    alpha, beta = under_fitted_prior(allocator.alpha, allocator.beta, prior)
+    ids = jnp.maximum(prompt_ids, 0)  # an unused visit reads prompt 0, and no row looks at it
+    return alpha[ids], beta[ids]
 
 
 def memory_needed(config: Config, task: Task, mesh: Mesh) -> str:

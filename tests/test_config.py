@@ -44,6 +44,11 @@ def with_allocator(**changes):
         (with_allocator(num_epochs=0), r"allocator.num_epochs=0 must be at least 1"),
         ({"success_threshold": 2.0}, r"success_threshold=2.0 must lie in"),
         ({"task": Dataset(path="nowhere.jsonl")}, r"nowhere.jsonl"),
+        (with_allocator(min_group=1), r"min_group=1"),
+        (
+            {"dynamic_sampling": True, "learner": LearnerConfig(rows_per_step=16, advantage="posterior")},
+            "which teach under learner.advantage=posterior",
+        ),
         (
             {"dynamic_sampling": True, "learner": LearnerConfig(rows_per_step=16, steps_per_batch=2)},
             "needs learner.steps_per_batch=1",

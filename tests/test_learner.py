@@ -180,7 +180,7 @@ def test_microbatches_add_up_to_the_gradient_of_the_whole_step(size):
     # of fewer rows, the dead left out
     assert float(metrics["clip_share"]) >= float(sums["clip_share"] / sums["weight"])
     order = np.random.default_rng(0).permutation(ROWS)
-    shuffled = Batch(*(x[order] for x in batch))
+    shuffled = jax.tree.map(lambda x: x[order], batch)
     assert_same(accumulated_gradient(PLAIN, shuffled, live_in(shuffled), rows_per_microbatch=size)[0], whole)
     # and leaving out a live one would be seen
     short = live_in(batch) & (np.arange(ROWS) != 2)
@@ -276,10 +276,32 @@ def test_steps_equal_adam_by_hand_whatever_was_left_out_and_compile_at_the_first
 def test_with_a_kl_term_no_row_is_left_out():
     """All but padding have a gradient, live or not; without it the live ones."""
     batch = make_batch()
-    np.testing.assert_array_equal(rows_with_gradient(batch, WITH_KL), batch.row_mask)
-    np.testing.assert_array_equal(rows_with_gradient(batch, PLAIN), live_in(batch))
-    got, _ = accumulated_gradient(WITH_KL, batch, rows_with_gradient(batch, WITH_KL), ref=params(1))
+    rows = rows_with_gradient(batch, step_advantages(batch, WITH_KL), WITH_KL)
+    np.testing.assert_array_equal(rows, batch.row_mask)
+    np.testing.assert_array_equal(rows_with_gradient(batch, step_advantages(batch, PLAIN), PLAIN), live_in(batch))
+    got, _ = accumulated_gradient(WITH_KL, batch, rows, ref=params(1))
     assert_same(got, gradient_of(WITH_KL, batch, ref=params(1)))
+
+
+def by_posterior(**changes):
+    """Every group alike believed to succeed nine times of ten: none is dead."""
+    nine = np.full(ROWS, 9.0, np.float32)
+    return make_batch()._replace(alpha=nine, beta=np.ones(ROWS, np.float32), **changes)
+
+
+@pytest.mark.parametrize("kind", ["posterior", "posterior_normalised"])
+def test_a_step_by_the_posterior_s_advantages_is_the_gradient_of_the_whole(kind):
+    """Groups without variance are among its rows; those of a tiny advantage are not."""
+    config = dataclasses.replace(PLAIN, advantage=kind)
+    batch = by_posterior()
+    of_rows = step_advantages(batch, config)
+    rows = rows_with_gradient(batch, of_rows, config)
+    np.testing.assert_array_equal(rows, batch.row_mask)
+    assert_same(accumulated_gradient(config, batch, rows)[0], gradient_of(config, batch))
+    # Three failures that were all but certain have next to no gradient, and are left out.
+    sure = batch._replace(reward=np.zeros(ROWS, np.float32), alpha=np.full(ROWS, 1e-4, np.float32))
+    left = rows_with_gradient(sure, step_advantages(sure, config), config)
+    assert not left.any() if kind == "posterior" else left.sum() < 8
 
 
 # --- settings ---

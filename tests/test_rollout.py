@@ -14,6 +14,7 @@ from cero_jax.learner import Batch, live_rows
 from cero_jax.packing import plan
 from cero_jax.rewards import TIMED_OUT, Verdict
 from cero_jax.rollout import (
+    Beliefs,
     observed_tokens,
     sampling_batch,
     score_steps,
@@ -60,11 +61,10 @@ REWARD = {"a": 1.0, "b": 0.5, "c": 0.49, "x": 0.0, "aab": 1.0}
 ROLLOUTS = make_rollouts(TEXTS, cut=(3,))
 
 
-def scored_by(verifier, truncated="wrong", threshold=0.5):
+def scored_by(verifier, truncated="wrong", threshold=0.5, beliefs=None):
     task, rows = make_task(verifier), make_rows()
     verified = verify(task, task.train, rows.prompt_ids, ROLLOUTS, rows.row_mask)
-    rules = {"truncated": truncated, "success_threshold": threshold}
-    (step,) = score_steps(task.train, [rows], ROLLOUTS, verified, 0.0, **rules)
+    (step,) = score_steps(task.train, [rows], ROLLOUTS, verified, 0.0, [beliefs], truncated, threshold)
     return step
 
 
@@ -198,6 +198,19 @@ def test_a_verification_that_timed_out_is_charged_and_no_evidence():
     assert int(state.ledger.spent) == 7
 
 
+def test_each_row_has_what_was_believed_of_its_prompt_and_what_is_no_evidence_has_no_advantage():
+    beliefs = Beliefs(np.float32([3, 0.5]), np.float32([1, 6]))  # of prompt 2, then of prompt 0
+    slow = lambda q, c, a: Verdict(0.0, TIMED_OUT) if (q, c) == ("cab", "b") else REWARD[c]  # noqa: E731
+    step = scored_by(slow, beliefs=beliefs)
+    np.testing.assert_array_equal(step.batch.alpha[:7], [3, 3, 3, 3, 0.5, 0.5, 0.5])
+    np.testing.assert_array_equal(step.batch.beta[:7], [1, 1, 1, 1, 6, 6, 6])
+    np.testing.assert_array_equal(step.batch.row_mask, [1, 0, 1, 1, 1, 1, 1, 0])
+    np.testing.assert_array_equal(step.num_evidence, [3, 3])
+    without = scored_by(slow)
+    assert without.batch.alpha is without.batch.beta is None
+    np.testing.assert_array_equal(without.batch.row_mask, [1, 1, 1, 1, 1, 1, 1, 0])
+
+
 def test_one_sample_of_each_visit_is_kept_to_read():
     samples = step_samples(scored())
     assert [(each["prompt_id"], each["completion"], each["status"]) for each in samples] == [
@@ -304,7 +317,7 @@ def test_packed_steps_hold_whole_live_groups_with_the_advantages_they_had(seed):
         batch, row = sources[int(packed.lengths[place])]
         for name in ("prompt_tokens", "prompt_lengths", "tokens", "log_probs", "reward", "row_weight"):
             np.testing.assert_array_equal(getattr(packed, name)[place], getattr(batch, name)[row])
-    for got, given in zip(packed, batches[0], strict=True):
+    for got, given in zip(jax.tree.leaves(packed), jax.tree.leaves(batches[0]), strict=True):
         assert (got.shape, got.dtype) == (given.shape, given.dtype)
 
 

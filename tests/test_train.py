@@ -42,6 +42,8 @@ def settled(config) -> AllocatorState:
         {"dynamic_sampling": True, "allocator.name": "uniform"},
         {"learner.steps_per_batch": 2, "learner.kl_coef": 0.1, "truncated": "mask"},
         {"learner.advantage": "rloo", "learner.aggregation": "sequence", "learner.undo_visit_rate": True},
+        {"learner.advantage": "posterior", "learner.steps_per_batch": 2},
+        {"learner.advantage": "posterior_normalised", "learner.kl_coef": 0.1},
     ],
     ids=lambda changes: ",".join(changes),
 )

@@ -19,7 +19,7 @@ from cero_jax.allocator.build import build_allocator
 from cero_jax.allocator.checks import known
 from cero_jax.allocator.defaults import DISCOUNT, EXPLORE, MAX_GROUP, MIN_GROUP, PRIOR, UTILITY
 from cero_jax.allocator.dual import LEAST_VARIANCE, shares_at_budget, water_fill
-from cero_jax.allocator.posterior import expected_variance, fitted_prior
+from cero_jax.allocator.posterior import expected_variance, under_fitted_prior
 from cero_jax.allocator.utility import check_tau, saturation, utility_family
 
 STALE_EVIDENCE = 10.0  # rollouts of decayed evidence under which `explore` may visit a prompt
@@ -82,7 +82,8 @@ def cero(
         del key
         alpha, beta = candidates.alpha, candidates.beta
         if fit_prior:
-            alpha, beta = _under_fitted_prior(state, candidates, prior)
+            fitted = under_fitted_prior(state.alpha, state.beta, prior)
+            alpha, beta = (candidates.take(x) for x in fitted)
         log_value = jnp.log(jnp.maximum(expected_variance(alpha, beta), LEAST_VARIANCE))
         if candidates.cost is not None:
             log_value = log_value - jnp.log(candidates.cost)
@@ -111,13 +112,6 @@ def cero(
         discount=discount,
         expected_tokens=expected_tokens,
     )
-
-
-def _under_fitted_prior(state: AllocatorState, candidates: Candidates, prior) -> tuple[Array, Array]:
-    """The alpha and beta [P] with the population's prior in the place of the given one; the state keeps that."""
-    a0, b0 = (jnp.asarray(x, jnp.float32) for x in prior)
-    a, b = fitted_prior(state.alpha - a0, state.beta - b0, prior)
-    return jnp.maximum(candidates.alpha - a0, 0) + a, jnp.maximum(candidates.beta - b0, 0) + b
 
 
 def _stale_groups(evidence: Array, candidates: Candidates, amount: Array, min_group: int) -> Array:

@@ -52,6 +52,16 @@ def forget(evidence: Array, prior, keep: Array) -> Array:
     return prior + keep * (evidence - prior)
 
 
+def under_fitted_prior(alpha: Array, beta: Array, prior) -> tuple[Array, Array]:
+    """Each prompt's alpha and beta [N] with the prior fitted to the population in the place of the given one.
+
+    alpha, beta: [N] float32, `prior` + decayed evidence. prior: two scalars.
+    """
+    a0, b0 = (jnp.asarray(x, jnp.float32) for x in prior)
+    a, b = fitted_prior(alpha - a0, beta - b0, prior)
+    return jnp.maximum(alpha - a0, 0) + a, jnp.maximum(beta - b0, 0) + b
+
+
 def fitted_prior(successes: Array, failures: Array, prior) -> tuple[Array, Array]:
     """The population's Beta prior by maximum marginal likelihood, given what has been seen so far.
 
