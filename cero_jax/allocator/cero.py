@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from cero_jax.allocator.base import Allocator, AllocatorState, Candidates
 from cero_jax.allocator.build import build_allocator
 from cero_jax.allocator.checks import known
-from cero_jax.allocator.defaults import DISCOUNT, EXPLORE, MAX_GROUP, MIN_GROUP, PRIOR, UTILITY
+from cero_jax.allocator.defaults import DISCOUNT, EXPLORE, MAX_GROUP, MIN_GROUP, MULTIPLE_OF, PRIOR, UTILITY
 from cero_jax.allocator.dual import LEAST_VARIANCE, shares_at_budget, water_fill
 from cero_jax.allocator.posterior import expected_variance, fitted_prior
 from cero_jax.allocator.utility import check_tau, saturation, utility_family
@@ -31,6 +31,7 @@ def cero(
     num_epochs: int,
     min_group: int = MIN_GROUP,
     max_group: int = MAX_GROUP,
+    multiple_of: int = MULTIPLE_OF,
     tau: ArrayLike | None = None,
     prior: tuple[ArrayLike, ArrayLike] = PRIOR,
     discount: ArrayLike = DISCOUNT,
@@ -48,8 +49,9 @@ def cero(
     Args:
         total_budget: rollouts of the whole run, below 2^31, may be traced; tokens where expected_tokens is given.
         num_epochs: calls of `allocate` that the budget is cut into: each may be a pass over the data, or a few steps.
-        min_group: rollouts of the smallest group that is drawn at all, at least 2; a smaller share is drawn by chance.
+        min_group: rollouts of the smallest group that is drawn at all, at least 1; a smaller share is drawn by chance.
         max_group: rollouts of the largest group.
+        multiple_of: divides every group's rollouts, and so must divide min_group and max_group.
         tau: rollouts at which a prompt's utility saturates, may be traced. None: total_budget / N.
         prior: Beta(alpha, beta) of a prompt's success probability: two numbers, or two arrays [N].
         discount: share of the evidence kept over a pass of 8 N rollouts, in (0, 1]; may be traced.
@@ -107,6 +109,7 @@ def cero(
         num_epochs=num_epochs,
         min_group=min_group,
         max_group=max_group,
+        multiple_of=multiple_of,
         prior=prior,
         discount=discount,
         expected_tokens=expected_tokens,
