@@ -111,7 +111,7 @@ def cero_dual(
         duals: Duals = state.rule_state
         started = duals.price >= 0
         order = jnp.where(started, duals.order, jax.random.bits(key, dtype=jnp.uint32))
-        nu = jnp.where(started, duals.price, FIRST_PRICE)
+        nu = jnp.where(started, duals.price, jnp.float32(FIRST_PRICE))
 
         exposure = saturation(state, None) / g  # R = B / M
         b = exposure * state.alpha.shape[0] / rounds  # b = B / K
@@ -135,7 +135,7 @@ def cero_dual(
         paid = jnp.minimum((limit // group_size).astype(jnp.int32), room)
         executed = jax.lax.cond(paid < room, lambda: highest_first(vartheta, ties, admitted, paid), lambda: chosen)
 
-        virtual = jnp.where(chosen, nmax, 0.0)
+        virtual = jnp.where(chosen, jnp.float32(nmax), 0)
         duals = Duals(
             slope=candidates.put(duals.slope, vartheta),
             virtual=candidates.put(duals.virtual, virtual),

@@ -100,7 +100,7 @@ def variance(
     Args:
         total_budget: rollouts of the whole run, below 2^31, may be traced; tokens where expected_tokens is given.
         num_epochs: calls of `allocate` that the budget is cut into: each may be a pass over the data, or a few steps.
-        min_group: rollouts of the smallest group that is drawn at all, at least 1.
+        min_group: rollouts of the smallest group that is drawn at all, at least 2.
         max_group: rollouts of the largest group.
         multiple_of: divides every group's rollouts, and so must divide min_group and max_group.
         group_size: rollouts of a group on average, within [min_group, max_group].
@@ -117,6 +117,10 @@ def variance(
     """
     if advantage not in ("rloo", "dr_grpo"):
         raise ValueError(f"advantage={advantage!r} is neither 'rloo' nor 'dr_grpo'")
+    if min_group < 2:
+        raise ValueError(
+            f"min_group={min_group} must be at least 2: a group of one has no baseline, so no variance here"
+        )
     sizes = np.arange(min_group, max_group, dtype=np.float64)  # n, of a gain n -> n + 1
     gains = (sizes - 1) / sizes**2 - sizes / (sizes + 1) ** 2
     rising = jnp.asarray(np.sort(-gains), jnp.float32)
