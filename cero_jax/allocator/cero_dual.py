@@ -33,7 +33,7 @@ from jax.typing import ArrayLike
 
 from cero_jax.allocator.base import Allocator, AllocatorState, Candidates
 from cero_jax.allocator.build import build_allocator
-from cero_jax.allocator.checks import known
+from cero_jax.allocator.checks import check_settings, known
 from cero_jax.allocator.defaults import GROUP_SIZE, MAX_GROUP, MIN_GROUP, MULTIPLE_OF
 from cero_jax.allocator.posterior import expected_variance
 from cero_jax.allocator.selection import GREATEST, first_in_order, scattered
@@ -103,7 +103,9 @@ def cero_dual(
     Raises:
         ValueError: a setting that is known now is out of its range.
     """
-    _check(group_size, units_per_group, capacity, lam, gamma, min_group, max_group, multiple_of)
+    sizes = min_group, max_group, multiple_of
+    check_settings(total_budget, num_epochs, *sizes, prior, discount, expected_tokens)
+    _check(group_size, units_per_group, capacity, lam, gamma, *sizes)
     nmax, g, rounds = float(units_per_group), group_size // units_per_group, float(num_epochs)
     lam, step = (jnp.asarray(x, jnp.float32) for x in (lam, rounds**-0.5 if gamma is None else gamma))
 
@@ -204,11 +206,8 @@ def _check(group_size, units_per_group, capacity, lam, gamma, min_group, max_gro
     """Raises ValueError, naming the values, on settings that are known to be wrong and that no other allocator has."""
     if not min_group <= group_size <= max_group:
         raise ValueError(f"group_size={group_size} must lie in min_group={min_group}..max_group={max_group}")
-    if multiple_of < 1 or any(size % multiple_of for size in (group_size, min_group, max_group)):
-        raise ValueError(
-            f"multiple_of={multiple_of} must divide group_size={group_size}, min_group={min_group} and "
-            f"max_group={max_group}"
-        )
+    if group_size % multiple_of:
+        raise ValueError(f"multiple_of={multiple_of} must divide group_size={group_size}")
     if units_per_group < 1 or group_size % units_per_group:
         raise ValueError(f"units_per_group={units_per_group} must divide group_size={group_size}")
     if capacity is not None and (capacity < units_per_group or capacity % units_per_group):
