@@ -59,8 +59,15 @@ def greedy(*, total_budget, num_epochs, prior=(1.0, 1.0), lam=1.0) -> Allocator:
         ties = scattered(jnp.arange(len(gain)), jnp.uint32(7))
         return jnp.where(highest_first(gain, ties, candidates.valid, budget // GROUP), float(GROUP), 0.0), state
 
-    sizes = {"total_budget": total_budget, "num_epochs": num_epochs}
-    return cero_jax.build_allocator(rule, **sizes, **ONE_SIZE, prior=prior, discount=1.0)
+    return cero_jax.build_allocator(
+        rule,
+        total_budget=total_budget,
+        num_epochs=num_epochs,
+        min_group=GROUP,
+        max_group=GROUP,
+        prior=prior,
+        discount=1.0,
+    )
 
 
 ARMS = {

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
         variance,
     )
 
-__version__ = "0.1.0"
-
 __all__ = [
     "Allocator",
     "AllocatorState",

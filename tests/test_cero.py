@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
 
 def fixed_run(num_epochs, utility, num_prompts=300):
-    """(utility, optimum) of `cero` with v known and constant, tau = 8K, groups of 2 to 32, 8 rollouts a prompt an epoch."""
+    """(utility, optimum) of `cero`, v known and constant, tau = 8K, groups of 2 to 32, 8 rollouts a prompt an epoch."""
     p = np.clip(np.random.default_rng(0).beta(0.5, 0.5, num_prompts), 1e-6, 1 - 1e-6)
     alpha, beta = jnp.float32(1e6 * p), jnp.float32(1e6 * (1 - p))
     total, tau = 8 * num_prompts * num_epochs, 8.0 * num_epochs

@@ -69,7 +69,8 @@ def test_each_utility_is_its_first_slope_times_its_scale_times_the_curve(name):
     scale = jnp.broadcast_to(scale, v.shape)
     slope = jnp.exp(log_slope) / tau
     value = (slope * scale)[:, None] * family.value(x[None, :] / scale[:, None])
-    np.testing.assert_allclose(value, U[name](np.asarray(v)[:, None], np.asarray(x)[None, :], 30.0), rtol=1e-5)
+    exact = U[name](np.asarray(v, float)[:, None], np.asarray(x, float)[None, :], 30.0)
+    np.testing.assert_allclose(value, exact, rtol=1e-5)
     numeric = (U[name](np.asarray(v, float), 1e-6, 30.0) - U[name](np.asarray(v, float), 0.0, 30.0)) / 1e-6
     np.testing.assert_allclose(slope, numeric, rtol=1e-4)
 
