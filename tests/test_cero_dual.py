@@ -307,3 +307,50 @@ def test_the_theorems_would_fail_with_a_step_turned_round(monkeypatch):
     slope = published.step_slope
     monkeypatch.setattr(published, "step_slope", lambda x, *rest: jnp.clip(2 * x - slope(x, *rest), 0, 1))
     assert excess_over_theorem_1(300, **SETTINGS[2]).max() > 0.01
+
+
+def test_a_named_budget_and_the_end_of_the_run_cut_the_lowest_slopes_first():
+    allocator = cero_jax.cero_dual(total_budget=8 * 30, num_epochs=2)
+    state = allocator.init(20)._replace(alpha=jnp.linspace(1, 20, 20), beta=jnp.linspace(2, 21, 20))  # q rises
+    whole, after = allocator.allocate(state)
+    assert int(whole.sum()) == 8 * 16  # C: 3 % above 15 groups, rounded up
+    np.testing.assert_array_equal(np.flatnonzero(whole), np.arange(4, 20))
+    cut, cut_after = allocator.allocate(state, budget=30)
+    np.testing.assert_array_equal(np.flatnonzero(cut), [17, 18, 19])
+    np.testing.assert_array_equal(after.rule_state.virtual, cut_after.rule_state.virtual)  # which does not see the cut
+    rest, _ = allocator.allocate(state._replace(ledger=state.ledger._replace(spent=jnp.int32(8 * 30 - 19))))
+    np.testing.assert_array_equal(np.flatnonzero(rest), [18, 19])
+
+
+def test_a_stream_of_batches_follows_the_even_pace_and_tokens_buy_groups():
+    num_prompts, epochs = 60, 40
+    for tokens in (None, 50):
+        total = 8 * 30 * epochs
+        allocator = cero_jax.cero_dual(
+            total_budget=total * (tokens or 1), num_epochs=epochs, prior=(0.5, 0.5), expected_tokens=tokens
+        )
+        state, rng = allocator.init(num_prompts), np.random.default_rng(0)
+        for _ in range(epochs):
+            for ids in np.split(rng.permutation(num_prompts).astype(np.int32), 3):
+                n, state = allocator.allocate(state, ids)
+                n = np.asarray(n)
+                assert set(n) <= {0, 8}
+                paid = {} if tokens is None else {"num_tokens": n * tokens}
+                state = allocator.update(state, n, rng.binomial(n, 0.4).astype(np.int32), prompt_ids=ids, **paid)
+        assert 0.8 * total <= int(state.ledger.spent) <= total
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"group_size": 3}, "group_size=3 must lie in min_group=4"),
+        ({"units_per_group": 3}, "units_per_group=3 must divide group_size=8"),
+        ({"capacity": 3}, "capacity=3 units a round must be a positive multiple of units_per_group=2"),
+        ({"group_size": 10, "multiple_of": 4}, "multiple_of=4 must divide group_size=10"),
+        ({"lam": 0.0}, "lam=0.0"),
+        ({"gamma": -1.0}, "gamma=-1.0"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        cero_jax.cero_dual(**{"total_budget": 800, "num_epochs": 4, **wrong})
