@@ -18,8 +18,9 @@ verdicts. Those are known when the next round is allocated, so that is where a r
 
 How it lies under the shared contract: the algorithm chooses, and never sorts: the order of the slopes is the order of
 their bits, and the last one admitted is found by bisection, 62 reads of M numbers (at 10^6 a fifteenth of a sort's time
-on a CPU); ties go by one fixed random order. A batch of P prompts (prompt_ids) is a round in small: b is the batch's budget, C in the same proportion. A budget named
-for all prompts only cuts the executed allocation. A budget in tokens is what it buys at the mean cost of a rollout.
+on a CPU); ties go by one fixed random order. A batch of P prompts (prompt_ids) is a round in small: b is the batch's
+budget, C in the same proportion. A budget named for all prompts only cuts the executed allocation. A budget in tokens
+is what it buys at the mean cost of a rollout.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def known(*values) -> list[float]:
 def check_settings(total_budget, num_epochs, min_group, max_group, multiple_of, prior, discount, expected_tokens):
     """Raises ValueError, naming the values, on settings of an allocator that are known to be wrong."""
     if not 1 <= min_group <= max_group:
-        raise ValueError(f"min_group={min_group} must lie in 1..max_group={max_group}: name the smallest group first")
+        raise ValueError(f"min_group={min_group} must lie in 1..max_group={max_group}: lower it, or raise the other")
     if multiple_of < 1 or min_group % multiple_of or max_group % multiple_of:
         raise ValueError(
             f"multiple_of={multiple_of} must divide min_group={min_group} and max_group={max_group}: groups are its "
