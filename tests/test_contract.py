@@ -33,10 +33,11 @@ def make(request):
     return request.param
 
 
-def check_groups(n, min_group=4, max_group=32):
+def check_groups(n, min_group=4, max_group=32, multiple_of=1):
     n = np.asarray(n)
     assert n.dtype == np.int32
     assert np.all((n == 0) | ((n >= min_group) & (n <= max_group)))
+    assert not np.any(n % multiple_of)
 
 
 def check_ledger(state, total=BUDGET):
@@ -70,8 +71,14 @@ def test_a_run_spends_the_budget_to_the_rollout_in_epochs_shorter_than_a_pass(ma
     assert allocate._cache_size() == update._cache_size() == 1
 
 
+def small_groups(make, **settings):
+    """An allocator that can hand out any multiple of 4; the published one has groups of one size."""
+    own = {"group_size": 4} if make is cero_jax.cero_dual else {}
+    return make(**settings, **own)
+
+
 def test_two_batches_in_flight_cannot_overspend(make):
-    allocator = make(total_budget=100, num_epochs=1)
+    allocator = small_groups(make, total_budget=100, num_epochs=1)
     state = allocator.init(PROMPTS)
     first, state = allocator.allocate(state, jnp.arange(30), budget=80)
     second, state = allocator.allocate(state, jnp.arange(30, 60), budget=80)
@@ -101,7 +108,7 @@ def test_a_group_cut_over_two_steps_settles_in_two_parts(make):
 
 
 def test_rows_that_are_no_evidence_are_charged_and_left_out_of_the_posterior(make):
-    allocator = make(total_budget=100, num_epochs=1, discount=1.0)
+    allocator = make(total_budget=100, num_epochs=1, discount=1.0, prior=(0.5, 0.5))
     counts = {"num_rollouts": jnp.array([8]), "num_correct": jnp.array([3]), "num_evidence": jnp.array([5])}
     state = allocator.update(allocator.init(4), prompt_ids=jnp.array([2]), **counts)
     np.testing.assert_allclose(state.alpha, [0.5, 0.5, 3.5, 0.5])
@@ -137,6 +144,51 @@ def test_shares_of_a_stream_of_batches_sum_to_an_epochs_budget(make):
     assert allocate._cache_size() == 1
 
 
+@pytest.mark.parametrize("multiple_of", [2, 4])
+def test_groups_are_multiples_and_a_run_loses_nothing_by_it(make, multiple_of):
+    total, epochs = 3001, 23  # epochs of 130.5 rollouts
+    allocator = make(total_budget=total, num_epochs=epochs, min_group=4, max_group=16, multiple_of=multiple_of)
+    state, sums = allocator.init(PROMPTS), []
+    for _ in range(epochs + 1):
+        n, state = allocator.allocate(state)
+        check_groups(n, 4, 16, multiple_of)
+        sums.append(int(n.sum()))
+        state = allocator.update(state, n, n // 3)
+        check_ledger(state, total)
+    if make in SPEND_ALL:
+        assert sums[-1] == 0
+        assert np.all(np.abs(np.array(sums[:-1]) - total / epochs) < multiple_of)
+        assert sum(sums) == total - total % multiple_of
+    state = allocator.init(PROMPTS)
+    for start in range(0, multiple_of * PROMPTS, 20):  # a stream of batches: a whole number of each comes round
+        n, state = allocator.allocate(state, np.arange(start, start + 20) % PROMPTS)
+        check_groups(n, 4, 16, multiple_of)
+    assert make not in SPEND_ALL or int(state.ledger.reserved) == multiple_of * (total // epochs)
+
+
+@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize(("total", "epochs"), [(1600, 16), (3333, 70), (64, 16)])
+def test_groups_of_one_size_lose_nothing_and_need_no_more_epochs(make, group, total, epochs):
+    if make is cero_jax.variance and group == 1:
+        with pytest.raises(ValueError, match="min_group=1 must be at least 2"):
+            make(total_budget=total, num_epochs=epochs, min_group=group, max_group=group, group_size=group)
+        return
+    own = {} if make in (GREEDY, cero_jax.cero) else {"group_size": group}
+    own |= {"units_per_group": 1} if make is cero_jax.cero_dual else {}
+    allocator = make(total_budget=total, num_epochs=epochs, min_group=group, max_group=group, **own)
+    num_prompts = 100
+    state, sums = allocator.init(num_prompts), []
+    for _ in range(epochs):
+        n, state = allocator.allocate(state)
+        check_groups(n, group, group)
+        sums.append(int(n.sum()))
+        state = allocator.update(state, n, n // 3)
+    if make in SPEND_ALL:
+        assert int(state.ledger.left) == total % group
+        assert max(sums) - min(sums) <= group
+        assert not allocator.allocate(state)[0].any()
+
+
 def test_structure_is_stable_under_cond_scan_vmap_and_eval_shape(make):
     def run(total_budget, seed):
         allocator = make(total_budget=total_budget, num_epochs=5)
@@ -170,8 +222,10 @@ def test_jit_equals_eager(make):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"min_group": 1}, "min_group=1"),
+        ({"min_group": 0}, "min_group=0"),
         ({"min_group": 9, "max_group": 8}, "max_group=8"),
+        ({"multiple_of": 3}, "multiple_of=3 must divide"),
+        ({"multiple_of": 0}, "multiple_of=0"),
         ({"num_epochs": 0}, "num_epochs=0"),
         ({"total_budget": 2**31}, "2147483648"),
         ({"prior": (0.0, 1.0)}, r"prior=\(0.0, 1.0\)"),

@@ -12,24 +12,25 @@ from hypothesis import strategies as st
 from cero_jax.allocator.rounding import feasible_budget, whole_groups
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
-BOUNDS = [(2, 32), (4, 9), (4, 4)]
+BOUNDS = [(2, 32, 1), (4, 9, 1), (4, 4, 1), (1, 8, 1), (1, 1, 1), (4, 32, 4), (8, 8, 8), (4, 10, 2)]
 
 
-def reachable(num_prompts: int, low: int, high: int) -> set[int]:
-    """Every sum of num_prompts sizes that are 0 or in [low, high], by brute force."""
+def reachable(num_prompts: int, low: int, high: int, step: int) -> set[int]:
+    """Every sum of num_prompts sizes that are 0 or multiples of step in [low, high], by brute force."""
     sums = {0}
     for _ in range(num_prompts):
-        sums |= {s + n for s in sums for n in range(low, high + 1)}
+        sums |= {s + n for s in sums for n in range(low, high + 1, step)}
     return sums
 
 
-@pytest.mark.parametrize(("low", "high"), [(2, 32), (4, 9), (4, 4), (5, 7), (20, 32)])
-def test_the_feasible_budget_is_the_largest_reachable_sum(low, high):
+@pytest.mark.parametrize(("low", "high", "step"), [*BOUNDS, (5, 7, 1), (20, 32, 1), (20, 32, 4), (9, 15, 3)])
+def test_the_feasible_budget_is_the_largest_reachable_sum(low, high, step):
+    sizes = {"min_group": low, "max_group": high, "multiple_of": step}
+    budgets = np.arange(3 * high + 5)
     for num_prompts in (0, 1, 2, 3):
-        sums = reachable(num_prompts, low, high)
-        for budget in range(3 * high + 5):
-            found = int(feasible_budget(jnp.int32(budget), jnp.int32(num_prompts), min_group=low, max_group=high))
-            assert found == max(s for s in sums if s <= budget)
+        sums = reachable(num_prompts, low, high, step)
+        found = feasible_budget(jnp.asarray(budgets), jnp.int32(num_prompts), **sizes)
+        np.testing.assert_array_equal(found, [max(s for s in sums if s <= budget) for budget in budgets])
 
 
 def test_the_feasible_budget_does_not_overflow():
@@ -37,21 +38,23 @@ def test_the_feasible_budget_does_not_overflow():
 
 
 @functools.cache
-def draw(low, high):
+def draw(low, high, step):
     """The feasible budget and the groups, compiled once for each length."""
+    sizes = {"min_group": low, "max_group": high, "multiple_of": step}
 
     def both(seed, shares, valid, budget):
-        budget = feasible_budget(budget, jnp.sum(valid, dtype=jnp.int32), min_group=low, max_group=high)
-        key = jax.random.key(seed)
-        return budget, whole_groups(key, shares, valid, budget, min_group=low, max_group=high)
+        budget = feasible_budget(budget, jnp.sum(valid, dtype=jnp.int32), **sizes)
+        return budget, whole_groups(jax.random.key(seed), shares, valid, budget, **sizes)
 
     return jax.jit(both)
 
 
-@pytest.mark.parametrize(("low", "high"), BOUNDS)
-@settings(max_examples=700, deadline=None, derandomize=True)
+@pytest.mark.parametrize(("low", "high", "step"), BOUNDS)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(st.sampled_from([1, 7, 40]), st.integers(0, 2**31 - 1), st.sampled_from([0.0, 0.3, 1.0, 3.0]), st.booleans())
-def test_groups_are_within_bounds_and_sum_to_the_closest_feasible_budget(low, high, num_prompts, seed, spread, fitting):
+def test_groups_are_within_bounds_and_sum_to_the_closest_feasible_budget(
+    low, high, step, num_prompts, seed, spread, fitting
+):
     rng = np.random.default_rng(seed)
     shares = np.clip(rng.exponential(1.0, num_prompts) ** spread * rng.choice([0.5, 4, 20]), 0, high)
     shares[rng.random(num_prompts) < rng.choice([0, 0.5, 1])] = 0
@@ -59,10 +62,10 @@ def test_groups_are_within_bounds_and_sum_to_the_closest_feasible_budget(low, hi
     shares = np.where(valid, shares, 0)
     # mostly the budget that the shares sum to, as in use; else anything, however far off
     budget = int(shares.sum()) if fitting else int(rng.integers(0, 2 * high * num_prompts))
-    wanted, n = draw(low, high)(np.uint32(seed), np.float32(shares), valid, np.int32(budget))
+    wanted, n = draw(low, high, step)(np.uint32(seed), np.float32(shares), valid, np.int32(budget))
     n = np.asarray(n)
     assert n.sum() == wanted <= budget
-    assert np.all((n == 0) | ((n >= low) & (n <= high)))
+    assert np.all((n == 0) | ((n >= low) & (n <= high) & (n % step == 0)))
     assert not n[~valid].any()
 
 

@@ -54,8 +54,9 @@ class AllocateFn(Protocol):
     def __call__(
         self, state: AllocatorState, prompt_ids: ArrayLike | None = None, budget: ArrayLike | None = None
     ) -> tuple[Array, AllocatorState]:
-        """How many rollouts each prompt gets now: 0, or a group in [min_group, max_group]. Reserves them.
+        """How many rollouts each prompt gets now: 0, or a group in [min_group, max_group], a multiple of multiple_of.
 
+        Reserves them.
         Compiled already; composes with jit, vmap and scan. The sum is exact where it is feasible, otherwise the closest
         feasible one below, and the rest is not lost. For all N with budget None, all zeros end the run.
 
@@ -128,6 +129,9 @@ class Candidates(NamedTuple):
     rollouts: Array  # [P] int32, cumulative and reserved
     valid: Array  # [P] bool, False for padding
     cost: Array | None  # [P] float32, expected tokens a rollout; None: the budget is in rollouts
+    limit: (
+        Array  # [] int32 rollouts, or float32 tokens: the most that this call may cost, where a rule may pass its share
+    )
 
     def take(self, per_prompt: Array) -> Array:
         """[P] of an array [N] that the rule keeps. Padding reads prompt 0."""

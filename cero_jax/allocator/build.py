@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from cero_jax.allocator import checks, posterior, rounding
 from cero_jax.allocator import ledger as ledgers
 from cero_jax.allocator.base import AllocateFn, Allocator, AllocatorState, Candidates, InitFn, Rule, UpdateFn
-from cero_jax.allocator.defaults import DISCOUNT, MAX_GROUP, MIN_GROUP, PRIOR
+from cero_jax.allocator.defaults import DISCOUNT, MAX_GROUP, MIN_GROUP, MULTIPLE_OF, PRIOR
 
 
 def build_allocator(
@@ -27,6 +27,7 @@ def build_allocator(
     num_epochs: int,
     min_group: int = MIN_GROUP,
     max_group: int = MAX_GROUP,
+    multiple_of: int = MULTIPLE_OF,
     prior: tuple[ArrayLike, ArrayLike] = PRIOR,
     discount: ArrayLike = DISCOUNT,
     expected_tokens: ArrayLike | None = None,
@@ -39,8 +40,9 @@ def build_allocator(
         rule: (state, candidates, budget, key) -> (shares [P], state); see `Rule`.
         total_budget: rollouts of the whole run, below 2^31; tokens, below 2^63, where expected_tokens is given.
         num_epochs: calls of `allocate` that the budget is cut into.
-        min_group: rollouts of the smallest group that is drawn at all, at least 2; a smaller share is drawn by chance.
-        max_group: rollouts of the largest group.
+        min_group: rollouts of the smallest group that is drawn at all, at least 1; a smaller share is drawn by chance.
+        max_group: rollouts of the largest group; with min_group the same, all groups are of one size.
+        multiple_of: divides every group's rollouts, and so must divide min_group and max_group.
         prior: Beta(alpha, beta) of a prompt's success probability: two numbers, or two arrays [N].
         discount: share of the evidence kept over a pass of 8 N rollouts, in (0, 1]; 1 never forgets.
         expected_tokens: a first guess at the tokens of a rollout: the budget is in tokens. None: in rollouts.
@@ -53,8 +55,9 @@ def build_allocator(
     Raises:
         ValueError: a setting that is known now is out of its range.
     """
-    checks.check_settings(total_budget, num_epochs, min_group, max_group, prior, discount, expected_tokens)
-    bounds = {"min_group": min_group, "max_group": max_group}
+    sizes = min_group, max_group, multiple_of
+    checks.check_settings(total_budget, num_epochs, *sizes, prior, discount, expected_tokens)
+    bounds = {"min_group": min_group, "max_group": max_group, "multiple_of": multiple_of}
 
     def init(num_prompts: int, seed: int | Array = 0) -> AllocatorState:
         if num_prompts < 1:
@@ -152,7 +155,8 @@ def _hand_out(
     candidates = _candidates(state, prompt_ids)
     num_valid = jnp.sum(candidates.valid, dtype=jnp.int32)
     budget_of = _rollout_budget if state.tokens is None else _token_budget
-    share, ceiling, ledger = budget_of(state, num_valid, prompt_ids is None, budget, num_epochs, bounds["min_group"])
+    share, ceiling, ledger = budget_of(state, num_valid, prompt_ids is None, budget, num_epochs, bounds)
+    candidates = candidates._replace(limit=ceiling)
     exactly = spends_all and state.tokens is None
     if exactly:
         share = rounding.feasible_budget(share, num_valid, **bounds)
@@ -223,7 +227,8 @@ def _candidates(state: AllocatorState, prompt_ids: ArrayLike | None) -> Candidat
     num_prompts = state.alpha.shape[0]
     rollouts = state.cumulative_rollouts + state.reserved
     cost = None if state.tokens is None else state.tokens.mean_tokens
-    everything = Candidates(None, state.alpha, state.beta, rollouts, jnp.ones(num_prompts, bool), cost)
+    valid, limit = jnp.ones(num_prompts, bool), jnp.zeros((), jnp.int32)  # the limit is not known yet
+    everything = Candidates(None, state.alpha, state.beta, rollouts, valid, cost, limit)
     if prompt_ids is None:
         return everything
     ids = _places(prompt_ids, num_prompts)
@@ -236,20 +241,26 @@ def _candidates(state: AllocatorState, prompt_ids: ArrayLike | None) -> Candidat
     )
 
 
-def _rollout_budget(state: AllocatorState, num_valid: Array, all_prompts: bool, budget, num_epochs: int, least: int):
+def _rollout_budget(
+    state: AllocatorState, num_valid: Array, all_prompts: bool, budget, num_epochs: int, bounds: dict[str, int]
+):
     """Of this call: its budget and the most it may spend, [] int32 rollouts; and the ledger that has counted it."""
     ledger, left = state.ledger, jnp.maximum(state.ledger.left, 0)
     if budget is not None:
         share = jnp.clip(jnp.asarray(budget, jnp.int32), 0, left)
         return share, share, ledger
+    least, one_size = bounds["min_group"], bounds["min_group"] == bounds["max_group"]
+    unit = least if one_size else bounds["multiple_of"]
     if all_prompts:
-        return ledgers.epoch_budget(ledger, num_epochs=num_epochs, min_group=least), left, ledger
-    num_prompts = state.alpha.shape[0]
-    share, ledger = ledgers.batch_budget(ledger, num_valid, num_epochs=num_epochs, num_prompts=num_prompts)
+        return ledgers.epoch_budget(ledger, num_epochs=num_epochs, min_group=least, unit=unit), left, ledger
+    sizes = {"num_epochs": num_epochs, "num_prompts": state.alpha.shape[0], "unit": unit}
+    share, ledger = ledgers.batch_budget(ledger, num_valid, **sizes)
     return share, left, ledger
 
 
-def _token_budget(state: AllocatorState, num_valid: Array, all_prompts: bool, budget, num_epochs: int, least: int):
+def _token_budget(
+    state: AllocatorState, num_valid: Array, all_prompts: bool, budget, num_epochs: int, bounds: dict[str, int]
+):
     """The same in [] float32 tokens. An epoch pays for at least one group of the average cost."""
     assert state.tokens is not None
     left = jnp.maximum(state.tokens.left(state.reserved), 0)
@@ -259,7 +270,7 @@ def _token_budget(state: AllocatorState, num_valid: Array, all_prompts: bool, bu
         share = ledgers.token_budget(state.tokens, state.reserved, num_epochs=num_epochs)
         if not all_prompts:
             share = share * num_valid.astype(jnp.float32) / state.alpha.shape[0]
-        share = jnp.minimum(jnp.maximum(share, least * jnp.mean(state.tokens.mean_tokens)), left)
+        share = jnp.minimum(jnp.maximum(share, bounds["min_group"] * jnp.mean(state.tokens.mean_tokens)), left)
     return share, share, state.ledger
 
 

@@ -1,10 +1,11 @@
 """`cero`: cross-epoch adaptive rollout optimisation, re-solved every epoch with what is left of the budget.
 
-What follows the public points of the method (arXiv 2606.05606): the Beta posterior, its expected Bernoulli variance as
-the value of more rollouts, a concave saturating utility of the *cumulative* rollouts, one global budget, and its price
-as a dual variable. This project's own choices: the price is solved for afresh in every epoch instead of followed by
-gradient steps, evidence is forgotten as rollouts are spent, the prior is fitted to the population, and a part of an
-epoch's budget goes to prompts that have not been heard of for long.
+What follows the published method (arXiv 2610.09679; `cero_dual` is all of it): the Beta posterior, its expected
+Bernoulli variance as the value of more rollouts, a concave saturating utility of the *cumulative* rollouts, one global
+budget, and its price as a dual variable. This project's own choices: the price is solved for afresh in every epoch
+instead of followed by gradient steps, groups have any size within bounds, evidence is forgotten as rollouts are spent,
+the prior is fitted to the population, and a part of an epoch's budget goes to prompts that have not been heard of for
+long.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from jax.typing import ArrayLike
 from cero_jax.allocator.base import Allocator, AllocatorState, Candidates
 from cero_jax.allocator.build import build_allocator
 from cero_jax.allocator.checks import known
-from cero_jax.allocator.defaults import DISCOUNT, EXPLORE, MAX_GROUP, MIN_GROUP, PRIOR, UTILITY
-from cero_jax.allocator.dual import LEAST_VARIANCE, shares_at_budget, water_fill
+from cero_jax.allocator.defaults import DISCOUNT, EXPLORE, MAX_GROUP, MIN_GROUP, MULTIPLE_OF, PRIOR, UTILITY
+from cero_jax.allocator.dual import shares_at_budget, water_fill
 from cero_jax.allocator.posterior import expected_variance, under_fitted_prior
-from cero_jax.allocator.utility import check_tau, saturation, utility_family
+from cero_jax.allocator.utility import check_tau, first_slope_and_scale, saturation, utility_family
 
 STALE_EVIDENCE = 10.0  # rollouts of decayed evidence under which `explore` may visit a prompt
 
@@ -31,6 +32,7 @@ def cero(
     num_epochs: int,
     min_group: int = MIN_GROUP,
     max_group: int = MAX_GROUP,
+    multiple_of: int = MULTIPLE_OF,
     tau: ArrayLike | None = None,
     prior: tuple[ArrayLike, ArrayLike] = PRIOR,
     discount: ArrayLike = DISCOUNT,
@@ -39,22 +41,23 @@ def cero(
     fit_prior: bool = True,
     expected_tokens: ArrayLike | None = None,
 ) -> Allocator:
-    """The default allocator: rollouts go where v_i h'(X_i / tau), the utility of one more, is highest.
+    """The default allocator: rollouts go where U_i'(X_i), the utility of one more, is highest.
 
     In each epoch the shares are n_i = clip(X_i*(lambda) - X_i, 0, max_group), with X_i the prompt's cumulative
-    rollouts, X_i*(lambda) = tau h'^-1(lambda tau / v_i), and the price lambda such that they sum to the epoch's budget.
-    Source of v, U and lambda: CERO (arXiv 2606.05606), public points 2, 3 and 6; solving for lambda afresh is our own.
+    rollouts, X_i* the inverse of U_i', and the price lambda such that they sum to the epoch's budget.
+    Source of v, of "capture" and lambda: CERO (arXiv 2610.09679), section 2; solving for lambda afresh is our own.
 
     Args:
         total_budget: rollouts of the whole run, below 2^31, may be traced; tokens where expected_tokens is given.
         num_epochs: calls of `allocate` that the budget is cut into: each may be a pass over the data, or a few steps.
-        min_group: rollouts of the smallest group that is drawn at all, at least 2; a smaller share is drawn by chance.
+        min_group: rollouts of the smallest group that is drawn at all, at least 1; a smaller share is drawn by chance.
         max_group: rollouts of the largest group.
+        multiple_of: divides every group's rollouts, and so must divide min_group and max_group.
         tau: rollouts at which a prompt's utility saturates, may be traced. None: total_budget / N.
         prior: Beta(alpha, beta) of a prompt's success probability: two numbers, or two arrays [N].
         discount: share of the evidence kept over a pass of 8 N rollouts, in (0, 1]; may be traced.
         explore: share of an epoch's budget for prompts with little evidence left, in [0, 1]; may be traced.
-        utility: how it saturates at z = X / tau: "exponential", 1 - exp(-z), or "rational", z / (1 + z).
+        utility: "exponential", v (1 - exp(-z)), "rational", v z / (1 + z), or "capture", 1 - exp(-4 v z); z = X / tau.
         fit_prior: value prompts under a prior fitted to the population; `prior` then counts while little is known.
         expected_tokens: a first guess at the tokens of a rollout: the budget is in tokens, below 2^63. None: rollouts.
 
@@ -84,7 +87,8 @@ def cero(
         if fit_prior:
             fitted = under_fitted_prior(state.alpha, state.beta, prior)
             alpha, beta = (candidates.take(x) for x in fitted)
-        log_value = jnp.log(jnp.maximum(expected_variance(alpha, beta), LEAST_VARIANCE))
+        level = saturation(state, tau)
+        log_value, scale = first_slope_and_scale(utility, expected_variance(alpha, beta), level)
         if candidates.cost is not None:
             log_value = log_value - jnp.log(candidates.cost)
         evidence = candidates.alpha + candidates.beta - jnp.asarray(prior[0] + prior[1], jnp.float32)
@@ -93,14 +97,14 @@ def cero(
             log_value,
             candidates.rollouts.astype(jnp.float32),
             budget,
-            tau=saturation(state, tau),
+            tau=scale,
             cap=max_group,
             family=family,
             least=_stale_groups(evidence, candidates, amount, min_group),
             valid=candidates.valid,
             cost=candidates.cost,
         )
-        return shares, state._replace(budget_dual=jnp.exp(log_price))
+        return shares, state._replace(budget_dual=jnp.exp(log_price - jnp.log(level)))
 
     return build_allocator(
         rule,
@@ -108,6 +112,7 @@ def cero(
         num_epochs=num_epochs,
         min_group=min_group,
         max_group=max_group,
+        multiple_of=multiple_of,
         prior=prior,
         discount=discount,
         expected_tokens=expected_tokens,

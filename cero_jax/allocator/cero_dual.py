@@ -1,85 +1,101 @@
-"""`cero_dual`: the method as published, by projected online gradient descent on both dual variables, as the reference.
+"""`cero_dual`: CERO exactly as published, Algorithm 1 of arXiv 2610.09679; equation numbers are that paper's.
 
-Source: CERO (arXiv 2606.05606), public points 1 to 6. The run's problem, with X_i = sum_k n_ik, is
+M prompts (N elsewhere here), K rounds (epochs here, num_epochs). One *unit* is g rollouts, and a chosen prompt gets
+Nmax units at once, so all groups have Nmax g rollouts. N_ik units of prompt i in round k, z_i = sum_k N_ik. Maximise
 
-    max  sum_i U_i(X_i)   under   sum_ik n_ik <= B,   0 <= n_ik <= M,   U_i(X) = v_i h(X / tau)
+    sum_i U(q_i, z_i)    under   sum_ik N_ik <= B,   sum_i N_ik <= C in every round,   0 <= N_ik <= Nmax
 
-Its objective does not separate over epochs, because U_i sees only the sum. The Fenchel dual takes it apart: U_i is
-concave, so for X in [0, KM]
+with the value-capture utility U(q, z) = 1 - exp(-c z), c = 4 lambda q / R, R = B / M; q in [0, 1/4] is the posterior's
+E[p (1 - p)] (eq. 6). The Fenchel dual has a slope theta_i for each prompt and a price for the budget, both kept in
+units of the largest slope there is, cbar = lambda / R: vartheta_i in [0, 1] and nu in [0, 1]. A round takes the prompts
+whose slope is above the price, highest first, while its capacity lasts (eq. 8); then
 
-    U_i(X) = min over theta >= 0 of  theta X + U_i*(theta),    U_i*(theta) = max over X in [0, KM] of  U_i(X) - theta X
+    vartheta_i <- clip(vartheta_i - gamma (Ntilde_i - z*(cbar vartheta_i; c_i) / K) / Nmax, 0, 1)               (eq. 10)
+    nu         <- clip(nu - gamma (b - sum_i Ntilde_i) / GB, 0, 1),      b = B / K,   GB = max(b, C - b)
 
-and the maximiser of the second is the inverse marginal, X_i*(theta) = tau h'^-1(theta tau / v_i), cut to [0, KM]. With
-lambda >= 0 for the budget, and b = B / K,
+with Ntilde the *virtual* allocation, which does not look at what is left of B, and c_i from the q *after* the round's
+verdicts. Those are known when the next round is allocated, so that is where a round's step of the slopes is taken.
 
-    min over theta, lambda of  sum_k { sum_i max_n (theta_i - lambda) n  +  lambda b  +  (1/K) sum_i U_i*(theta_i) }
-
-which separates over epochs. In epoch k the inner maximum is linear, so bang-bang: n_ik = M where theta_i > lambda,
-else 0, already a whole group. The subgradients are n_ik - X_i*(theta_i) / K in theta_i and b - sum_i n_ik in lambda;
-both step downhill and are projected, theta_i onto [U_i'(KM), U_i'(0)], lambda onto [0, max_i U_i'(0)].
-
-This project's own choices, as the paper's constants are not at hand: a step is STEP times a variable's range over its
-largest subgradient, divided by sqrt(k) (which needs no horizon), and the duals start where a uniform allocation of the
-whole budget would put them.
+How it lies under the shared contract: the algorithm chooses, and never sorts: the order of the slopes is the order of
+their bits, and the last one admitted is found by bisection, 62 reads of M numbers (at 10^6 a fifteenth of a sort's time
+on a CPU); ties go by one fixed random order. A batch of P prompts (prompt_ids) is a round in small: b is the batch's
+budget, C in the same proportion. A budget named for all prompts only cuts the executed allocation. A budget in tokens
+is what it buys at the mean cost of a rollout.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
 from cero_jax.allocator.base import Allocator, AllocatorState, Candidates
 from cero_jax.allocator.build import build_allocator
-from cero_jax.allocator.defaults import DISCOUNT, MAX_GROUP, MIN_GROUP, PRIOR, UTILITY
-from cero_jax.allocator.dual import LEAST_VARIANCE
-from cero_jax.allocator.ledger import as_float
+from cero_jax.allocator.checks import check_settings, known
+from cero_jax.allocator.defaults import GROUP_SIZE, MAX_GROUP, MIN_GROUP, MULTIPLE_OF
 from cero_jax.allocator.posterior import expected_variance
-from cero_jax.allocator.utility import check_tau, saturation, utility_family
+from cero_jax.allocator.selection import GREATEST, first_in_order, scattered
+from cero_jax.allocator.utility import saturation
 
-STEP = 0.3
+FIRST_PRICE = 0.5  # nu_1
+HEADROOM = 1.03  # the paper's C over its b: 132 units of 128
 
 
 class Duals(NamedTuple):
-    """What the rule keeps from call to call; negative where it has not started yet."""
+    """What the rule keeps from round to round."""
 
-    prompt_dual: Array  # [N] float32, theta: utility a rollout
-    budget_dual: Array  # [] float32, lambda: utility a rollout
+    slope: Array  # [M] float32 in [0, 1], vartheta: as the last virtual allocation used it
+    virtual: Array  # [M] float32, Ntilde of that allocation, in units; -1 before a prompt's first
+    price: Array  # [] float32 in [0, 1], nu: for the next allocation; -1 before the first
+    order: Array  # [] uint32, the seed of the fixed random order
 
 
 def _no_duals(num_prompts: int) -> Duals:
-    return Duals(jnp.full(num_prompts, -1.0, jnp.float32), jnp.full((), -1.0, jnp.float32))
+    nothing = jnp.full(num_prompts, -1.0, jnp.float32)
+    return Duals(jnp.zeros_like(nothing), nothing, jnp.float32(-1), jnp.uint32(0))
 
 
 def cero_dual(
     *,
     total_budget: ArrayLike,
     num_epochs: int,
+    group_size: int = GROUP_SIZE,
+    units_per_group: int = 2,
+    capacity: int | None = None,
+    lam: ArrayLike = 1.0,
+    gamma: ArrayLike | None = None,
+    prior: tuple[ArrayLike, ArrayLike] = (1.0, 1.0),
+    discount: ArrayLike = 1.0,
     min_group: int = MIN_GROUP,
     max_group: int = MAX_GROUP,
-    tau: ArrayLike | None = None,
-    prior: tuple[ArrayLike, ArrayLike] = PRIOR,
-    discount: ArrayLike = DISCOUNT,
-    utility: str = UTILITY,
+    multiple_of: int = MULTIPLE_OF,
     expected_tokens: ArrayLike | None = None,
 ) -> Allocator:
-    """The published method, readable beside its mathematics. For short runs use `cero`.
+    """CERO as published, with its constants, readable beside its mathematics. For short runs use `cero`.
 
-    It spends what its duals say, at most what is left: an epoch may come out above or below its budget, or empty, and a
-    run may end with a rest. So run num_epochs epochs; all zeros do not end the run.
-    Source: CERO (arXiv 2606.05606), public points 1 to 6, derived at the top of this file.
+    It chooses which prompts get a group, all of one size, and how many do: an epoch may come out above or below its
+    share, or empty, and a run may end with a rest. So run num_epochs epochs; all zeros do not end the run.
+    Source: CERO (arXiv 2610.09679), Algorithm 1, equations 5 to 10.
+
+    The paper forgets by a factor rho each round, `discount` by rollouts: discount = rho ** (8 N num_epochs /
+    total_budget) is rho for a round that spends its mean. The paper's rho is 1, and so is the default here.
 
     Args:
         total_budget: rollouts of the whole run, below 2^31, may be traced; tokens where expected_tokens is given.
-        num_epochs: calls of `allocate` that the budget is cut into: each may be a pass over the data, or a few steps.
-        min_group: rollouts of the smallest group that is drawn at all, at least 2; a smaller share is drawn by chance.
-        max_group: rollouts of the largest group.
-        tau: rollouts at which a prompt's utility saturates, may be traced. None: total_budget / N.
+        num_epochs: K, the rounds, calls of `allocate`: each may be a pass over the data, or a few steps.
+        group_size: rollouts of every group, Nmax units of g rollouts; within [min_group, max_group].
+        units_per_group: Nmax, units of the budget in a group; divides group_size.
+        capacity: C, units that a round can hold, a multiple of units_per_group; None: 3 % above the mean, rounded up.
+        lam: lambda of the utility, how fast it saturates; may be traced.
+        gamma: step size of the dual variables, may be traced; None: 1 / sqrt(num_epochs).
         prior: Beta(alpha, beta) of a prompt's success probability: two numbers, or two arrays [N].
         discount: share of the evidence kept over a pass of 8 N rollouts, in (0, 1]; may be traced.
-        utility: how it saturates at z = X / tau: "exponential", 1 - exp(-z), or "rational", z / (1 + z).
+        min_group: rollouts below which no group may be; here only a bound on group_size.
+        max_group: rollouts above which no group may be; here only a bound on group_size.
+        multiple_of: divides group_size, min_group and max_group.
         expected_tokens: a first guess at the tokens of a rollout: the budget is in tokens, below 2^63. None: rollouts.
 
     Returns:
@@ -88,53 +104,57 @@ def cero_dual(
     Raises:
         ValueError: a setting that is known now is out of its range.
     """
-    family = utility_family(utility)
-    check_tau(tau)
+    sizes = min_group, max_group, multiple_of
+    check_settings(total_budget, num_epochs, *sizes, prior, discount, expected_tokens)
+    _check(group_size, units_per_group, capacity, lam, gamma, *sizes)
+    nmax, g, rounds = float(units_per_group), group_size // units_per_group, float(num_epochs)
+    lam, step = (jnp.asarray(x, jnp.float32) for x in (lam, rounds**-0.5 if gamma is None else gamma))
 
     def rule(state: AllocatorState, candidates: Candidates, budget: Array, key) -> tuple[Array, AllocatorState]:
-        del key
         duals: Duals = state.rule_state
-        theta, price = candidates.take(duals.prompt_dual), duals.budget_dual
-        scale = saturation(state, tau)
-        most = float(num_epochs * max_group)  # KM
-        cost = jnp.ones_like(candidates.alpha) if candidates.cost is None else candidates.cost
-        # the utility of what one unit of budget buys: a rollout, or a token's worth of one
-        v = jnp.where(candidates.valid, expected_variance(candidates.alpha, candidates.beta), 0) / cost
+        started = duals.price >= 0
+        order = jnp.where(started, duals.order, jax.random.bits(key, dtype=jnp.uint32))
+        nu = jnp.where(started, duals.price, jnp.float32(FIRST_PRICE))
 
-        def marginal(rollouts):  # U_i'(X), [P]
-            return v / scale * jnp.exp(family.log_slope(jnp.asarray(rollouts, jnp.float32) / scale))
+        exposure = saturation(state, None) / g  # R = B / M
+        b = exposure * state.alpha.shape[0] / rounds  # b = B / K
+        capacity_ratio = None if capacity is None else capacity / b
+        if candidates.prompt_ids is not None:  # a round in small
+            mean_cost = 1.0 if state.tokens is None else jnp.mean(state.tokens.mean_tokens)
+            b = budget.astype(jnp.float32) / mean_cost / g
+        room = groups_of_a_round(b, nmax, capacity_ratio)
 
-        top, bottom = marginal(0.0), marginal(most)
-        even = jnp.minimum(saturation(state, None), most)  # X_i of a uniform allocation
-        theta = jnp.clip(jnp.where(theta < 0, marginal(even), theta), bottom, top)
-        price = jnp.where(price < 0, jnp.max(marginal(even)), price)
+        # the step that the last round left over: eq. 10 with the q of now, which has that round's verdicts in it
+        q = expected_variance(candidates.alpha, candidates.beta)  # eq. 6
+        before, virtual = candidates.take(duals.slope), candidates.take(duals.virtual)
+        stepped = step_slope(before, virtual, 4 * lam * q / exposure, lam / exposure, step, nmax, rounds)
+        vartheta = jnp.where(virtual < 0, 4 * q, stepped)
 
-        # the bang-bang primal; where theta = lambda every n is a maximiser, and the one that meets the budget is taken
-        above, tied = theta > price, candidates.valid & (theta == price)
-        rest = budget.astype(jnp.float32) - max_group * jnp.sum(jnp.where(above, cost, 0))
-        part = jnp.clip(rest / jnp.maximum(jnp.sum(jnp.where(tied, cost, 0)), 1e-6), 0, max_group)
-        num_rollouts = jnp.where(above, float(max_group), jnp.where(tied, part, 0.0))
+        # the virtual allocation, eq. 8, and what is executed of it: the same order, while the budget lasts
+        ids = jnp.arange(len(q), dtype=jnp.int32) if candidates.prompt_ids is None else candidates.prompt_ids
+        ties, admitted = scattered(ids, order), candidates.valid & (vartheta > nu)
+        chosen = highest_first(vartheta, ties, admitted, room)
+        limit = candidates.limit if state.tokens is None else candidates.limit / jnp.mean(state.tokens.mean_tokens)
+        paid = jnp.minimum((limit // group_size).astype(jnp.int32), room)
+        executed = jax.lax.cond(paid < room, lambda: highest_first(vartheta, ties, admitted, paid), lambda: chosen)
 
-        ratio = jnp.maximum(theta * scale, LEAST_VARIANCE) / jnp.maximum(v, LEAST_VARIANCE)
-        target = jnp.clip(scale * family.inverse_log_slope(jnp.log(ratio)), 0, most)  # X_i*(theta_i)
-        epoch = _epochs_begun(state, num_epochs)
-        size = STEP / jnp.sqrt(epoch)
-        theta_step = size * top / max_group * (num_rollouts - target / num_epochs)
-        largest = max_group * jnp.maximum(
-            jnp.sum(jnp.where(candidates.valid, cost, 0)), 1e-6
-        )  # of the next subgradient
-        price_step = size * jnp.max(top) / largest * (budget.astype(jnp.float32) - jnp.sum(num_rollouts * cost))
-        theta = jnp.clip(theta - theta_step, bottom, top)
-        price = jnp.clip(price - price_step, 0, jnp.max(top))
-        duals = Duals(candidates.put(duals.prompt_dual, theta), price)
-        return num_rollouts, state._replace(rule_state=duals, budget_dual=price)
+        virtual = jnp.where(chosen, jnp.float32(nmax), 0)
+        duals = Duals(
+            slope=candidates.put(duals.slope, vartheta),
+            virtual=candidates.put(duals.virtual, virtual),
+            price=step_price(nu, virtual, b, nmax * room.astype(jnp.float32), step),  # no q in it: taken at once
+            order=order,
+        )
+        price = lam / exposure * nu / g  # utility a rollout
+        return jnp.where(executed, float(group_size), 0.0), state._replace(rule_state=duals, budget_dual=price)
 
     return build_allocator(
         rule,
         total_budget=total_budget,
         num_epochs=num_epochs,
-        min_group=min_group,
-        max_group=max_group,
+        min_group=group_size,
+        max_group=group_size,
+        multiple_of=multiple_of,
         prior=prior,
         discount=discount,
         expected_tokens=expected_tokens,
@@ -143,12 +163,59 @@ def cero_dual(
     )
 
 
-def _epochs_begun(state: AllocatorState, num_epochs: int) -> Array:
-    """[] float32 >= 1: epochs' worth of budget that is spent or reserved, plus one. Time is rollouts, not calls."""
-    if state.tokens is None:
-        total = state.ledger.total.astype(jnp.float32)
-        used = (state.ledger.spent + state.ledger.reserved).astype(jnp.float32)
-    else:
-        total = as_float(state.tokens.total)
-        used = total - state.tokens.left(state.reserved)
-    return 1 + used * num_epochs / jnp.maximum(total, 1)
+def groups_of_a_round(b: Array, nmax: float, capacity_ratio: Array | None) -> Array:
+    """[] int32, C / Nmax. b: [] units of a round on average. capacity_ratio: [] C / b; None: HEADROOM, rounded up."""
+    if capacity_ratio is None:
+        return jnp.ceil(HEADROOM * b / nmax - 1e-4).astype(jnp.int32)  # 1e-4: what float32 may be above the whole
+    return jnp.round(capacity_ratio * b / nmax).astype(jnp.int32)
+
+
+def highest_first(vartheta: Array, ties: Array, admitted: Array, count: Array) -> Array:
+    """[P] bool, eq. 8: the admitted prompts in falling order of their margins vartheta_i - nu, at most `count`.
+
+    One price stands for all, so margins fall as slopes do, and floats >= 0 are ordered as their bits are.
+    """
+    bits = jax.lax.bitcast_convert_type(vartheta, jnp.int32)
+    return first_in_order(GREATEST - jnp.maximum(bits, 0), ties, admitted, count)
+
+
+def step_slope(vartheta: Array, virtual: Array, c: Array, cbar, gamma, nmax: float, rounds: float) -> Array:
+    """[P] vartheta after eq. 10. virtual: [P] Ntilde. c: [P] curvatures with the new q. cbar: [] the largest slope."""
+    target = minimiser(cbar * vartheta, c, rounds * nmax) / rounds
+    return jnp.clip(vartheta - gamma * (virtual - target) / nmax, 0, 1)
+
+
+def step_price(nu: Array, virtual: Array, b: Array, capacity: Array, gamma) -> Array:
+    """[] nu after a round. virtual: [P] Ntilde. b: [] units of a round on average. capacity: [] C, units."""
+    largest = jnp.maximum(jnp.maximum(b, capacity - b), 1e-6)  # GB
+    return jnp.clip(nu - gamma * (b - jnp.sum(virtual)) / largest, 0, 1)
+
+
+def minimiser(theta: Array, c: Array, most: float) -> Array:
+    """z*(theta; c), eq. 9: the z in [0, Z] that minimises theta z - (1 - exp(-c z)). most: Z = K Nmax."""
+    inner = jnp.log(c / theta) / c
+    return jnp.where(theta >= c, 0.0, jnp.where(theta <= c * jnp.exp(-c * most), most, jnp.clip(inner, 0.0, most)))
+
+
+def conjugate(theta: Array, c: Array, most: float) -> Array:
+    """U*(theta) = inf over z in [0, Z] of theta z - (1 - exp(-c z)), Lemma 1."""
+    z = minimiser(theta, c, most)
+    return theta * z + jnp.expm1(-c * z)
+
+
+def _check(group_size, units_per_group, capacity, lam, gamma, min_group, max_group, multiple_of) -> None:
+    """Raises ValueError, naming the values, on settings that are known to be wrong and that no other allocator has."""
+    if not min_group <= group_size <= max_group:
+        raise ValueError(f"group_size={group_size} must lie in min_group={min_group}..max_group={max_group}")
+    if group_size % multiple_of:
+        raise ValueError(f"multiple_of={multiple_of} must divide group_size={group_size}")
+    if units_per_group < 1 or group_size % units_per_group:
+        raise ValueError(f"units_per_group={units_per_group} must divide group_size={group_size}")
+    if capacity is not None and (capacity < units_per_group or capacity % units_per_group):
+        raise ValueError(
+            f"capacity={capacity} units a round must be a positive multiple of units_per_group={units_per_group}"
+        )
+    if not all(x > 0 for x in known(lam)):
+        raise ValueError(f"lam={lam} must be positive")
+    if not all(x > 0 for x in known(gamma)):
+        raise ValueError(f"gamma={gamma} must be positive, or None for 1 / sqrt(num_epochs)")

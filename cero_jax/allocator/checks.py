@@ -17,10 +17,15 @@ def known(*values) -> list[float]:
     return [float(x) for x in values if isinstance(x, numbers.Real)]
 
 
-def check_settings(total_budget, num_epochs, min_group, max_group, prior, discount, expected_tokens) -> None:
+def check_settings(total_budget, num_epochs, min_group, max_group, multiple_of, prior, discount, expected_tokens):
     """Raises ValueError, naming the values, on settings of an allocator that are known to be wrong."""
-    if not 2 <= min_group <= max_group:
-        raise ValueError(f"min_group={min_group} must lie in 2..max_group={max_group}: a group of one has no advantage")
+    if not 1 <= min_group <= max_group:
+        raise ValueError(f"min_group={min_group} must lie in 1..max_group={max_group}: lower it, or raise the other")
+    if multiple_of < 1 or min_group % multiple_of or max_group % multiple_of:
+        raise ValueError(
+            f"multiple_of={multiple_of} must divide min_group={min_group} and max_group={max_group}: groups are its "
+            "multiples within them"
+        )
     if num_epochs < 1:
         raise ValueError(f"num_epochs={num_epochs} must be at least 1")
     if expected_tokens is not None and not (isinstance(total_budget, int) and 0 <= total_budget < 2**63):

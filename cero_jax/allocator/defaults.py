@@ -2,7 +2,8 @@
 
 MIN_GROUP = 4  # rollouts of the smallest group that is drawn at all
 MAX_GROUP = 32  # rollouts of the largest
-GROUP_SIZE = 8  # rollouts of a group under `uniform`, and on average under `variance` and `knapsack`
+MULTIPLE_OF = 1  # a group's rollouts are a multiple of it
+GROUP_SIZE = 8  # rollouts of a group under `uniform` and `cero_dual`, on average under `variance` and `knapsack`
 PRIOR = (0.5, 0.5)  # Beta(alpha, beta) of a prompt's success probability
 DISCOUNT = 0.9  # share of the evidence that is kept over a pass of 8 N rollouts
 EXPLORE = 0.1  # share of an epoch's budget for prompts whose evidence has faded

@@ -11,11 +11,10 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from cero_jax.allocator.defaults import MAX_GROUP, UTILITY
-from cero_jax.allocator.utility import Utility, utility_family
+from cero_jax.allocator.utility import Utility, first_slope_and_scale, utility_family
 
 MOST_STEPS = 144  # every fourth one halves the bracket: from about 100 down to the resolution of a float32
 TOLERANCE = 1e-6  # of the budget: closer than a float32 sum can tell
-LEAST_VARIANCE = 1e-30  # keeps a logarithm finite; where every v is 0 the shares are equal
 
 
 class _Bracket(NamedTuple):
@@ -89,11 +88,12 @@ def water_fill(
     valid: Array | None = None,
     cost: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Shares n that maximise sum_i v_i h((X_i + n_i) / tau) under the budget and least_i <= n_i <= cap.
+    """Shares n that maximise sum_i s_i tau_i h((X_i + n_i) / tau_i) under the budget and least_i <= n_i <= cap.
 
     The optimum has one price lambda: n_i = clip(X_i*(lambda) - X_i, least_i, cap), with X_i* the inverse marginal.
-    log_value: [P] float32, log v_i, less log cost_i where rollouts cost tokens. rollouts: [P] float32, X_i.
-    tau: [] float32, rollouts. Returns ([P] float32 shares, [] float32 log lambda).
+    log_value: [P] float32, log of the slope s_i at X = 0, in any one unit, less log cost_i where rollouts cost tokens.
+    rollouts: [P] float32, X_i. tau: [] or [P] float32, rollouts. Returns ([P] float32 shares, [] float32 log lambda, in
+    the unit of log_value).
     """
 
     def shares_at(log_price):
@@ -105,8 +105,7 @@ def water_fill(
     low = jnp.min(log_value + family.log_slope((rollouts + cap) / tau))
     high = jnp.max(log_value + family.log_slope(rollouts / tau))
     low, high = low - 1e-5 * (1 + jnp.abs(low)), high + 1e-5 * (1 + jnp.abs(high))  # apart, however large tau is
-    shares, log_price = shares_at_budget(shares_at, low, high, budget, cost)
-    return shares, log_price - jnp.log(tau)
+    return shares_at_budget(shares_at, low, high, budget, cost)
 
 
 def offline_optimum(
@@ -120,8 +119,8 @@ def offline_optimum(
 ) -> tuple[Array, Array]:
     """The best that any allocation could do with utilities known from the start: the benchmark for regret.
 
-    Maximises sum_i v_i h(X_i / tau) under sum_i X_i <= total_budget and 0 <= X_i <= num_epochs max_group, in real
-    numbers. Source: CERO (arXiv 2606.05606), public points 3, 4 and 6.
+    Maximises sum_i U_i(X_i) under sum_i X_i <= total_budget and 0 <= X_i <= num_epochs max_group, in real numbers.
+    Source: CERO (arXiv 2610.09679), its problem, less the capacity of a round.
 
     Args:
         expected_variance: [N] v_i, the true p (1 - p) of each prompt.
@@ -129,18 +128,19 @@ def offline_optimum(
         num_epochs: epochs of the run: with max_group, it bounds what one prompt can get.
         max_group: rollouts that a prompt can get in one epoch.
         tau: [] rollouts at which a prompt's utility saturates.
-        utility: how it saturates at z = X / tau: "exponential", 1 - exp(-z), or "rational", z / (1 + z).
+        utility: "exponential", v (1 - exp(-z)), "rational", v z / (1 + z), or "capture", 1 - exp(-4 v z); z = X / tau.
 
     Returns:
         ([N] float32 rollouts X of each prompt, [] float32 utility of them all).
 
     Raises:
-        ValueError: utility is neither of the two.
+        ValueError: utility is none of the three.
     """
     family = utility_family(utility)
     v = jnp.asarray(expected_variance, jnp.float32)
     tau, cap = jnp.asarray(tau, jnp.float32), float(num_epochs * max_group)
     budget = jnp.minimum(jnp.asarray(total_budget, jnp.float32), cap * v.shape[0])
-    log_v = jnp.log(jnp.maximum(v, LEAST_VARIANCE))
-    rollouts, _ = water_fill(log_v, jnp.zeros_like(v), budget, tau=tau, cap=cap, family=family)
-    return rollouts, jnp.sum(v * family.value(rollouts / tau))
+    log_value, scale = first_slope_and_scale(utility, v, tau)
+    rollouts, _ = water_fill(log_value, jnp.zeros_like(v), budget, tau=scale, cap=cap, family=family)
+    height = jnp.ones_like(v) if utility == "capture" else v
+    return rollouts, jnp.sum(height * family.value(rollouts / scale))

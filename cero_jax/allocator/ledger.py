@@ -18,7 +18,7 @@ class Ledger(NamedTuple):
     total: Array  # [] int32, rollouts of the whole run; 2^31 - 1 where the budget is in tokens
     spent: Array  # [] int32, rollouts drawn and settled by `update`
     reserved: Array  # [] int32, rollouts handed out by `allocate` and not settled yet
-    offered: Array  # [] int32 in [0, N), prompts offered in batches since the stream last came to its end
+    offered: Array  # [] int32, prompts offered in batches, counted anew where their shares come out whole: N, or N unit
 
     @property
     def left(self) -> Array:
@@ -86,21 +86,22 @@ def _difference(a: Array, b: Array) -> Array:
     return jnp.where(negative, -as_float(flipped), as_float(jnp.stack([high, low])))
 
 
-def epoch_budget(ledger: Ledger, *, num_epochs: int, min_group: int) -> Array:
+def epoch_budget(ledger: Ledger, *, num_epochs: int, min_group: int, unit: int = 1) -> Array:
     """[] int32: what is left / epochs left, the remainder to the first epochs; at least one group.
 
     The whole run is num_epochs epochs of total // num_epochs, the first total % num_epochs of them one larger. The
     epoch is the one whose beginning lies nearest to what is spent and reserved: a few rollouts that were not drawn do
-    not make an epoch begin again.
+    not make an epoch begin again. All of it is counted in units of `unit` rollouts where groups have no other sizes, so
+    that every epoch's budget can be handed out and num_epochs epochs are enough; less than one unit stays at the end.
     """
-    small, larger = ledger.total // num_epochs, ledger.total % num_epochs
-    committed = jnp.maximum(ledger.spent + ledger.reserved, 0)
+    left, total = jnp.maximum(ledger.left, 0) // unit, ledger.total // unit
+    small, larger = total // num_epochs, total % num_epochs
+    committed = total - jnp.minimum(left, total)
     after = committed - larger * (small + 1)  # beyond the larger epochs
     epoch = jnp.where(after < 0, _nearest(committed, small + 1), larger + _nearest(jnp.maximum(after, 0), small))
     epochs_left = num_epochs - jnp.clip(epoch, 0, num_epochs - 1)
-    left = jnp.maximum(ledger.left, 0)
     share = left // epochs_left + (left % epochs_left > 0).astype(jnp.int32)
-    return jnp.minimum(jnp.maximum(share, min_group), left)
+    return unit * jnp.minimum(jnp.maximum(share, min_group // unit), left)
 
 
 def _nearest(x: Array, size: Array) -> Array:
@@ -109,17 +110,20 @@ def _nearest(x: Array, size: Array) -> Array:
     return whole + (rest >= size - rest).astype(jnp.int32)
 
 
-def batch_budget(ledger: Ledger, num_offered: Array, *, num_epochs: int, num_prompts: int) -> tuple[Array, Ledger]:
+def batch_budget(
+    ledger: Ledger, num_offered: Array, *, num_epochs: int, num_prompts: int, unit: int = 1
+) -> tuple[Array, Ledger]:
     """[] int32: total / num_epochs * P / N for the next P prompts of a stream, and the ledger that has counted them.
 
-    Rounded cumulatively: the shares of all N prompts, offered once, sum to total // num_epochs exactly.
+    Rounded cumulatively to multiples of `unit`, so nothing is lost: the shares of all N prompts, offered `unit` times,
+    sum to unit (total // num_epochs) exactly.
     """
-    of_epoch = ledger.total // num_epochs
+    of_epoch, span = ledger.total // num_epochs, unit * num_prompts
     before = ledger.offered
     after = before + num_offered
-    share = _scaled(of_epoch, after, num_prompts) - _scaled(of_epoch, before, num_prompts)
+    share = unit * (_scaled(of_epoch, after, span) - _scaled(of_epoch, before, span))
     share = jnp.minimum(share, jnp.maximum(ledger.left, 0))
-    return share, ledger._replace(offered=after % num_prompts)
+    return share, ledger._replace(offered=after % span)
 
 
 def _scaled(a: Array, b: Array, n: int) -> Array:
@@ -129,7 +133,7 @@ def _scaled(a: Array, b: Array, n: int) -> Array:
 
     def bit(i, carry):
         quotient, remainder = carry
-        remainder = 2 * remainder + ((b >> (31 - i)) & 1) * rest  # below 3 n, and n < 2^30
+        remainder = 2 * remainder + ((b >> (31 - i)) & 1) * rest  # below 3 n, and n < 2^30, as N unit is
         return 2 * quotient + remainder // n, remainder % n
 
     quotient, _ = jax.lax.fori_loop(jnp.uint32(0), jnp.uint32(32), bit, (jnp.uint32(0), jnp.uint32(0)))

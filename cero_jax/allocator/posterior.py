@@ -14,8 +14,8 @@ def expected_variance(alpha: Array, beta: Array) -> Array:
     """E[p(1 - p)] under Beta(alpha, beta): the value of more rollouts of a prompt.
 
     alpha, beta: [N] float32 > 0, in rollouts. Returns [N] float32 in (0, 1/4].
-    Source: CERO, public point 2; the closed form is a Beta moment. Written as a product of ratios, so that 1e-6 and 1e6
-    neither overflow nor vanish.
+    Source: CERO (arXiv 2610.09679), eq. 6; the closed form is a Beta moment. Written as a product of ratios, so that
+    1e-6 and 1e6 neither overflow nor vanish.
     """
     total = alpha + beta
     return (alpha / total) * (beta / total) * (total / (total + 1))

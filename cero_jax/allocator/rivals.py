@@ -17,11 +17,10 @@ from jax.typing import ArrayLike
 
 from cero_jax.allocator.base import Allocator, AllocatorState, Candidates
 from cero_jax.allocator.build import build_allocator
-from cero_jax.allocator.defaults import ADVANTAGE, DISCOUNT, GROUP_SIZE, MAX_GROUP, MIN_GROUP, PRIOR
+from cero_jax.allocator.defaults import ADVANTAGE, DISCOUNT, GROUP_SIZE, MAX_GROUP, MIN_GROUP, MULTIPLE_OF, PRIOR
 from cero_jax.allocator.dual import shares_at_budget
 from cero_jax.allocator.posterior import expected_variance
-
-_GREATEST = 2**31 - 1
+from cero_jax.allocator.selection import GREATEST, first_in_order
 
 
 def uniform(
@@ -30,6 +29,7 @@ def uniform(
     num_epochs: int,
     min_group: int = MIN_GROUP,
     max_group: int = MAX_GROUP,
+    multiple_of: int = MULTIPLE_OF,
     group_size: int = GROUP_SIZE,
     prior: tuple[ArrayLike, ArrayLike] = PRIOR,
     discount: ArrayLike = DISCOUNT,
@@ -43,8 +43,9 @@ def uniform(
     Args:
         total_budget: rollouts of the whole run, below 2^31, may be traced; tokens where expected_tokens is given.
         num_epochs: calls of `allocate` that the budget is cut into: each may be a pass over the data, or a few steps.
-        min_group: rollouts of the smallest group that is drawn at all, at least 2.
+        min_group: rollouts of the smallest group that is drawn at all, at least 1.
         max_group: rollouts of the largest group.
+        multiple_of: divides every group's rollouts, and so must divide min_group and max_group.
         group_size: rollouts of a group, within [min_group, max_group]; groups grow alike where the budget allows.
         prior: Beta(alpha, beta) of a prompt's success probability for diagnostics: two numbers, or two arrays [N].
         discount: share of the evidence kept over a pass of 8 N rollouts, in (0, 1]; may be traced.
@@ -67,6 +68,7 @@ def uniform(
         num_epochs=num_epochs,
         min_group=min_group,
         max_group=max_group,
+        multiple_of=multiple_of,
         group_size=group_size,
         prior=prior,
         discount=discount,
@@ -80,6 +82,7 @@ def variance(
     num_epochs: int,
     min_group: int = MIN_GROUP,
     max_group: int = MAX_GROUP,
+    multiple_of: int = MULTIPLE_OF,
     group_size: int = GROUP_SIZE,
     advantage: str = ADVANTAGE,
     prior: tuple[ArrayLike, ArrayLike] = PRIOR,
@@ -99,6 +102,7 @@ def variance(
         num_epochs: calls of `allocate` that the budget is cut into: each may be a pass over the data, or a few steps.
         min_group: rollouts of the smallest group that is drawn at all, at least 2.
         max_group: rollouts of the largest group.
+        multiple_of: divides every group's rollouts, and so must divide min_group and max_group.
         group_size: rollouts of a group on average, within [min_group, max_group].
         advantage: whose gradient: "rloo" (less the mean of the others) or "dr_grpo" (less the group's mean).
         prior: Beta(alpha, beta) of a prompt's success probability: two numbers, or two arrays [N].
@@ -113,6 +117,10 @@ def variance(
     """
     if advantage not in ("rloo", "dr_grpo"):
         raise ValueError(f"advantage={advantage!r} is neither 'rloo' nor 'dr_grpo'")
+    if min_group < 2:
+        raise ValueError(
+            f"min_group={min_group} must be at least 2: a group of one has no baseline, so no variance here"
+        )
     sizes = np.arange(min_group, max_group, dtype=np.float64)  # n, of a gain n -> n + 1
     gains = (sizes - 1) / sizes**2 - sizes / (sizes + 1) ** 2
     rising = jnp.asarray(np.sort(-gains), jnp.float32)
@@ -129,6 +137,7 @@ def variance(
         num_epochs=num_epochs,
         min_group=min_group,
         max_group=max_group,
+        multiple_of=multiple_of,
         group_size=group_size,
         prior=prior,
         discount=discount,
@@ -142,6 +151,7 @@ def knapsack(
     num_epochs: int,
     min_group: int = MIN_GROUP,
     max_group: int = MAX_GROUP,
+    multiple_of: int = MULTIPLE_OF,
     group_size: int = GROUP_SIZE,
     prior: tuple[ArrayLike, ArrayLike] = PRIOR,
     discount: ArrayLike = DISCOUNT,
@@ -158,8 +168,9 @@ def knapsack(
     Args:
         total_budget: rollouts of the whole run, below 2^31, may be traced; tokens where expected_tokens is given.
         num_epochs: calls of `allocate` that the budget is cut into: each may be a pass over the data, or a few steps.
-        min_group: rollouts of the smallest group that is drawn at all, at least 2.
+        min_group: rollouts of the smallest group that is drawn at all, at least 1.
         max_group: rollouts of the largest group.
+        multiple_of: divides every group's rollouts, and so must divide min_group and max_group.
         group_size: rollouts of a group on average, within [min_group, max_group].
         prior: Beta(alpha, beta) of a prompt's success probability: two numbers, or two arrays [N].
         discount: share of the evidence kept over a pass of 8 N rollouts, in (0, 1]; may be traced.
@@ -196,6 +207,7 @@ def knapsack(
         num_epochs=num_epochs,
         min_group=min_group,
         max_group=max_group,
+        multiple_of=multiple_of,
         group_size=group_size,
         prior=prior,
         discount=discount,
@@ -205,26 +217,8 @@ def knapsack(
 
 def fewest_first(key, candidates: Candidates, count: Array) -> Array:
     """[P] bool: the `count` valid prompts with the fewest cumulative rollouts, ties drawn by the key."""
-    beyond = jnp.int32(_GREATEST)
-    rollouts = jnp.where(candidates.valid, candidates.rollouts, beyond)
-    last = _order_statistic(rollouts, count)
-    below = rollouts < last
-    tied = candidates.valid & (rollouts == last)
-    priority = jnp.where(tied, jax.random.randint(key, rollouts.shape, 0, beyond, jnp.int32), beyond)
-    missing = count - jnp.sum(below, dtype=jnp.int32)
-    return candidates.valid & (below | (tied & (priority <= _order_statistic(priority, missing))))
-
-
-def _order_statistic(x: Array, count: Array) -> Array:
-    """[] int32, the smallest t with at least `count` of the x >= 0 at or below it, by bisection: no sort."""
-
-    def halve(_, bracket):
-        low, high = bracket
-        middle = low + (high - low) // 2
-        enough = jnp.sum(x <= middle, dtype=jnp.int32) >= count
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
-
-    return jax.lax.fori_loop(0, 31, halve, (jnp.int32(0), jnp.int32(_GREATEST)))[1]
+    drawn = jax.random.randint(key, candidates.rollouts.shape, 0, GREATEST, jnp.int32)
+    return first_in_order(candidates.rollouts, drawn, candidates.valid, count)
 
 
 def _in_turn(

@@ -10,18 +10,26 @@ from jax import Array
 _LANES = 256  # the running sum goes down this many columns at once
 
 
-def feasible_budget(budget: Array, num_prompts: Array, *, min_group: int, max_group: int) -> Array:
+def feasible_budget(
+    budget: Array, num_prompts: Array, *, min_group: int, max_group: int, multiple_of: int = 1
+) -> Array:
     """The largest sum <= budget of group sizes that are 0 or in [min_group, max_group], over num_prompts prompts.
 
     With G groups every sum in [min_group G, max_group G] can be had, and the largest G that the budget pays for reaches
-    furthest. budget, num_prompts: [] int32. Returns [] int32.
+    furthest. Sizes are multiples of multiple_of, which divides both bounds. budget, num_prompts: [] int32. Returns []
+    int32.
     """
+    if multiple_of > 1:
+        bounds = {"min_group": min_group // multiple_of, "max_group": max_group // multiple_of}
+        return multiple_of * feasible_budget(budget // multiple_of, num_prompts, **bounds)
     groups = jnp.minimum(budget // min_group, num_prompts)
     enough = groups > budget // max_group  # max_group * groups may pass 2^31
     return jnp.where(enough, budget, groups * max_group)
 
 
-def whole_groups(key, shares: Array, valid: Array, budget: Array, *, min_group: int, max_group: int) -> Array:
+def whole_groups(
+    key, shares: Array, valid: Array, budget: Array, *, min_group: int, max_group: int, multiple_of: int = 1
+) -> Array:
     """Integers n in {0} or [min_group, max_group] that sum to the budget, n_i equal to the share in expectation.
 
     A share under min_group becomes a group of min_group with the matching probability; a larger one is rounded up with
@@ -29,8 +37,11 @@ def whole_groups(key, shares: Array, valid: Array, budget: Array, *, min_group: 
     leaves over (a few rollouts) is spread over those fractions, and what they cannot take over groups drawn by the key.
 
     key: PRNG key, consumed. shares: [P] float32 in [0, max_group], summing to about the budget. valid: [P] bool.
-    budget: [] int32, a feasible one. Returns [P] int32.
+    budget: [] int32, a feasible one. multiple_of: divides every size, and both bounds. Returns [P] int32.
     """
+    if multiple_of > 1:  # rollouts come in blocks
+        bounds = {"min_group": min_group // multiple_of, "max_group": max_group // multiple_of}
+        return multiple_of * whole_groups(key, shares / multiple_of, valid, budget // multiple_of, **bounds)
     keys = jax.random.split(key, 5)
     fewest, most = -(-budget // max_group), jnp.minimum(budget // min_group, jnp.sum(valid, dtype=jnp.int32))
     large = valid & (shares >= min_group)

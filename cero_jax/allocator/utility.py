@@ -1,8 +1,10 @@
-"""Saturating utilities of a prompt's cumulative rollouts: U_i(X) = v_i h(X / tau), h concave, h(0) = 0, h <= 1.
+"""Saturating utilities of a prompt's cumulative rollouts X, concave, 0 at X = 0 and bounded.
 
-Source: CERO, public point 3 (concave, saturating, scaled by the posterior variance). The two families are this
-project's choice. Each is written through h alone; the dual works in logarithms, so that one log a prompt is all that
-solving for a price costs.
+Two families scale one curve, U_i(X) = v_i h(X / tau): all prompts saturate at the same X. They are this project's
+choice. The third, "capture", is the value-capture utility of CERO (arXiv 2610.09679, section 2.2): in rollouts,
+U_i(X) = 1 - exp(-4 v_i X / tau), with tau = R / lambda. There v_i stands inside the exponent, so a prompt of high
+variance gains fast and saturates early. Each is U_i(X) = U_i'(0) tau_i h(X / tau_i), and the dual works in logarithms,
+so that one log a prompt is all that solving for a price costs.
 """
 
 from collections.abc import Callable
@@ -15,9 +17,11 @@ from cero_jax.allocator.base import AllocatorState
 from cero_jax.allocator.checks import known
 from cero_jax.allocator.ledger import as_float
 
+LEAST_VARIANCE = 1e-30  # keeps a logarithm finite; where every v is 0 the shares are equal
+
 
 class Utility(NamedTuple):
-    """One family h. z = X / tau >= 0 is a prompt's cumulative rollouts in units of tau."""
+    """One curve h. z = X / tau_i >= 0 is a prompt's cumulative rollouts in units of where it saturates."""
 
     value: Callable[[Array], Array]  # h(z)
     log_slope: Callable[[Array], Array]  # log h'(z), falling in z, 0 at z = 0
@@ -41,12 +45,20 @@ RATIONAL = Utility(  # h(z) = z / (1 + z)
 
 
 def utility_family(name: str) -> Utility:
-    """The family called "exponential" or "rational"; ValueError for another name."""
-    if name == "exponential":
+    """The curve h of the utility "exponential", "rational" or "capture"; ValueError for another name."""
+    if name in ("exponential", "capture"):
         return EXPONENTIAL
     if name == "rational":
         return RATIONAL
-    raise ValueError(f"utility={name!r} is neither 'exponential' nor 'rational'")
+    raise ValueError(f"utility={name!r} is neither 'exponential' nor 'rational' nor 'capture'")
+
+
+def first_slope_and_scale(name: str, v: Array, tau: Array) -> tuple[Array, Array]:
+    """([P] log of tau U_i'(0), [] or [P] rollouts tau_i) of U_i(X) = U_i'(0) tau_i h(X / tau_i). v: [P]; tau: []."""
+    v = jnp.maximum(v, LEAST_VARIANCE)
+    if name == "capture":
+        return jnp.log(4 * v), jnp.minimum(tau / (4 * v), 1e30)
+    return jnp.log(v), tau
 
 
 def saturation(state: AllocatorState, tau) -> Array:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cero_jax.allocator.posterior import add_evidence, fitted_prior
+from cero_jax.allocator.posterior import add_evidence, under_fitted_prior
 
 MAX_COLUMNS = 60  # of a heat map
 MAX_STRETCHES = 30  # of steps, each a point of a curve: one step alone is noise
@@ -210,7 +210,7 @@ class Visit(NamedTuple):
     after: tuple[float, float]
 
 
-_fitted_prior = jax.jit(fitted_prior)
+_under_fitted_prior = jax.jit(under_fitted_prior)
 _add_evidence = jax.jit(add_evidence)
 
 
@@ -225,8 +225,7 @@ def replay(run: RunLog) -> tuple[list[list[Visit]], np.ndarray]:
         if row["epoch"] != epoch:  # an epoch begins
             epoch, expected = row["epoch"], posterior
             if settings["name"] == "cero":
-                seen = posterior - prior[:, None]
-                expected = seen + np.array(_fitted_prior(*seen, tuple(settings["prior"])))[:, None]
+                expected = np.array(_under_fitted_prior(*posterior, tuple(settings["prior"])))
         ids, rollouts, correct = (np.array(row[key], int) for key in ("prompt_ids", "num_rollouts", "num_correct"))
         evidence = np.array(row.get("num_evidence", rollouts), int)
         counts = np.zeros((3, number), np.int32)
