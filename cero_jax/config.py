@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, Self, get_args, get_type_hints
 
 import tyro
 
@@ -47,17 +47,20 @@ class AllocatorConfig:
     max_group: int = defaults.MAX_GROUP
     """Most rollouts of a prompt in an epoch."""
     group_size: int = defaults.GROUP_SIZE
-    """Rollouts of a group (uniform), or of one on average (variance, knapsack)."""
+    """Rollouts of a group (uniform, cero_dual), or of one on average (variance, knapsack)."""
+    multiple_of: int = defaults.MULTIPLE_OF
+    """Every group's rollouts are a multiple of this."""
     tau: float | None = None
-    """Rollouts at which returns diminish; None is total_budget / prompts (cero, cero_dual)."""
-    prior: tuple[float, float] = defaults.PRIOR
-    """Beta prior of a prompt's success."""
-    discount: float = defaults.DISCOUNT
-    """Share of the evidence that survives a pass, of 8 rollouts a prompt."""
+    """Rollouts at which returns diminish; None is total_budget / prompts (cero)."""
+    prior: tuple[float, float] | None = None
+    """Beta prior of a prompt's success; None is (0.5, 0.5), and the paper's (1, 1) under cero_dual."""
+    discount: float | None = None
+    """Share of the evidence that survives a pass, of 8 rollouts a prompt; None is 0.9, and the paper's 1 under
+    cero_dual."""
     explore: float = defaults.EXPLORE
     """Share of an epoch for prompts whose evidence has faded, stalest first (cero)."""
-    utility: Literal["exponential", "rational"] = defaults.UTILITY
-    """How utility saturates in a prompt's cumulative rollouts (cero, cero_dual)."""
+    utility: Literal["exponential", "rational", "capture"] = defaults.UTILITY
+    """How utility saturates in a prompt's cumulative rollouts (cero); capture is the paper's."""
 
     def build(self, advantage: AdvantageKind = "grpo") -> cero_jax.Allocator:
         """The allocator. Raises ValueError naming what does not fit.
@@ -66,15 +69,25 @@ class AllocatorConfig:
         """
         if self.name not in ALLOCATORS:
             raise ValueError(f"allocator.name={self.name!r} is none of {', '.join(ALLOCATORS)}: name one of them")
-        shared = ("total_budget", "num_epochs", "min_group", "max_group", "prior", "discount")
+        shared = ("total_budget", "num_epochs", "min_group", "max_group", "multiple_of", "prior", "discount")
         own: dict[str, Any] = {
             "cero": {"tau": self.tau, "utility": self.utility, "explore": self.explore},
-            "cero_dual": {"tau": self.tau, "utility": self.utility},
+            "cero_dual": {"group_size": self.group_size},
             "uniform": {"group_size": self.group_size},
             "variance": {"group_size": self.group_size, "advantage": "dr_grpo" if advantage == "dr_grpo" else "rloo"},
             "knapsack": {"group_size": self.group_size},
         }[self.name]
-        return getattr(cero_jax, self.name)(**{key: getattr(self, key) for key in shared}, **own)
+        settings = dataclasses.asdict(self.resolved())
+        return getattr(cero_jax, self.name)(**{key: settings[key] for key in shared}, **own)
+
+    def resolved(self) -> Self:
+        """The same with the rule's own prior and discount where none are named."""
+        prior, discount = ((1.0, 1.0), 1.0) if self.name == "cero_dual" else (defaults.PRIOR, defaults.DISCOUNT)
+        return dataclasses.replace(
+            self,
+            prior=prior if self.prior is None else self.prior,
+            discount=discount if self.discount is None else self.discount,
+        )
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,8 @@ class Run(NamedTuple):
 
 
 def build_task(config: Config) -> tuple[Config, Task]:
-    """The task, and the config with the shape of its model folder's model where there is one."""
+    """The task, and the config with what is not named filled in: by the allocator's rule, and from the model folder."""
+    config = dataclasses.replace(config, allocator=config.allocator.resolved())
     if config.model_folder is None:
         return config, config.task.build(config.seed, None)
     kept = {name: getattr(config.model, name) for name in ("lora_rank", "lora_alpha", "remat")}
@@ -220,6 +221,7 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     check_saved_as_it_is(config)
     config, task = build_task(config)
     num_prompts, tokenizer = len(task.train.questions), task.tokenizer
+    assert config.allocator.prior is not None  # filled in
     config.check(num_prompts)
     _check_context(config, task)
     mesh = sharding.make_mesh(config.mesh)

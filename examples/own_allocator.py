@@ -43,14 +43,15 @@ class Proportional(AllocatorConfig):
         """The allocator. advantage: how the learner computes advantages, for a rule that depends on it."""
         if self.name != "proportional":
             return super().build(advantage)
+        settings = self.resolved()  # with the usual prior and discount where none are named
         return proportional(
-            power=self.power,
-            total_budget=self.total_budget,
-            num_epochs=self.num_epochs,
-            min_group=self.min_group,
-            max_group=self.max_group,
-            prior=self.prior,
-            discount=self.discount,
+            power=settings.power,
+            total_budget=settings.total_budget,
+            num_epochs=settings.num_epochs,
+            min_group=settings.min_group,
+            max_group=settings.max_group,
+            prior=settings.prior,
+            discount=settings.discount,
         )
 
 
