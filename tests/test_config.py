@@ -32,7 +32,7 @@ def with_allocator(**changes):
     [
         (with_allocator(total_budget=1, num_epochs=1), r"total_budget=1 is smaller than one group of 2"),
         (with_allocator(total_budget=10, num_epochs=8), r"total_budget=10 over num_epochs=8 leaves less than"),
-        (with_allocator(min_group=9), r"min_group=9 must lie in 2..max_group=8"),
+        (with_allocator(min_group=9), r"min_group=9 must lie in 1..max_group=8"),
         (with_allocator(max_group=17), r"max_group=17 must be at most learner.rows_per_step=16"),
         (with_allocator(total_budget=2**31, num_epochs=1), r"total_budget=2147483648"),
         ({"sampler": SamplerConfig(temperature=0)}, r"temperature=0 draws the same completion"),
