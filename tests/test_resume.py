@@ -210,7 +210,7 @@ def test_other_settings_or_prompts_are_refused(whole):
     cursor = checkpoints.cursor()
     checkpoints.close()
     with pytest.raises(ValueError, match="other prompts"):
-        check_resumable(cursor, config, "another hash")
+        check_resumable(cursor, run.config, "another hash")
 
 
 def test_a_second_signal_acts_as_it_always_did():
