@@ -173,7 +173,7 @@ def rollouts_by_kind(lines: list[dict]) -> dict[str, np.ndarray]:
 
 
 def draw(seeds: list[int]) -> None:
-    """Accuracy against rollouts for both arms, and the share of each kind in the rollouts of each round."""
+    """Accuracy against rollouts for both arms, and the share of each kind in the rollouts of each epoch."""
     import matplotlib
 
     matplotlib.use("Agg")
