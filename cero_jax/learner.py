@@ -32,8 +32,13 @@ class LearnerConfig:
     """Peak, of Adam."""
     final_learning_rate_share: float = 0.05
     """The rate falls linearly with the budget spent, to this share of the peak; 1 keeps it constant."""
+    warmup_share: float = 0.0
+    """The rate rises linearly from 0 over this share of the budget: Adam's first steps have full size, however noisy
+    the gradient that they follow."""
     adam_b1: float = 0.9
     adam_b2: float = 0.99
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment: parameters whose gradients are smaller move less than the rate."""
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this global norm."""
@@ -70,10 +75,16 @@ class LearnerConfig:
                 f"learner.learning_rate={self.learning_rate} and max_grad_norm={self.max_grad_norm} must be positive, "
                 f"final_learning_rate_share={self.final_learning_rate_share} in [0, 1]"
             )
-        if not (0 <= self.adam_b1 < 1 and 0 <= self.adam_b2 < 1 and min(self.kl_coef, self.weight_decay) >= 0):
+        if not 0 <= self.warmup_share < 1:
+            raise ValueError(f"learner.warmup_share={self.warmup_share} must lie in [0, 1): a share of the budget")
+        if not (0 <= self.adam_b1 < 1 and 0 <= self.adam_b2 < 1 and self.adam_eps > 0):
             raise ValueError(
-                f"learner.adam_b1={self.adam_b1} and adam_b2={self.adam_b2} must lie in [0, 1), kl_coef={self.kl_coef} "
-                f"and weight_decay={self.weight_decay} not be negative"
+                f"learner.adam_b1={self.adam_b1} and adam_b2={self.adam_b2} must lie in [0, 1), "
+                f"adam_eps={self.adam_eps} be positive"
+            )
+        if min(self.kl_coef, self.weight_decay) < 0:
+            raise ValueError(
+                f"learner.kl_coef={self.kl_coef} and weight_decay={self.weight_decay} must not be negative"
             )
         if not (0 < self.clip_low < 1 and self.clip_high > 0):
             raise ValueError(
@@ -125,7 +136,7 @@ def make_optimizer(config: LearnerConfig) -> optax.GradientTransformation:
     """Adam without its rate: the step multiplies by minus the rate, a function of the budget spent."""
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
-        optax.scale_by_adam(config.adam_b1, config.adam_b2),
+        optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
         optax.add_decayed_weights(config.weight_decay),
     )
 
@@ -378,5 +389,12 @@ def make_learner(
 
 
 def learning_rate(config: LearnerConfig, spent: int, total_budget: int) -> float:
-    """The rate after `spent` of `total_budget` rollouts: linear from the peak to final_learning_rate_share of it."""
-    return config.learning_rate * (1.0 - (1.0 - config.final_learning_rate_share) * min(1.0, spent / total_budget))
+    """The rate of a step with which `spent` of `total_budget` rollouts are drawn.
+
+    Linear from 0 to the peak over warmup_share of the budget, and on to final_learning_rate_share of it at the end.
+    """
+    share = min(1.0, spent / total_budget)
+    if share < config.warmup_share:
+        return config.learning_rate * share / config.warmup_share
+    falling = (share - config.warmup_share) / (1.0 - config.warmup_share)
+    return config.learning_rate * (1.0 - (1.0 - config.final_learning_rate_share) * falling)

@@ -238,7 +238,7 @@ def num_compiled(caplog):
 
 
 def test_steps_equal_adam_by_hand_whatever_was_left_out_and_compile_at_the_first_only(caplog):
-    config = dataclasses.replace(PLAIN, adam_b1=0.8, adam_b2=0.95, weight_decay=0.1, max_grad_norm=0.05)
+    config = dataclasses.replace(PLAIN, adam_b1=0.8, adam_b2=0.95, adam_eps=1e-5, weight_decay=0.1, max_grad_norm=0.05)
     learner = make_learner(CONFIG, VOCAB, config, TEMPERATURE, one_device())
     state = learner.init(jax.tree.map(jnp.copy, params()))
     first, second = jax.tree.map(np.zeros_like, (params(), params()))
@@ -265,7 +265,7 @@ def test_steps_equal_adam_by_hand_whatever_was_left_out_and_compile_at_the_first
         first, second = (jax.tree.map(np.asarray, optax.tree.get(state.opt_state, name)) for name in ("mu", "nu"))
         want = jax.tree.map(
             lambda p, m, v, rate=rate, step=step: (
-                p - rate * (m / (1 - 0.8**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-8) + 0.1 * p)
+                p - rate * (m / (1 - 0.8**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-5) + 0.1 * p)
             ),
             before, first, second,
         )  # fmt: skip
@@ -312,6 +312,12 @@ def test_the_rate_falls_linearly_with_the_budget(spent, rate):
     config = LearnerConfig(learning_rate=1e-3, final_learning_rate_share=0.2)
     assert learning_rate(config, spent, 100) == pytest.approx(rate)
     assert learning_rate(LearnerConfig(learning_rate=1e-3, final_learning_rate_share=1.0), spent, 100) == 1e-3
+
+
+@pytest.mark.parametrize(("spent", "rate"), [(0, 0.0), (5, 5e-4), (10, 1e-3), (55, 6e-4), (100, 2e-4), (150, 2e-4)])
+def test_the_rate_rises_over_the_warmup_first(spent, rate):
+    config = LearnerConfig(learning_rate=1e-3, warmup_share=0.1, final_learning_rate_share=0.2)
+    assert learning_rate(config, spent, 100) == pytest.approx(rate)
 
 
 def test_a_microbatch_may_be_cut_to_three_lengths():
