@@ -1,17 +1,19 @@
-"""How many rollouts does an allocation save? `cero`, `uniform` and dynamic sampling on the embedded task.
+"""How many rollouts does a method save? Allocations and advantages on the embedded task, each arm at its best setting.
 
-    python benchmarks/sample_efficiency.py              # tune on seeds 100..104; judge on 0..4; table and picture
-    python benchmarks/sample_efficiency.py --mixes      # 0, 20, 40, 60 % wrong gold answers: when it pays
+    python benchmarks/sample_efficiency.py              # tune each arm, judge it on other seeds; tables and picture
+    python benchmarks/sample_efficiency.py --mixes      # 0 and 20 % wrong gold answers too: when it pays
     python benchmarks/sample_efficiency.py --effects    # less noise, or more weight?
-    python benchmarks/sample_efficiency.py --allocators # all allocators, the same budget
+    python benchmarks/sample_efficiency.py --allocators # all allocators, a third of the budget
 
-Every side is tuned over the same grid of learning rate, rows a step and group size, by its mean held-out accuracy over
-the run, on seeds that are not judged. Each finished run is a line of sample_efficiency.jsonl and is not run again: a
-stopped benchmark goes on. Runs share the machine, one core each; rollouts and steps do not depend on that, seconds do.
+The question of a user: where does uniform GRPO end with 12,800 rollouts, and what budget takes another arm there? Each
+arm is run with several budgets, each a whole run that falls to its last learning rate. Every arm climbs the same grid
+of learning rate, rows a step and group size from the same place, on seeds that are not judged, until no neighbour is
+better: no chosen setting lies at the grid's edge. Each finished run is a line of sample_efficiency.jsonl and is not run
+again: a stopped benchmark goes on. Runs share the machine, one core each; rollouts and steps do not depend on that,
+seconds do.
 """
 
 import argparse
-import itertools
 import json
 import os
 import queue
@@ -20,32 +22,71 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import isotonic_regression
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "sample_efficiency.jsonl"
-ARMS = ("cero", "uniform", "dynamic")  # dynamic: uniform with DAPO's dynamic sampling
-LEARNING_RATES, ROWS, GROUPS = (2.5e-4, 5e-4, 1e-3), (16, 32), (4, 8)
-TUNING_SEEDS, SEEDS, MIX_SEEDS = (100, 101, 102, 103, 104), (0, 1, 2, 3, 4), (0, 1, 2)
-MIXES = (0.0, 0.2, 0.4, 0.6)
+WHOLE, THIRD = 12_800, 4_266
+BUDGETS = (3_200, THIRD, 6_400, WHOLE)  # rollouts
+RATES = (6e-5, 9e-5, 1.25e-4, 1.8e-4, 2.5e-4, 3.5e-4, 5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3)
+ROWS = (2, 4, 8, 16, 32, 64)  # of an optimiser step
+GROUPS = (1, 2, 4, 8, 16, 32)
+START = (7e-4, 8, 4)  # learning rate, rows, group
+TUNING_SEEDS, SEEDS, MIX_SEEDS = (100, 101, 102, 103, 104), (0, 1, 2, 3, 4, 5, 6, 7), (0, 1, 2, 3, 4)
+
+
+class Arm(NamedTuple):
+    """A method: what it is made of, and the budget with which it is tuned."""
+
+    allocator: str
+    advantage: str
+    budget: int = THIRD
+    dynamic_sampling: bool = False
+
+
+ARMS = {
+    "uniform": Arm("uniform", "grpo", WHOLE),  # tuned for the end that the others are to reach
+    "uniform + posterior": Arm("uniform", "posterior"),
+    "cero": Arm("cero", "grpo"),
+    "cero + posterior": Arm("cero", "posterior"),
+    "dynamic": Arm("uniform", "grpo", WHOLE, dynamic_sampling=True),  # DAPO
+}
+MAIN = ("uniform", "uniform + posterior", "cero", "cero + posterior")
+
+
+class Setting(NamedTuple):
+    """What is tuned."""
+
+    learning_rate: float
+    rows: int
+    group: int
+
+
+def cell(arm: str | Arm, setting: Setting, seed: int, budget: int, wrong_share: float = 0.4, **flags) -> dict:
+    """What identifies a run."""
+    arm = ARMS[arm] if isinstance(arm, str) else arm
+    of_arm = {key: value for key, value in arm._asdict().items() if key != "budget"}
+    return {**of_arm, **setting._asdict(), "seed": seed, "budget": budget, "wrong_share": wrong_share, "flags": flags}
 
 
 def command(cell: dict) -> list[str]:
     """The train.py call of one run."""
-    allocator = "uniform" if cell["arm"] == "dynamic" else cell["arm"]
     flags = {
         "seed": cell["seed"],
-        "allocator.name": allocator,
-        "allocator.min-group": cell["group"],  # cero's and cero_dual's groups start here
+        "allocator.name": cell["allocator"],
+        "allocator.total-budget": cell["budget"],
+        "allocator.min-group": cell["group"],  # cero's groups start here
         "allocator.group-size": cell["group"],  # the others' are of this size
-        "allocator.max-group": min(32, cell["rows"]),
+        "allocator.max-group": max(cell["group"], min(32, cell["rows"])),
+        "learner.advantage": cell["advantage"],
         "learner.rows-per-step": cell["rows"],
         "learner.learning-rate": cell["learning_rate"],
         "task.wrong-share": cell["wrong_share"],
-        "dynamic-sampling": cell["arm"] == "dynamic",
-        "evaluation.every-rollouts": 400,
+        "dynamic-sampling": cell["dynamic_sampling"],
+        "evaluation.every-rollouts": cell["budget"] // 16,
         "checkpoint-every-steps": 1_000_000,
         **cell["flags"],
     }
@@ -59,25 +100,26 @@ def command(cell: dict) -> list[str]:
 
 def run(cell: dict, core: int, scratch: Path) -> dict:
     """Train once on one core; the cell and its curve: rollouts, steps, accuracy and seconds at each evaluation."""
-    name = f"{cell['arm']}-{abs(hash(json.dumps(cell)))}"
-    done = subprocess.run(
-        [*command(cell), f"--work-dir={scratch / name}"],
-        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command(cell))} failed:\n{done.stderr[-3000:]}")
-    rows = [json.loads(line) for line in (scratch / name / "metrics.jsonl").open()]
-    timings = [json.loads(line) for line in (scratch / name / "timings.jsonl").open()]
+    with tempfile.TemporaryDirectory(dir=scratch) as work_dir:
+        done = subprocess.run(
+            [*command(cell), f"--work-dir={work_dir}"],
+            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command(cell))} failed:\n{done.stderr[-3000:]}")
+        rows, timings = (
+            [json.loads(line) for line in (Path(work_dir) / name).open()] for name in ("metrics.jsonl", "timings.jsonl")
+        )
+        labels = json.loads((Path(work_dir) / "prompts.json").read_text())["labels"]
     spent_seconds, curve = 0.0, []
     for row, timing in zip(rows, timings, strict=True):
         if row["kind"] == "step":
             spent_seconds += sum(value for key, value in timing.items() if key.endswith("_seconds"))
-        else:
+        elif row["kind"] == "eval":
             curve.append([row["spent"], row["optimizer_steps"], round(row["accuracy"], 5), round(spent_seconds, 2)])
-    labels = json.loads((scratch / name / "prompts.json").read_text())["labels"]
     steps = [row for row in rows if row["kind"] == "step"]
     wrong = sum(
         n for r in steps for p, n in zip(r["prompt_ids"], r["num_rollouts"], strict=True) if labels[p] == "wrong gold"
@@ -87,26 +129,13 @@ def run(cell: dict, core: int, scratch: Path) -> dict:
     return cell | {"curve": curve, "live_share": round(live / total, 4), "wrong_gold_share": round(wrong / total, 4)}
 
 
-def cell(arm: str, setting: tuple, seed: int, wrong_share: float = 0.4, **flags) -> dict:
-    """What identifies a run."""
-    learning_rate, rows, group = setting
-    return {
-        "arm": arm,
-        "learning_rate": learning_rate,
-        "rows": rows,
-        "group": group,
-        "seed": seed,
-        "wrong_share": wrong_share,
-        "flags": flags,
-    }
-
-
 def finished() -> dict[str, dict]:
     """Runs done so far, by their cell."""
     if not RESULTS.exists():
         return {}
+    keys = cell("uniform", Setting(*START), 0, WHOLE)
     runs = [json.loads(line) for line in RESULTS.open()]
-    return {json.dumps({key: r[key] for key in cell("", (0, 0, 0), 0)}): r for r in runs}
+    return {json.dumps({key: r[key] for key in keys}): r for r in runs}
 
 
 def run_all(cells: list[dict]) -> list[dict]:
@@ -115,7 +144,9 @@ def run_all(cells: list[dict]) -> list[dict]:
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
     scratch = Path(os.environ.get("SCRATCH", tempfile.gettempdir())) / "sample_efficiency"
-    todo = [c for c in cells if json.dumps(c) not in finished()]
+    scratch.mkdir(parents=True, exist_ok=True)
+    there = finished()
+    todo = [c for c in cells if json.dumps(c) not in there]
     # Runs of one seed share a warm start: the first of each seed goes alone, so that it is computed once.
     first = {c["seed"]: c for c in reversed(todo)}.values()
     later = [c for c in todo if c not in first]
@@ -128,48 +159,81 @@ def run_all(cells: list[dict]) -> list[dict]:
             cores.put(core)
         with RESULTS.open("a") as file:
             file.write(line + "\n")
-        print(
-            f"{len(finished()):4d} done: {c['arm']} {c['learning_rate']:g} {c['rows']} {c['group']} seed {c['seed']}",
-            flush=True,
-        )
+        print("  " + " ".join(str(value) for value in c.values()), flush=True)
 
     with ThreadPoolExecutor(cores.qsize()) as pool:
         list(pool.map(one, first))
         list(pool.map(one, later))
-    done = finished()
-    return [done[json.dumps(c)] for c in cells]
+    there = finished()
+    return [there[json.dumps(c)] for c in cells]
 
 
-def accuracy(result: dict) -> np.ndarray:
-    """The curve's accuracy, fitted by the closest that never falls."""
-    return isotonic_regression([point[2] for point in result["curve"]]).x
+def end(result: dict) -> float:
+    """Held-out accuracy when the budget is spent."""
+    return result["curve"][-1][2]
 
 
-def crossing(result: dict, target: float, column: int = 0) -> float:
-    """Rollouts (column 0), optimiser steps (1) or seconds (3) until the fitted curve reaches `target`; inf: never."""
-    fitted, x = accuracy(result), [point[column] for point in result["curve"]]
+def neighbours(setting: Setting, least_group: int) -> list[Setting]:
+    """The settings one step away along each axis. Raises ValueError at the edge of the grid."""
+    found = []
+    for field, grid in zip(Setting._fields, (RATES, ROWS, GROUPS), strict=True):
+        place = grid.index(getattr(setting, field))
+        least = least_group if field == "group" else grid[0]
+        if place == len(grid) - 1 or (place == 0 and field != "group"):
+            raise ValueError(f"{setting} lies at the edge of the grid: widen {field}")
+        around = [grid[i] for i in (place - 1, place + 1) if i >= 0 and grid[i] >= least]
+        found += [setting._replace(**{field: value}) for value in around]
+    return [s for s in found if s.group <= s.rows]
+
+
+def tuned(arm: str) -> Setting:
+    """Where a climb over the grid ends, by the mean accuracy at the end of the arm's budget.
+
+    Two seeds lead the climb; the best three settings on its way are then told apart by all tuning seeds.
+    """
+    least_group = 1 if ARMS[arm].advantage == "posterior" else 2
+    scores: dict[Setting, float] = {}
+
+    def score(settings: list[Setting], seeds: tuple[int, ...]) -> None:
+        results = run_all([cell(arm, s, seed, ARMS[arm].budget) for s in settings for seed in seeds])
+        means = np.array([end(r) for r in results]).reshape(len(settings), -1).mean(axis=1)
+        scores.update(zip(settings, means.tolist(), strict=True))
+
+    here = Setting(*START)
+    while True:
+        score([s for s in (here, *neighbours(here, least_group)) if s not in scores], TUNING_SEEDS[:2])
+        best = max(scores, key=lambda s: scores[s])
+        if best == here:
+            break
+        here = best
+    leading = sorted(scores, key=lambda s: -scores[s])[:3]
+    score(leading, TUNING_SEEDS)
+    for s in leading:
+        print(f"{arm}: rate {s.learning_rate:g}, {s.rows} rows, groups from {s.group}: {scores[s]:.4f}", flush=True)
+    return max(leading, key=lambda s: scores[s])
+
+
+def budget_needed(budgets: tuple[int, ...], ends: np.ndarray, target: float) -> float:
+    """Rollouts with which a run ends at `target`: the ends [len(budgets)] fitted by the closest that never fall,
+    between them linear in the budget's logarithm. inf: with none of them."""
+    fitted = isotonic_regression(ends).x
     above = np.flatnonzero(fitted >= target)
     if not above.size:
         return np.inf
     i = above[0]
     if i == 0:
-        return float(x[0])
-    return float(np.interp(target, fitted[i - 1 : i + 1], x[i - 1 : i + 1]))
+        return float(budgets[0])
+    return float(np.exp(np.interp(target, fitted[i - 1 : i + 1], np.log(budgets[i - 1 : i + 1]))))
 
 
-def savings(uniform: list[dict], other: list[dict]) -> dict:
-    """How many times fewer rollouts `other` needs to reach what uniform ends at: geometric mean over seeds, interval.
+def savings(uniform: np.ndarray, other: np.ndarray, budgets: tuple[int, ...] = BUDGETS) -> dict:
+    """How many times fewer rollouts `other` needs to end where uniform does with the whole budget.
 
-    The target of a seed is where uniform's fitted curve ends with it. A seed that never gets there is censored: it
-    counts as its whole budget, so the saving is an upper bound where `censored` is not 0.
+    uniform, other: [seeds, budgets] accuracies at the end. Geometric mean over seeds with a bootstrap interval; a seed
+    that never gets there is `censored`, and counts as the whole budget; one that is there with the least budget as that.
     """
-    needs, censored = [], 0
-    for u, o in zip(uniform, other, strict=True):
-        target = accuracy(u)[-1]
-        need = crossing(o, target)
-        censored += not np.isfinite(need)
-        needs.append((crossing(u, target), min(need, o["curve"][-1][0])))
-    ratio = np.log([u / max(o, 1) for u, o in needs])
+    needs = [budget_needed(budgets, theirs, ours[-1]) for ours, theirs in zip(uniform, other, strict=True)]
+    ratio = np.log(budgets[-1] / np.minimum(needs, budgets[-1]))
     # Paired: a seed brings both sides.
     draws = np.random.default_rng(0).choice(ratio, (10_000, len(ratio))).mean(axis=1)
     low, high = np.exp(np.quantile(draws, [0.025, 0.975]))
@@ -178,118 +242,93 @@ def savings(uniform: list[dict], other: list[dict]) -> dict:
         "low": float(low),
         "high": float(high),
         "ratios": np.exp(ratio).round(2).tolist(),
-        "censored": censored,
-        "uniform_rollouts": float(np.mean([u for u, _ in needs])),
-        "rollouts": float(np.mean([o for _, o in needs])),
+        "censored": int(np.sum(~np.isfinite(needs))),
     }
 
 
-def tuned(arm: str) -> tuple:
-    """The setting with the highest accuracy, averaged over the run and the tuning seeds.
-
-    Two seeds cut the grid to its best four, which more seeds then decide: a setting that is good on two seeds may fall
-    apart on a third, as bold steps do.
-    """
-    grid = list(itertools.product(LEARNING_RATES, ROWS, GROUPS))
-    for seeds in (TUNING_SEEDS[:2], TUNING_SEEDS):
-        results = run_all([cell(arm, setting, seed) for setting in grid for seed in seeds])
-        score = np.array([np.mean([p[2] for p in r["curve"]]) for r in results]).reshape(len(grid), -1).mean(axis=1)
-        order = np.argsort(-score)[:4]
-        for i in order:
-            rate, rows, group = grid[i]
-            print(
-                f"  {arm:8s} seeds {seeds[0]} to {seeds[-1]}: rate {rate:g}, {rows} rows a step, groups of {group}: "
-                f"mean accuracy {score[i]:.4f}"
-            )
-        grid = [grid[i] for i in order]
-    return grid[0]
-
-
-def row(name: str, results: list[dict], uniform: list[dict]) -> str:
-    """A line of the table."""
-    end = np.array([r["curve"][-1][2] for r in results])
-    saved = savings(uniform, results)
-    steps, seconds = (np.mean([r["curve"][-1][i] for r in results]) for i in (1, 3))
-    live, wrong = (np.mean([r[key] for r in results]) for key in ("live_share", "wrong_gold_share"))
-    reach = "".join(
-        f" {int(np.mean(found)):,} |" if np.isfinite(found).all() else f" {np.isfinite(found).sum()} of {len(found)} |"
-        for found in ([crossing(r, level) for r in results] for level in (0.8, 0.9, 0.95))
-    )
-    censored = f", {saved['censored']} censored" if saved["censored"] else ""
-    return (
-        f"| {name} |{reach} {end.mean():.3f} ± {end.std(ddof=1) / len(end) ** 0.5:.3f} | {steps:.0f} | {seconds:.0f} | "
-        f"{live:.0%} | {wrong:.0%} | {saved['ratio']:.2f} ({saved['low']:.2f} to {saved['high']:.2f}{censored}) |"
-    )
-
-
-HEADER = (
-    "| | rollouts to 0.80 | to 0.90 | to 0.95 | accuracy at the end | optimiser steps | seconds | rows with variance | "
-    "rollouts on wrong gold | times fewer rollouts to uniform's end (95 %) |\n|---|---|---|---|---|---|---|---|---|---|"
-)
+def mean_and_error(values) -> str:
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
 
 
 def judge(
-    best: dict[str, tuple], seeds: tuple[int, ...], wrong_share: float, flags: dict[str, dict] | None = None
-) -> dict[str, list[dict]]:
-    """Run each arm at its setting and with its own flags, print the table, return the runs."""
-    own = flags or {}
-    runs = {
-        arm: run_all([cell(arm, best[arm], seed, wrong_share, **own.get(arm, {})) for seed in seeds]) for arm in best
+    best: dict[str, Setting], seeds: tuple[int, ...], wrong_share: float, budgets: tuple[int, ...] = BUDGETS
+) -> dict[str, np.ndarray]:
+    """Run each arm at its setting with every budget, print the table; each arm's accuracies [seeds, budgets]."""
+    found = {
+        arm: run_all([cell(arm, best[arm], seed, budget, wrong_share) for seed in seeds for budget in budgets])
+        for arm in best
     }
-    print(f"\n{wrong_share:.0%} wrong gold answers, seeds {seeds[0]} to {seeds[-1]}\n{HEADER}")
-    for arm, results in runs.items():
-        print(row(arm, results, runs["uniform"]))
-        print(f"  {arm} seed by seed: {savings(runs['uniform'], results)['ratios']}")
-    return runs
+    ends = {arm: np.array([end(r) for r in results]).reshape(len(seeds), -1) for arm, results in found.items()}
+    print(f"\n{wrong_share:.0%} wrong gold answers, seeds {seeds[0]} to {seeds[-1]}")
+    print(
+        "| accuracy at the end of | "
+        + " | ".join(f"{budget:,}" for budget in budgets)
+        + " | worst | optimiser steps | seconds | rows with variance | rollouts on wrong gold | times fewer rollouts to "
+        "uniform's end (95 %) |\n" + "|---" * (len(budgets) + 7) + "|"
+    )
+    for arm, results in found.items():
+        whole = results[len(budgets) - 1 :: len(budgets)]
+        saved = savings(ends["uniform"], ends[arm], budgets)
+        censored = f", {saved['censored']} never" if saved["censored"] else ""
+        cells = [mean_and_error(column) for column in ends[arm].T]
+        cells += [f"{ends[arm][:, -1].min():.3f}"]
+        cells += [f"{np.mean([r['curve'][-1][i] for r in whole]):.0f}" for i in (1, 3)]
+        cells += [f"{np.mean([r[key] for r in results]):.0%}" for key in ("live_share", "wrong_gold_share")]
+        cells += [f"{saved['ratio']:.2f} ({saved['low']:.2f} to {saved['high']:.2f}{censored})"]
+        print(f"| {arm} | {' | '.join(cells)} |")
+        print(f"  seed by seed: {saved['ratios']}", flush=True)
+    return ends
 
 
-def draw(runs: dict[float, dict[str, list[dict]]], output: Path) -> None:
-    """Mean accuracy over seeds with its standard error, against rollouts, optimiser steps and seconds, a row a mix."""
+def draw(ends: dict[float, dict[str, np.ndarray]], output: Path) -> None:
+    """Accuracy at the end against the budget, mean over seeds with its standard error, a panel a mix."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours = {"cero": "#0072B2", "uniform": "#D55E00", "dynamic": "#009E73"}
-    names = {"cero": "CERO", "uniform": "uniform (GRPO)", "dynamic": "uniform, dynamic sampling (DAPO)"}
-    axes_names = ((0, "rollouts spent"), (1, "optimiser steps"), (3, "seconds (one core, evaluation left out)"))
-    figure, axes = plt.subplots(len(runs), 3, figsize=(15, 4.2 * len(runs)), squeeze=False, sharey=True)
-    for line, (mix, arms) in zip(axes, runs.items(), strict=True):
-        for axis, (column, label) in zip(line, axes_names, strict=True):
-            for arm, results in arms.items():
-                limit = min(r["curve"][-1][column] for r in results)
-                x = np.linspace(0, limit, 60)
-                y = np.array(
-                    [np.interp(x, [p[column] for p in r["curve"]], [p[2] for p in r["curve"]]) for r in results]
-                )
-                error = y.std(axis=0, ddof=1) / len(y) ** 0.5
-                axis.plot(x, y.mean(axis=0), color=colours[arm], label=names[arm], lw=2)
-                axis.fill_between(
-                    x, y.mean(axis=0) - error, y.mean(axis=0) + error, color=colours[arm], alpha=0.2, lw=0
-                )
-            axis.set(xlabel=label, ylim=(0.3, 1.0))
-            axis.grid(alpha=0.3)
-        line[0].set_ylabel(f"held-out accuracy\n({mix:.0%} wrong gold answers)")
+    colours = dict(zip(MAIN, ("#D55E00", "#E69F00", "#56B4E9", "#0072B2"), strict=True))
+    figure, axes = plt.subplots(1, len(ends), figsize=(6.5 * len(ends), 4.6), squeeze=False, sharey=True)
+    for axis, (mix, arms) in zip(axes[0], ends.items(), strict=True):
+        for arm, values in arms.items():
+            mean, error = values.mean(axis=0), values.std(axis=0, ddof=1) / len(values) ** 0.5
+            axis.errorbar(BUDGETS, mean, error, color=colours[arm], label=arm, lw=2, marker="o", capsize=3)
+        axis.axhline(arms["uniform"][:, -1].mean(), color=colours["uniform"], ls=":", lw=1)
+        axis.set(xscale="log", xlabel="budget, rollouts", title=f"{mix:.0%} wrong gold answers")
+        axis.set_xticks(BUDGETS, [f"{budget:,}" for budget in BUDGETS])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("held-out accuracy at the end")
     axes[0][0].legend(loc="lower right")
-    figure.suptitle("The same budget of rollouts, each side at its best setting; 5 seeds, mean and standard error")
     figure.tight_layout()
     figure.savefig(output, dpi=110)
     print(f"\npicture: {output}")
 
 
-def effects(setting: tuple) -> None:
+def effects(setting: Setting) -> None:
     """Less noise against more weight: by row, leave-one-out, rows over their prompt's rate keep uniform's objective."""
-    plain = {"learner.advantage": "rloo", "learner.aggregation": "sequence"}
-    undone = plain | {"learner.undo-visit-rate": True}
+    plain = {"learner.aggregation": "sequence"}
     arms = {
         "uniform, rloo by row": ("uniform", plain),
-        "cero, rloo by row, visit rates undone (less noise alone)": ("cero", undone),
+        "cero, rloo by row, visit rates undone (less noise alone)": ("cero", plain | {"learner.undo-visit-rate": True}),
         "cero, rloo by row (less noise and more weight)": ("cero", plain),
     }
-    runs = {name: run_all([cell(arm, setting, seed, **flags) for seed in SEEDS]) for name, (arm, flags) in arms.items()}
-    print(f"\nthe two effects of an allocation, all at {setting}, seeds 0 to 4\n{HEADER}")
-    for name, results in runs.items():
-        print(row(name, results, runs["uniform, rloo by row"]))
+    print(f"\nthe two effects of an allocation, all at {setting}, seeds 0 to 4, {WHOLE:,} rollouts")
+    for name, (allocator, flags) in arms.items():
+        results = run_all([cell(Arm(allocator, "rloo"), setting, s, WHOLE, **flags) for s in SEEDS[:5]])
+        print(f"| {name} | {mean_and_error([end(r) for r in results])} |")
+
+
+def allocators(best: dict[str, Setting]) -> None:
+    """Every allocator under both advantages, at the setting of `cero` or `uniform` with that advantage."""
+    print(f"\nall allocators, {THIRD:,} rollouts, seeds 0 to 4")
+    for advantage, tail in (("grpo", ""), ("posterior", " + posterior")):
+        for name in ("uniform", "variance", "knapsack", "cero_dual", "cero"):
+            setting = best[("cero" if name.startswith("cero") else "uniform") + tail]
+            # An average group twice the smallest: at the smallest these two could only do as uniform does.
+            room = {"allocator.group-size": 2 * setting.group} if name in ("variance", "knapsack") else {}
+            results = run_all([cell(Arm(name, advantage), setting, s, THIRD, **room) for s in MIX_SEEDS])
+            print(f"| {name}{tail} | {mean_and_error([end(r) for r in results])} |", flush=True)
 
 
 def main() -> None:
@@ -297,20 +336,15 @@ def main() -> None:
     for name in ("mixes", "effects", "allocators"):
         parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args()
-    print("tuning:")
-    best = {arm: tuned(arm) for arm in ARMS}
-    print(f"best settings (learning rate, rows a step, group): {best}", flush=True)
+    best = {arm: tuned(arm) for arm in MAIN}
+    print(f"best settings: {best}", flush=True)
     if args.mixes:
-        for mix in MIXES:
-            judge({arm: best[arm] for arm in ("cero", "uniform")}, MIX_SEEDS, mix)
+        for mix in (0.0, 0.2):
+            judge({arm: best[arm] for arm in ("uniform", "cero + posterior")}, MIX_SEEDS, mix)
     elif args.effects:
         effects(best["uniform"])
     elif args.allocators:
-        names = ("cero", "uniform", "cero_dual", "variance", "knapsack")
-        settings = {name: best["cero" if name in ("cero", "cero_dual") else "uniform"] for name in names}
-        # an average group twice the smallest: at the smallest these two could only do as uniform does
-        room = {name: {"allocator.group-size": 2 * best["uniform"][2]} for name in ("variance", "knapsack")}
-        judge(settings, MIX_SEEDS, 0.4, room)
+        allocators(best)
     else:
         draw({mix: judge(best, SEEDS, mix) for mix in (0.4, 0.6)}, HERE / "sample_efficiency.png")
 
