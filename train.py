@@ -55,6 +55,7 @@ def train_epoch(run: Run, state: State, cursor: Cursor, stop: StopSignal, collec
     config = run.config
     if cursor.epoch_step == 0:
         state = allocate(run, state)
+        run.log_epoch(state, cursor)
     epoch_plans = run.plan(state.num_rollouts, cursor.epoch)  # the same after a resume
     while cursor.epoch_step < len(epoch_plans):
         plans = epoch_plans[cursor.epoch_step :][: config.learner.steps_per_batch]
@@ -83,12 +84,11 @@ def allocate(run: Run, state: State) -> State:
 
 def draw(run: Run, state: State, cursor: Cursor, plans: list[StepPlan]) -> tuple[Rollouts, Verification]:
     """Draw the rollouts of a batch of steps, all from the present policy; each is verified as soon as it ends."""
-    num_steps = run.config.learner.steps_per_batch
+    num_steps, seed = run.config.learner.steps_per_batch, np.uint32(run.config.seed)
     prompts = sampling_batch(run.task.train, plans, num_steps, state.mean_tokens)
     step_of_row = cursor.step + np.arange(num_steps, dtype=np.uint32).repeat(run.config.learner.rows_per_step)
     verification = Verification(run.task, prompts)
-    params, seed = run.params(state), np.uint32(run.config.seed)
-    return run.sample(params, seed, step_of_row, prompts, verification.on_end), verification
+    return run.sample(run.params(state), seed, step_of_row, prompts, verification.on_end), verification
 
 
 def verify(

@@ -4,7 +4,6 @@ A section of allocator.py. What the paper saw stands beside ours; the policy is 
 """
 
 from functools import partial
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +14,10 @@ from cero_jax import simulate
 from cero_jax.allocator import Allocator
 from cero_jax.allocator.cero_dual import highest_first
 from cero_jax.allocator.selection import scattered
+from cero_jax.report import mechanism
 
 GROUP, NMAX, ROUNDS = 8, 2, 128
 ONE_SIZE = {"min_group": GROUP, "max_group": GROUP}
-BINS = np.linspace(0, 1, 6)
 
 
 def fixed(*, total_budget, num_epochs, shares=(1.0,), **settings) -> Allocator:
@@ -88,19 +87,19 @@ ARMS = {
 
 
 def follow(allocator: Allocator, curves, num_prompts: int, total_budget: int, key, plan=None):
-    """One run: rollouts, successes, true success, predicted success and variance, each [K, N]. plan: counts [K, N]."""
+    """One run, each [K, N]: alpha and beta before, rollouts, successes, true success. plan: counts [K, N]."""
     rounds_key, seed_key = jax.random.split(key)
 
     def one_round(state, given):
         key, plan = given
         p = curves[jnp.minimum(state.ledger.spent / total_budget * len(curves), len(curves) - 1).astype(jnp.int32)]
-        mean, v = state.alpha / (state.alpha + state.beta), cero_jax.expected_variance(state.alpha, state.beta)
+        before = state.alpha, state.beta
         if plan is None:
             n, state = allocator.allocate(state)
         else:
             n = plan
         correct = jax.random.binomial(key, n.astype(jnp.float32), p).astype(jnp.int32)
-        return allocator.update(state, n, correct), (n, correct, p, mean, v)
+        return allocator.update(state, n, correct), (*before, n, correct, p)
 
     start = allocator.init(num_prompts, jax.random.randint(seed_key, (), 0, 2**30))
     return jax.lax.scan(one_round, start, (jax.random.split(rounds_key, ROUNDS), plan))[1]
@@ -116,7 +115,7 @@ def runs_of_all_arms(path, visits, seeds, first_seed, arms):
         make, plan = ARMS[name], None
         if isinstance(make, str):  # the counts of a finished run, given to other prompts
             orders = jax.vmap(lambda key: jax.random.permutation(jax.random.fold_in(key, 1), num_prompts))(keys)
-            plan = jax.vmap(lambda n, order: n[:, order])(found[make][0], orders)
+            plan = jax.vmap(lambda n, order: n[:, order])(found[make][2], orders)
             make = ARMS[make]
         allocator = make(total_budget=total, num_epochs=ROUNDS)  # type: ignore[operator]
         run = partial(follow, allocator, curves, num_prompts, total)
@@ -125,30 +124,23 @@ def runs_of_all_arms(path, visits, seeds, first_seed, arms):
 
 
 def figures(run) -> dict:
-    """Of one arm: means over seeds, in percent where a share."""
-    n, correct, p, mean, v = (np.asarray(x, np.float64) for x in run)
-    drawn, live = n > 0, (correct > 0) & (correct < n)
-    place = np.clip(np.digitize(mean, BINS) - 1, 0, len(BINS) - 2)
-    of_all = np.bincount(place.ravel(), minlength=len(BINS) - 1) / place.size
-    of_drawn = np.bincount(place[drawn], minlength=len(BINS) - 1) / drawn.sum()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        lift = of_drawn / of_all
-    measured = drawn & (n > 1)
-    predicted, seen = v[measured], (correct * (n - correct) / np.maximum(n * (n - 1), 1))[measured]
-    parts = np.array_split(np.argsort(predicted, kind="stable"), 20)
-    bins = np.array([[predicted[part].mean(), seen[part].mean()] for part in parts])
-    exposure = n.sum(1) / (n.sum() / n.shape[0] / n.shape[2])
-    by_seed = 100 * live.sum((1, 2)) / drawn.sum((1, 2))
+    """Of one arm: means over seeds, in percent where a share. The prompts of all seeds count as those of one run."""
+    alpha, beta, n, correct, p = (np.asarray(x, np.float64).swapaxes(0, 1) for x in run)  # [K, seeds, N]
+    n, correct = n.astype(int), correct.astype(int)
+    epochs = (mechanism.Epoch(*(x.ravel() for x in each)) for each in zip(alpha, beta, n, correct, strict=True))
+    selection, groups = mechanism.observe(epochs)
+    bins, live = mechanism.calibration(groups, 20), (correct > 0) & (correct < n)
+    by_seed = 100 * live.sum((0, 2)) / (n > 0).sum((0, 2))
     return {
         "effective": (by_seed.mean(), by_seed.std(ddof=1) / len(by_seed) ** 0.5),
         "rows": 100 * n[live].sum() / n.sum(),
         "teaches": (p * (1 - p) * np.maximum(n - 1, 0)).sum() / n.sum(),
-        "lift": lift,
-        "predicted": predicted.mean(),
-        "seen": seen.mean(),
-        "pearson": np.corrcoef(bins.T)[0, 1],
-        "exposure": np.quantile(exposure, [0.1, 0.5, 0.9]),
-        "spent": n.sum((1, 2)).mean(),
+        "lift": mechanism.lift(selection),
+        "predicted": groups.expected.mean(),
+        "seen": mechanism.unbiased_variance(groups).mean(),
+        "pearson": np.corrcoef(bins.expected, bins.seen)[0, 1],
+        "exposure": mechanism.exposure(n.sum(0).ravel()),
+        "spent": n.sum((0, 2)).mean(),
     }
 
 
@@ -162,7 +154,7 @@ def published(path, *, seeds, first_seed, visits=3.6):
         yield f"| {name} | {mean:.1f} ± {error:.1f} % | {x['rows']:.1f} % | {x['teaches']:.3f} | {x['spent']:.0f} |"
     yield "| *the paper: CERO; random-matched; Knapsack RL* | *57.3; 52.7; 48.7 %* | | | |"
     yield ""
-    edges = [f"[{a:.1f}, {b:.1f})" for a, b in pairwise(BINS)]
+    edges = list(mechanism.BIN_NAMES)
     yield "Selection lift by predicted success; variance expected and seen in the groups drawn, with Pearson's r over"
     yield "20 bins; exposure at the end over its mean, 10, 50 and 90 % of the prompts."
     yield ""

@@ -1,6 +1,7 @@
 """What a run leaves for people: three JSONL files, TensorBoard, one line of progress.
 
-metrics.jsonl and samples.jsonl hold only what the state determines, so a resumed run's equal an uninterrupted one's to
+metrics.jsonl has rows of three kinds: "epoch" as one is allocated (docs/glossary.md says what its figures are), "step"
+and "eval". It and samples.jsonl hold only what the state determines, so a resumed run's equal an uninterrupted one's to
 the bit (but where a verification timed out); timings.jsonl holds the rest.
 """
 

@@ -161,6 +161,7 @@ def step_metrics(step: ScoredStep) -> dict:
     """What the metrics file says of a step's rollouts: who was drawn how often, what came of it, and the shares."""
     plan, used = step.plan, step.plan.visit_ids >= 0
     drawn, lengths = plan.row_mask, step.batch.lengths[plan.row_mask]
+    effective = (step.num_correct > 0) & (step.num_correct < step.num_evidence)
     status = Counter(each.status for each in step.verdicts)
     return {
         "prompt_ids": plan.visit_ids[used].tolist(),
@@ -168,6 +169,7 @@ def step_metrics(step: ScoredStep) -> dict:
         "num_correct": step.num_correct[used].tolist(),
         "num_evidence": step.num_evidence[used].tolist(),
         "reward": float(step.batch.reward[drawn].mean()),
+        "effective_share": float(effective[used].mean()),
         "live_share": float(live_rows(step.batch).sum() / drawn.sum()),
         "fill": float(drawn.mean()),
         "truncated_share": float(step.truncated[drawn].mean()),

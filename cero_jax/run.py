@@ -31,7 +31,10 @@ from cero_jax.learner import Fixed, Learner, TrainState, make_learner
 from cero_jax.metrics import MetricsWriter, Progress
 from cero_jax.model import Dtype, Params, init_params
 from cero_jax.packing import StepPlan, plan
+from cero_jax.report.mechanism import epoch_row
 from cero_jax.report.picture import draw_report
+from cero_jax.report.read_run import read_run
+from cero_jax.report.summary import describe
 from cero_jax.rollout import Beliefs, ScoredStep, step_samples
 from cero_jax.run_directory import check_resumable, open_run_dir, write_settings
 from cero_jax.sampler import Sampler, make_sampler
@@ -89,6 +92,18 @@ class Run(NamedTuple):
         where = {name: getattr(cursor, name) for name in ("step", "epoch", "spent", "optimizer_steps")}
         self.metrics.write({"kind": kind} | where | metrics, seconds)
 
+    def log_epoch(self, state: State, cursor: Cursor) -> None:
+        """Write who gets the epoch that was just allocated, beside what is believed of all prompts."""
+        # Reads four numbers a prompt from the device, once an epoch, before any of it is drawn; `plan` waits there too.
+        ids = np.arange(len(state.mean_tokens), dtype=np.int32)
+        believed = self.believe(state.allocator, ids), state.num_rollouts, state.allocator.cumulative_rollouts
+        (alpha, beta), rollouts, before = jax.device_get(believed)
+        if rollouts.any():
+            allocator = self.config.allocator
+            ahead = cursor.spent - cursor.epoch * allocator.total_budget / allocator.num_epochs
+            row = epoch_row(alpha.astype(float), beta.astype(float), rollouts, before)
+            self.log("epoch", cursor, row | {"ahead": ahead}, {})
+
     def save(self, state: State, cursor: Cursor) -> Cursor:
         """Checkpoint the state, with how far the metrics files reach."""
         return self.checkpoints.save(cursor._replace(metrics_position=self.metrics.position()), state)
@@ -137,6 +152,7 @@ class Run(NamedTuple):
             print(f"the trained model, for transformers or vLLM: {folder}")
         picture = self.directory / "report.png"
         draw_report([self.directory], picture)
+        print(describe(read_run(self.directory)))
         spent, accuracy = cursor.spent, cursor.accuracy
         print(f"{spent:,} rollouts spent, held-out accuracy {accuracy:.3f}; who got them, and what for: {picture}")
         return 0

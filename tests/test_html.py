@@ -55,7 +55,13 @@ def run(tmp_path):
     config = {
         "name": "x",
         "seed": 0,
-        "allocator": {"name": "cero", "prior": [0.5, 0.5], "discount": DISCOUNT, "total_budget": 1000},
+        "allocator": {
+            "name": "cero",
+            "prior": [0.5, 0.5],
+            "discount": DISCOUNT,
+            "total_budget": 1000,
+            "num_epochs": 10,
+        },
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     prompts = {"labels": ["all"] * N, "questions": [f"question {i} {HOSTILE}" for i in range(N)], "answers": ["7"] * N}
@@ -68,7 +74,7 @@ def run(tmp_path):
 def test_the_replayed_posterior_is_the_allocators(run):
     run, state = run
     visits, posterior = replay(run)
-    np.testing.assert_array_equal(posterior, [state.alpha, state.beta])
+    np.testing.assert_allclose(posterior, [state.alpha, state.beta], rtol=1e-5)  # which is in float32
     assert [sum(v.rollouts for v in each) for each in visits] == state.cumulative_rollouts.tolist()
     assert visits[N - 1] == []
     for each in visits[:-1]:
@@ -121,6 +127,7 @@ def test_the_page_holds_everything_and_asks_the_network_for_nothing(run, tmp_pat
     assert data["prompts"][0]["question"] == f"question 0 {HOSTILE}"
     assert len(data["prompts"][0]["samples"]) == min(4, len(read_samples(run)[0]))
     assert list(data["accuracy"]) == ["all", "a", "b"]
+    assert len(data["mechanism"]["ahead"]) == 3  # the fourth epoch may be under way
 
 
 def test_texts_are_clipped(run):
@@ -153,7 +160,7 @@ def test_the_page_in_a_browser(run, tmp_path):
     ).stdout
     assert "<title>x, cero, seed 0</title>" in dom
     assert dom.count('class="row"') == N
-    assert dom.count("<svg") == 4  # accuracy, live, reward, and the opened prompt's
+    assert dom.count("<svg") == 6  # accuracy, live, reward, calibration, pace, and the opened prompt's
     assert "&lt;/script&gt;&lt;script&gt;document.title='BROKEN'" in dom
     assert "<b>bold</b>" not in dom.partition("<script>")[0]
 

@@ -189,6 +189,7 @@ def test_a_verification_that_timed_out_is_charged_and_no_evidence():
     np.testing.assert_array_equal(result.batch.row_mask, np.arange(ROWS) < 7)
     row = step_metrics(result)
     assert (row["num_rollouts"], row["num_evidence"]) == ([4, 3], [3, 1])
+    assert row["effective_share"] == 1 / 2
     assert row["status"] == {"right": 1, "wrong": 2, "no answer": 0, "too long": 1, "timed out": 3, "error": 0}
     rows, allocator = make_rows(), cero_jax.cero(total_budget=100, num_epochs=1, discount=1.0)
     counts = {"prompt_ids": rows.visit_ids, "num_evidence": result.num_evidence}
@@ -380,9 +381,10 @@ def test_step_metrics_say_who_was_drawn_and_what_came_of_it():
     assert row["num_rollouts"] == [4, 3]
     assert row["num_correct"] == [2, 2]
     assert row["reward"] == pytest.approx((1 + 0.5 + 0.49 + 0 + 1 + 0 + 1) / 7)
-    assert row["live_share"] == 1
+    assert row["live_share"] == row["effective_share"] == 1
     assert row["fill"] == 7 / 8
     assert row["truncated_share"] == pytest.approx(1 / 7)
     assert row["completion_tokens"] == pytest.approx((2 + 2 + 2 + 3 + 2 + 2 + 2) / 7)
     same = scored_by(lambda q, c, a: float(q == "a" and c == "x"))
     assert step_metrics(same)["live_share"] == pytest.approx(3 / 7)
+    assert step_metrics(same)["effective_share"] == 1 / 2

@@ -15,6 +15,8 @@ from cero_jax.allocator.base import AllocatorState
 from cero_jax.checkpoint import StopSignal
 from cero_jax.dynamic_sampling import Collector
 from cero_jax.learner import LearnerConfig
+from cero_jax.report.read_run import read_run
+from cero_jax.report.summary import summarise
 from cero_jax.tasks.dataset import Dataset
 
 
@@ -72,6 +74,7 @@ def test_ledger_and_metrics_agree(folder, changes):
         assert drawn.sum() == 240
     assert np.all(correct <= drawn)
     assert rows[-1]["kind"] == "eval"
+    rows_agree_with_the_report([row for row in rows if row["kind"] == "epoch"], summarise(read_run(config.run_dir)))
     losses = [row["loss"] for row in steps if "loss" in row]
     assert len(losses) == steps[-1]["optimizer_steps"] > 0
     mismatch = [row["log_prob_mismatch"] for row in steps if "loss" in row]
@@ -79,6 +82,18 @@ def test_ledger_and_metrics_agree(folder, changes):
         assert max(mismatch) < 1e-5  # on-policy: sampler and learner agree
     else:
         assert max(mismatch) > 1e-5  # the second step of a batch is off-policy
+
+
+def rows_agree_with_the_report(rows, found):
+    """What a run wrote of its epochs as it allocated them, and what is replayed from the counts of its steps."""
+    who, groups = found.selection, [row["groups"] for row in rows]
+    assert sum(groups) == who.groups
+    for name, expected in (("effective_expected", who.effective), ("effective_at_random", who.effective_at_random)):
+        assert np.dot(groups, [row[name] for row in rows]) == pytest.approx(expected, rel=1e-4)
+    shares = np.array([list(row["prompts_by_success"].values()) for row in rows])
+    np.testing.assert_allclose(groups @ shares, who.in_bin_at_random, atol=1e-9)
+    assert [row["ahead"] for row in rows] == [row["spent"] - 40 * row["epoch"] for row in rows]
+    assert [row["ahead"] for row in rows[1:]] == [found.ahead[row["epoch"] - 1] for row in rows[1:]]
 
 
 def test_nothing_compiles_after_the_first_steps(folder):

@@ -1,1 +1,1 @@
-"""Reports from what runs wrote: one picture of several runs, a page of one run, or the history of one prompt."""
+"""Reports from what runs wrote: a picture and figures of several runs, a page of one, or one prompt's history."""

@@ -1,6 +1,6 @@
-"""Report on runs: one picture of one or several, one run as a page for a browser, or one prompt's history.
+"""Report on runs: a picture and figures of one or several, one run as a page for a browser, or one prompt's history.
 
-python -m cero_jax.report RUN [RUN ...] [--output report.png]
+python -m cero_jax.report RUN [RUN ...] [--output report.png]   # and print how each run's allocation works
 python -m cero_jax.report RUN --html run.html   # a page with every prompt's history and samples
 python -m cero_jax.report RUN --prompt 7        # print the history of prompt 7
 """
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from cero_jax.report.html import write_page
 from cero_jax.report.picture import draw_report
 from cero_jax.report.read_run import prompt_history, read_run
+from cero_jax.report.summary import describe
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -31,6 +32,8 @@ def main(args: Sequence[str] | None = None) -> None:
             print(parsed.html)
         else:
             draw_report(parsed.runs, parsed.output)
+            for run in parsed.runs:
+                print(describe(read_run(run)), end="\n\n")
             print(parsed.output)
     except (OSError, ValueError) as error:
         parser.error(str(error))

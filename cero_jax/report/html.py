@@ -5,7 +5,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from cero_jax.report.mechanism import BIN_NAMES, defined, lift
 from cero_jax.report.read_run import RunLog, allocation, live_curve, mean, read_samples, replay
+from cero_jax.report.summary import CONFIDENCE, effective_groups, exposure_and_pace, summarise
 
 MAX_SAMPLES = 4  # of each prompt, the latest
 MAX_CHARS = 1500  # of each text; a longer one loses its middle
@@ -60,7 +64,26 @@ def page_data(run: RunLog) -> dict[str, Any]:
             "of_rollouts": where.of_rollouts.tolist(),
             "of_prompts": where.of_prompts.tolist(),
         },
+        "mechanism": _mechanism(run),
         "prompts": prompts,
+    }
+
+
+def _mechanism(run: RunLog) -> dict[str, Any]:
+    try:
+        found = summarise(run)
+    except ValueError as error:
+        return {"lines": [f"no figures: {error}"]}
+    who, bins = found.selection, found.calibration
+    points = zip(bins.expected, bins.seen, CONFIDENCE * np.nan_to_num(bins.error), strict=True)
+    return {
+        "lines": [effective_groups(found), *exposure_and_pace(found)],
+        "bins": BIN_NAMES,
+        "prompts": (who.in_bin_at_random / who.groups).tolist(),
+        "groups": (who.in_bin / who.groups).tolist(),
+        "lift": [defined(x) for x in lift(who)],
+        "calibration": [[round(float(x), 5) for x in point] for point in points],
+        "ahead": [[epoch, float(x)] for epoch, x in enumerate(found.ahead, 1)],
     }
 
 

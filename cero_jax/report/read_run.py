@@ -5,14 +5,16 @@ Letters: N prompts.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from cero_jax.allocator.posterior import add_evidence, under_fitted_prior
+from cero_jax.allocator.posterior import ROLLOUTS_PER_PASS, under_fitted_prior
 
 MAX_COLUMNS = 60  # of a heat map
 MAX_STRETCHES = 30  # of steps, each a point of a curve: one step alone is noise
@@ -20,6 +22,7 @@ MAX_STRETCHES = 30  # of steps, each a point of a curve: one step alone is noise
 _KEYS = {
     "step": ("step", "epoch", "spent", "prompt_ids", "num_rollouts", "num_correct", "live_share"),
     "eval": ("step", "spent", "accuracy"),
+    "epoch": ("epoch", "spent"),
 }
 
 
@@ -81,8 +84,8 @@ def read_run(path: Path | str) -> RunLog:
             raise ValueError(f"{where}: no {', '.join(missing)} in this {row['kind']} row: written by another version?")
         if row["kind"] == "step" and not all(0 <= i < len(labels) for i in row["prompt_ids"]):
             raise ValueError(f"{where}: a prompt id outside the {len(labels)} prompts of {path / 'prompts.json'}")
-    for kind, found in rows.items():
-        if not found:
+    for kind in ("step", "eval"):
+        if not rows[kind]:
             raise ValueError(f"{path / 'metrics.jsonl'}: no {kind} in it yet: let the run go on")
     texts = (tuple(prompts.get(key, ())) for key in ("questions", "answers"))
     return RunLog(path, config, labels, tuple(rows["step"]), tuple(rows["eval"]), *texts)
@@ -194,6 +197,58 @@ def _by_number(label: str) -> tuple:
     return (not numbers, numbers, label)
 
 
+class EpochLog(NamedTuple):
+    """An epoch's visits, and two posteriors of every prompt's success before it: alpha and beta."""
+
+    number: int
+    held: np.ndarray  # [2, N] float64, under the configured prior, which is what the state keeps
+    fitted: np.ndarray  # [2, N] float64, under the prior fitted to the population
+    prompt_ids: np.ndarray  # [U] int, of the visits in order
+    rollouts: np.ndarray  # [U] int
+    correct: np.ndarray  # [U] int
+    evidence: np.ndarray  # [U] int, rollouts but those whose verification timed out
+    spent: np.ndarray  # [U] int, rollouts of the run at the end of the visit's step
+    after: np.ndarray  # [2, U] float64, the prompt's posterior then, under the configured prior
+
+
+_under_fitted_prior = jax.jit(under_fitted_prior)
+
+
+def epochs(run: RunLog) -> Iterator[EpochLog]:
+    """The epochs that drew anything, in order. Each costs one pass over the prompts, and one over its visits.
+
+    Raises ValueError where the config does not say what the posterior follows from.
+    """
+    settings, number = run.config["allocator"], len(run.labels)
+    if missing := [name for name in ("prior", "discount") if settings.get(name) is None]:
+        raise ValueError(
+            f"{run.path / 'config.json'}: no allocator.{' or '.join(missing)}: written by another version?"
+        )
+    prior = np.array(settings["prior"], float)[:, None]
+    seen, seen_at, spent = (
+        np.zeros((2, number)),
+        np.zeros(number, int),
+        0,
+    )  # evidence at a prompt's last visit, and when
+    for epoch, rows in groupby(run.steps, key=itemgetter("epoch")):
+        held = prior + seen * kept(run, spent - seen_at)
+        fitted = np.array(_under_fitted_prior(*held.astype(np.float32), tuple(settings["prior"])), float)
+        columns = []
+        for row in rows:
+            ids, rollouts, correct = (np.array(row[key], int) for key in ("prompt_ids", "num_rollouts", "num_correct"))
+            evidence = np.array(row.get("num_evidence", rollouts), int)
+            spent = row["spent"]
+            seen[:, ids] = seen[:, ids] * kept(run, spent - seen_at[ids]) + [correct, evidence - correct]
+            seen_at[ids] = spent  # a prompt has one visit a step
+            columns.append((ids, rollouts, correct, evidence, np.full(len(ids), spent), prior + seen[:, ids]))
+        yield EpochLog(epoch, held, fitted, *(np.concatenate(each, axis=-1) for each in zip(*columns, strict=True)))
+
+
+def kept(run: RunLog, rollouts: np.ndarray) -> np.ndarray:
+    """Share of the evidence that is left after so many more rollouts of the run: see `retention` in posterior.py."""
+    return run.config["allocator"]["discount"] ** (rollouts / (ROLLOUTS_PER_PASS * len(run.labels)))
+
+
 class Visit(NamedTuple):
     """Rollouts of a prompt in one step, and two posteriors Beta(alpha, beta) of its success.
 
@@ -210,31 +265,20 @@ class Visit(NamedTuple):
     after: tuple[float, float]
 
 
-_under_fitted_prior = jax.jit(under_fitted_prior)
-_add_evidence = jax.jit(add_evidence)
-
-
 def replay(run: RunLog) -> tuple[list[list[Visit]], np.ndarray]:
-    """The visits of each prompt, and alpha, beta at the end: [2, N] float32, by the arithmetic of the allocator."""
-    settings, number = run.config["allocator"], len(run.labels)
-    prior = np.array(settings["prior"], np.float32)
-    posterior = np.repeat(prior[:, None], number, axis=1)
-    visits: list[list[Visit]] = [[] for _ in range(number)]
-    epoch, expected = -1, posterior
-    for row in run.steps:
-        if row["epoch"] != epoch:  # an epoch begins
-            epoch, expected = row["epoch"], posterior
-            if settings["name"] == "cero":
-                expected = np.array(_under_fitted_prior(*posterior, tuple(settings["prior"])))
-        ids, rollouts, correct = (np.array(row[key], int) for key in ("prompt_ids", "num_rollouts", "num_correct"))
-        evidence = np.array(row.get("num_evidence", rollouts), int)
-        counts = np.zeros((3, number), np.int32)
-        counts[:, ids] = rollouts, correct, evidence  # a prompt has one visit a step
-        posterior = np.array(_add_evidence(*posterior, *counts, prior=tuple(prior), discount=settings["discount"]))
-        for i, drawn, right, counted in zip(ids.tolist(), rollouts, correct, evidence, strict=True):
-            pairs = ((float(x[0, i]), float(x[1, i])) for x in (expected, posterior))
-            visits[i].append(Visit(row["epoch"], row["spent"], int(drawn), int(right), int(drawn - counted), *pairs))
-    return visits, posterior
+    """The visits of each prompt, and alpha, beta at the end: [2, N] float64. Raises what `epochs` raises."""
+    visits: list[list[Visit]] = [[] for _ in run.labels]
+    prior = np.array(run.config["allocator"]["prior"], float)[:, None]
+    after, spent = np.repeat(prior, len(visits), axis=1), np.zeros(len(visits), int)  # a prompt's last visit
+    for epoch in epochs(run):
+        expected = (epoch.fitted if run.config["allocator"]["name"] == "cero" else epoch.held)[:, epoch.prompt_ids]
+        timed_out = epoch.rollouts - epoch.evidence
+        counts = np.stack([epoch.spent, epoch.rollouts, epoch.correct, timed_out], axis=1).tolist()
+        pairs = expected.T.tolist(), epoch.after.T.tolist()
+        for prompt, numbers, *pair in zip(epoch.prompt_ids.tolist(), counts, *pairs, strict=True):
+            visits[prompt].append(Visit(epoch.number, *numbers, *map(tuple, pair)))
+        after[:, epoch.prompt_ids], spent[epoch.prompt_ids] = epoch.after, epoch.spent
+    return visits, prior + (after - prior) * kept(run, run.steps[-1]["spent"] - spent)
 
 
 def read_samples(run: RunLog) -> dict[int, list[dict[str, Any]]]:
