@@ -34,7 +34,7 @@ BUDGETS = (3_200, THIRD, 6_400, WHOLE)  # rollouts
 RATES = (6e-5, 9e-5, 1.25e-4, 1.8e-4, 2.5e-4, 3.5e-4, 5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3)
 ROWS = (2, 4, 8, 16, 32, 64)  # of an optimiser step
 GROUPS = (1, 2, 4, 8, 16, 32)
-START = (7e-4, 8, 4)  # learning rate, rows, group
+START = (5e-4, 8, 4)  # learning rate, rows, group
 TUNING_SEEDS, SEEDS, MIX_SEEDS = (100, 101, 102, 103, 104), (0, 1, 2, 3, 4), (0, 1, 2)
 
 
@@ -189,28 +189,31 @@ def neighbours(setting: Setting, least_group: int) -> list[Setting]:
 def tuned(arm: str) -> Setting:
     """Where a climb over the grid ends, by the mean accuracy at the end of the arm's budget.
 
-    Two seeds lead the climb; the best three settings on its way are then told apart by all tuning seeds.
+    Two seeds look at a setting; one that leads is run with all tuning seeds before its neighbours are looked at, since
+    two seeds praise many that fall apart on a third.
     """
     least_group = 1 if ARMS[arm].advantage == "posterior" else 2
     scores: dict[Setting, float] = {}
+    sure: set[Setting] = set()
 
     def score(settings: list[Setting], seeds: tuple[int, ...]) -> None:
         results = run_all([cell(arm, s, seed, ARMS[arm].budget) for s in settings for seed in seeds])
         means = np.array([end(r) for r in results]).reshape(len(settings), -1).mean(axis=1)
         scores.update(zip(settings, means.tolist(), strict=True))
 
-    here = Setting(*START)
+    score([Setting(*START)], TUNING_SEEDS[:2])
     while True:
-        score([s for s in (here, *neighbours(here, least_group)) if s not in scores], TUNING_SEEDS[:2])
         best = max(scores, key=lambda s: scores[s])
-        if best == here:
+        if best not in sure:
+            score([best], TUNING_SEEDS)
+            sure.add(best)
+        elif new := [s for s in neighbours(best, least_group) if s not in scores]:
+            score(new, TUNING_SEEDS[:2])
+        else:
             break
-        here = best
-    leading = sorted(scores, key=lambda s: -scores[s])[:3]
-    score(leading, TUNING_SEEDS)
-    for s in leading:
+    for s in sorted(sure, key=lambda s: -scores[s]):
         print(f"{arm}: rate {s.learning_rate:g}, {s.rows} rows, groups from {s.group}: {scores[s]:.4f}", flush=True)
-    return max(leading, key=lambda s: scores[s])
+    return best
 
 
 def budget_needed(budgets: tuple[int, ...], ends: np.ndarray, target: float) -> float:
