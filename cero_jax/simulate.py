@@ -1,7 +1,7 @@
 """What an allocation is worth, without training anything: a drifting policy, or the log of a run of yours.
 
     python -m cero_jax.simulate                       all allocators on a policy that learns from what it is given
-    python -m cero_jax.simulate --log rollouts.jsonl  what they would have done with the budget of a run that was logged
+    python -m cero_jax.simulate --log rollouts.jsonl  its headroom, and what they would have done with that run's budget
 
 A log has one row a rollout, with the fields prompt, epoch and reward (other names: --fields), as JSONL, CSV or Parquet.
 JSONL may instead hold one row a prompt: {"group_size": 8, "num_correct": [0, 3, 8]}, one count a visit.
@@ -9,7 +9,10 @@ JSONL may instead hold one row a prompt: {"group_size": 8, "num_correct": [0, 3,
 
 import argparse
 import math
+import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +23,7 @@ from jax import Array
 
 from cero_jax import read_files
 from cero_jax.allocator import Allocator, AllocatorState, cero, cero_dual, knapsack, uniform, variance
+from cero_jax.headroom import explain, headroom
 
 ALLOCATORS = (uniform, variance, knapsack, cero_dual, cero)
 SUCCESS_THRESHOLD = 0.5  # a reward from here on counts as a success
@@ -88,37 +92,47 @@ def replayed(curves) -> World:
     return World(lambda key: jnp.zeros(curves.shape[1]), success, lambda logits, *_: logits)
 
 
+class Course(NamedTuple):
+    """How far a run has come, beside the allocator's state."""
+
+    logits: Array  # [N]
+    value: Array  # [], as in Outcome
+    live: Array  # [] int32, rollouts in live groups
+    hopeless: Array  # [] int32, rollouts of prompts with p = 0
+
+
 def run(allocator: Allocator, world: World, key, *, num_prompts, total_budget, num_epochs, tau, told=False) -> Outcome:
-    """num_epochs epochs of one run, scanned. tau: of the value that is reported. told: show the rule the true p."""
-    init_key, epochs_key, seed_key = jax.random.split(key, 3)
-    start = world.init(init_key)
-    state = allocator.init(num_prompts, jax.random.randint(seed_key, (), 0, 2**30))
+    """num_epochs epochs of one run. tau: of the value that is reported. told: show the rule the true p.
 
-    def utility(rollouts):
-        return -jnp.expm1(-rollouts.astype(jnp.float32) / tau)
-
-    def one_epoch(carry, key):
-        logits, state, value = carry
-        probability = world.success(logits, state.ledger.spent / total_budget)
+    A small run is over in less time than it takes to compile, so no more is compiled than must be: the allocator's own
+    functions, once for all its runs, and what comes of their decisions, once for all allocators.
+    """
+    course, epoch_keys, seed = _begin(world, num_epochs, key)
+    start, state = course.logits, allocator.init(num_prompts, seed)
+    for epoch in range(num_epochs):
+        probability = _success(world, course.logits, state.ledger.spent, total_budget)
         if told:
             state = _tell(state, probability)
         n, state = allocator.allocate(state)
-        before = state.cumulative_rollouts
-        correct = jax.random.binomial(key, n.astype(jnp.float32), probability).astype(jnp.int32)
-        gain = probability * (1 - probability) * (utility(before + n) - utility(before))
+        drawn = probability, n, state.cumulative_rollouts
+        correct, course = _draw(world, total_budget, tau, course, epoch_keys, epoch, *drawn)
         state = allocator.update(state, n, correct)
-        live = jnp.sum(jnp.where((correct > 0) & (correct < n), n, 0))
-        hopeless = jnp.sum(jnp.where(probability == 0, n, 0))
-        logits = world.learn(logits, probability, n * (num_prompts / total_budget))
-        return (logits, state, value + jnp.sum(gain)), (live, hopeless)
+    return _outcome(world, total_budget, start, course, state.ledger.spent, state.cumulative_rollouts)
 
-    carry = (start, state, jnp.zeros(()))
-    (logits, state, value), (live, hopeless) = jax.lax.scan(one_epoch, carry, jax.random.split(epochs_key, num_epochs))
-    spent = jnp.maximum(state.ledger.spent, 1)
-    first, final = world.success(start, jnp.zeros(())), world.success(logits, jnp.ones(()))
-    accuracy = jnp.sum(final) / jnp.maximum(jnp.sum(first > 0), 1)
-    shares = jnp.sum(live) / spent, jnp.sum(hopeless) / spent, state.ledger.spent / total_budget
-    return Outcome(value, *shares, accuracy, state.cumulative_rollouts, first)
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _begin(world: World, num_epochs: int, key) -> tuple[Course, Array, Array]:
+    """The start of a run, the keys [K] of its epochs, and its allocator's seed []."""
+    init_key, epochs_key, seed_key = jax.random.split(key, 3)
+    nothing = jnp.zeros((), jnp.int32)
+    course = Course(world.init(init_key), jnp.zeros(()), nothing, nothing)
+    return course, jax.random.split(epochs_key, num_epochs), jax.random.randint(seed_key, (), 0, 2**30)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _success(world: World, logits: Array, spent: Array, total_budget: int) -> Array:
+    """[N] success probabilities where `spent` rollouts of the budget are gone."""
+    return world.success(logits, spent / total_budget)
 
 
 def _tell(state: AllocatorState, probability: Array) -> AllocatorState:
@@ -126,22 +140,65 @@ def _tell(state: AllocatorState, probability: Array) -> AllocatorState:
     return state._replace(alpha=probability * 1e6, beta=(1 - probability) * 1e6)
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _draw(
+    world: World, total_budget: int, tau: float, course: Course, keys, epoch, probability: Array, n: Array, had: Array
+) -> tuple[Array, Course]:
+    """The successes [N] among n [N] rollouts of prompts that have `had` [N] before, and where they leave the run."""
+
+    def utility(rollouts):
+        return -jnp.expm1(-rollouts.astype(jnp.float32) / tau)
+
+    correct = jax.random.binomial(keys[epoch], n.astype(jnp.float32), probability).astype(jnp.int32)
+    gain = probability * (1 - probability) * (utility(had + n) - utility(had))
+    return correct, Course(
+        logits=world.learn(course.logits, probability, n * (n.size / total_budget)),
+        value=course.value + jnp.sum(gain),
+        live=course.live + jnp.sum(jnp.where((correct > 0) & (correct < n), n, 0)),
+        hopeless=course.hopeless + jnp.sum(jnp.where(probability == 0, n, 0)),
+    )
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _outcome(world: World, total_budget: int, start: Array, course: Course, spent: Array, rollouts: Array) -> Outcome:
+    """What a run that began at the logits `start` [N] came to."""
+    drawn = jnp.maximum(spent, 1)
+    first, final = world.success(start, jnp.zeros(())), world.success(course.logits, jnp.ones(()))
+    accuracy = jnp.sum(final) / jnp.maximum(jnp.sum(first > 0), 1)
+    shares = course.live / drawn, course.hopeless / drawn, spent / total_budget
+    return Outcome(course.value, *shares, accuracy, rollouts, first)
+
+
 def run_seeds(
     make: Callable[..., Allocator], world: World, *, seeds: int, settings: dict, told=False, **own
 ) -> Outcome:
     """`run` over seeds: every field of the outcome with a leading axis. make: an allocator; own: its keywords."""
-    fixed = {name: settings[name] for name in ("total_budget", "num_epochs")}
-    allocator = make(**fixed, min_group=settings["min_group"], **own)
-    sizes = {**fixed, "num_prompts": settings["num_prompts"], "tau": settings["tau"]}
-    keys = jax.random.split(jax.random.key(settings.get("first_seed", 0)), seeds)
-    return jax.jit(jax.vmap(lambda key: run(allocator, world, key, told=told, **sizes)))(keys)
+    return _over_seeds(_made(make, settings, **own), world, seeds, settings, told)
 
 
-def compare(world: World, *, seeds: int, settings: dict) -> dict[str, Outcome]:
-    """Every allocator, and `cero` told the truth, on the same seeds."""
-    outcomes = {make.__name__: run_seeds(make, world, seeds=seeds, settings=settings) for make in ALLOCATORS}
-    outcomes["cero, told p"] = run_seeds(cero, world, seeds=seeds, settings=settings, told=True)
+def compare(
+    world: World, *, seeds: int, settings: dict, say: Callable[[str], object] = lambda line: None
+) -> dict[str, Outcome]:
+    """Every allocator, and `cero` told the truth, on the same seeds. say: is told of each that is done."""
+    allocators = {make.__name__: _made(make, settings) for make in ALLOCATORS}
+    arms = [(name, allocator, False) for name, allocator in allocators.items()]
+    outcomes = {}
+    for name, allocator, told in [*arms, ("cero, told p", allocators["cero"], True)]:
+        since = time.monotonic()
+        outcomes[name] = _over_seeds(allocator, world, seeds, settings, told)
+        say(f"{name}: {seeds} runs of {settings['num_epochs']} epochs in {time.monotonic() - since:.1f} s")
     return outcomes
+
+
+def _made(make: Callable[..., Allocator], settings: dict, **own) -> Allocator:
+    return make(**{name: settings[name] for name in ("total_budget", "num_epochs", "min_group")}, **own)
+
+
+def _over_seeds(allocator: Allocator, world: World, seeds: int, settings: dict, told: bool) -> Outcome:
+    sizes = {name: settings[name] for name in ("num_prompts", "total_budget", "num_epochs", "tau")}
+    keys = jax.random.split(jax.random.key(settings.get("first_seed", 0)), seeds)
+    outcomes = [run(allocator, world, key, told=told, **sizes) for key in keys]
+    return jax.tree.map(lambda *fields: jnp.stack(fields), *outcomes)
 
 
 def read_log(path: str | Path, fields: tuple[str, str, str] = ("prompt", "epoch", "reward")) -> tuple[np.ndarray, ...]:
@@ -293,6 +350,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{settings['total_budget']} rollouts of {len(rollouts)} prompts in {args.log}.")
         print(f"{100 * wasted:.1f} % of them went to groups without variance,", end=" ")
         print(f"{100 * never:.1f} % to prompts never solved.\n")
+        print(f"{explain(headroom(successes, rollouts))}\n", flush=True)
         world = replayed(success_curves(successes, rollouts, num_epochs))
     else:
         num_epochs, total = args.epochs or 16, 8 * args.prompts * (args.epochs or 16)
@@ -300,7 +358,7 @@ def main(argv: list[str] | None = None) -> None:
         settings = {**sizes, "min_group": args.min_group, "tau": total / args.prompts}
         world = drifting(args.prompts, hopeless=args.hopeless)
         print(f"{total} rollouts, {args.prompts} prompts, {num_epochs} epochs, {args.seeds} seeds.\n")
-    outcomes = compare(world, seeds=args.seeds, settings=settings)
+    outcomes = compare(world, seeds=args.seeds, settings=settings, say=partial(print, file=sys.stderr, flush=True))
     print(outcome_table(outcomes))
     if args.log:
         print(f"\n{CANNOT_KNOW}")

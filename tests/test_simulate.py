@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from cero_jax import simulate
+from cero_jax.headroom import explain, headroom
 
 COUNTS = {0: [0, 2, 4], 1: [4, 4], 2: [0, 0, 0]}  # prompt -> successes of 4 at each visit
 
@@ -115,12 +116,15 @@ def test_the_command_line_replays_a_log_and_says_what_it_cannot_know(tmp_path, c
     counts = rng.binomial(8, np.repeat(rng.beta(0.5, 0.5, (40, 1)), 6, 1))
     path.write_text("".join(json.dumps({"group_size": 8, "num_correct": c.tolist()}) + "\n" for c in counts))
     simulate.main(["--log", str(path), "--seeds", "2", "--picture", str(picture)])
-    printed = capsys.readouterr().out
+    printed, progress = capsys.readouterr()
     dead = 100 * np.mean((counts == 0) | (counts == 8))
     assert f"{dead:.1f} % of them went to groups without variance" in printed
+    assert explain(headroom(counts, np.full_like(counts, 8))) in printed
     assert "What a replay cannot know" in printed
-    for name in ("uniform", "variance", "knapsack", "cero_dual", "cero", "cero, told p"):
+    names = ("uniform", "variance", "knapsack", "cero_dual", "cero", "cero, told p")
+    for name, line in zip(names, progress.splitlines(), strict=True):
         assert f"| {name} |" in printed
+        assert line.startswith(f"{name}: 2 runs of 6 epochs in ")
     assert picture.stat().st_size > 1000
 
 
@@ -131,3 +135,17 @@ def test_hopeless_prompts_stay_hopeless_and_the_budget_is_spent():
     np.testing.assert_array_equal(np.asarray(outcome.spent_share), 1)
     np.testing.assert_allclose(outcome.hopeless_share, 0.5, atol=0.03)
     np.testing.assert_array_equal((np.asarray(outcome.success) == 0).sum(1), 32)
+
+
+def test_the_value_of_a_run_is_that_of_its_rollouts():
+    """Where the rates stand still, the increments of all epochs add up to v h(X / tau) of the rollouts at the end."""
+    p = np.random.default_rng(0).beta(0.4, 0.6, 50)
+    setup = {"num_prompts": 50, "num_epochs": 6, "total_budget": 1200, "min_group": 4, "tau": 24.0}
+    world = simulate.replayed(np.repeat(p[None], 6, 0))
+    outcome = simulate.run_seeds(simulate.cero, world, seeds=2, settings=setup)
+    rollouts = np.asarray(outcome.rollouts, np.float64)
+    np.testing.assert_array_equal(rollouts.sum(1), 1200)
+    assert (rollouts[0] != rollouts[1]).any()
+    by_hand = (p * (1 - p) * (1 - np.exp(-rollouts / 24))).sum(1)
+    np.testing.assert_allclose(outcome.value, by_hand, rtol=1e-5)
+    np.testing.assert_allclose(outcome.accuracy, p.mean(), rtol=1e-5)
