@@ -22,7 +22,7 @@ config = Config(
     learner=LearnerConfig(
         advantage="posterior",
         rows_per_step=8,
-        learning_rate=7e-4,
+        learning_rate=5e-4,
         # Few rows make a noisy gradient: its first steps, its largest and its smallest are held back.
         warmup_share=0.3,
         max_grad_norm=0.3,
