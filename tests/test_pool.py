@@ -19,7 +19,8 @@ FOLDER = os.path.dirname(__file__)
 
 @pytest.fixture(scope="module")
 def pool():
-    pool = Pool("user_verifiers:misbehave", seconds=1.0, memory_mb=512, workers=2)
+    # 256 MB are eaten within the second on a busy machine too
+    pool = Pool("user_verifiers:misbehave", seconds=1.0, memory_mb=256, workers=2)
     yield pool
     pool.close()
 
