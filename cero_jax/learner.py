@@ -33,8 +33,7 @@ class LearnerConfig:
     final_learning_rate_share: float = 0.05
     """The rate falls linearly with the budget spent, to this share of the peak; 1 keeps it constant."""
     warmup_share: float = 0.0
-    """The rate rises linearly from 0 over this share of the budget: Adam's first steps have full size, however noisy
-    the gradient that they follow."""
+    """The rate rises linearly from 0 over this share of the budget: Adam's first steps are large, however noisy."""
     adam_b1: float = 0.9
     adam_b2: float = 0.99
     adam_eps: float = 1e-8
