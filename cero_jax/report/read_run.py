@@ -225,11 +225,8 @@ def epochs(run: RunLog) -> Iterator[EpochLog]:
             f"{run.path / 'config.json'}: no allocator.{' or '.join(missing)}: written by another version?"
         )
     prior = np.array(settings["prior"], float)[:, None]
-    seen, seen_at, spent = (
-        np.zeros((2, number)),
-        np.zeros(number, int),
-        0,
-    )  # evidence at a prompt's last visit, and when
+    # evidence at a prompt's last visit, and when that was
+    seen, seen_at, spent = np.zeros((2, number)), np.zeros(number, int), 0
     for epoch, rows in groupby(run.steps, key=itemgetter("epoch")):
         held = prior + seen * kept(run, spent - seen_at)
         fitted = np.array(_under_fitted_prior(*held.astype(np.float32), tuple(settings["prior"])), float)
