@@ -45,6 +45,7 @@ class Arm(NamedTuple):
     advantage: str
     budget: int = THIRD
     dynamic_sampling: bool = False
+    flags: tuple[tuple[str, float], ...] = ()  # what else train.py is told
 
 
 ARMS = {
@@ -68,7 +69,8 @@ class Setting(NamedTuple):
 def cell(arm: str | Arm, setting: Setting, seed: int, budget: int, wrong_share: float = 0.4, **flags) -> dict:
     """What identifies a run."""
     arm = ARMS[arm] if isinstance(arm, str) else arm
-    of_arm = {key: value for key, value in arm._asdict().items() if key != "budget"}
+    of_arm = {key: value for key, value in arm._asdict().items() if key not in ("budget", "flags")}
+    flags = dict(arm.flags) | flags
     return {**of_arm, **setting._asdict(), "seed": seed, "budget": budget, "wrong_share": wrong_share, "flags": flags}
 
 

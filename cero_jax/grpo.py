@@ -78,16 +78,19 @@ def posterior_advantages(
     row_mask: Array,
     *,
     num_groups: int,
+    share: float = 1.0,
     normalised: bool = False,
 ) -> Array:
     """Advantage of each row over what its prompt's posterior expected, given the other rows of its group.
 
     Row j of a group with n rows and reward sum S, of a prompt believed to succeed as Beta(a, b) before the group, has
-    the baseline b_j = (a + S - r_j) / (a + b + n - 1): the mean of the posterior that has seen the other rows. Neither
-    (a, b) nor the others depend on r_j, so E[b_j grad log pi(y_j)] = E[b_j] E[grad log pi(y_j)] = 0, whatever (a, b)
-    is: the gradient stays unbiased, and so it does behind a division by any function of b_j. A group without variance
-    teaches (all wrong where success was expected), and a group of one has an advantage. The price: where the belief is
-    wrong, b_j is noise that a group's own mean does not have.
+    the expectation b_j = (a + S - r_j) / (a + b + n - 1): the mean of the posterior that has seen the other rows. Its
+    baseline is `share` of that. Neither (a, b) nor the others depend on r_j, so E[b_j grad log pi(y_j)] = E[b_j] E[grad
+    log pi(y_j)] = 0, whatever (a, b) and `share` are: the gradient stays unbiased, and so it does behind a division by
+    any function of b_j. A group without variance teaches (all wrong where success was expected), and a group of one has
+    an advantage. The price: where the belief is wrong, b_j is noise that a group's own mean does not have. What failed
+    is pushed down by the baseline, towards nothing in particular, what succeeded is pushed up by the rest: the smaller
+    the share, the less a belief that is too high can undo (Arnal et al. 2025, arXiv 2506.20520, find the same).
 
     Args:
       reward: [R] float32, 0 or 1, or between: the sum of the others then stands for their successes.
@@ -95,6 +98,7 @@ def posterior_advantages(
       group_ids: [R] int32 in 0..G-1.
       row_mask: [R] bool, False for padding and for rows that are no evidence.
       num_groups: G, static.
+      share: of the expectation that is the baseline, in [0, 1]; 0 is no baseline, and only successes teach.
       normalised: divide by sqrt(b_j (1 - b_j)), at least LEAST_DEVIATION.
 
     Returns:
@@ -102,10 +106,10 @@ def posterior_advantages(
     """
     size = _group_sum(jnp.ones_like(reward), group_ids, row_mask, num_groups)[group_ids]
     total = _group_sum(reward, group_ids, row_mask, num_groups)[group_ids]
-    baseline = (alpha + total - reward) / (alpha + beta + size - 1.0)
-    advantage = reward - baseline
+    expected = (alpha + total - reward) / (alpha + beta + size - 1.0)
+    advantage = reward - share * expected
     if normalised:
-        variance = jnp.maximum(baseline * (1.0 - baseline), LEAST_DEVIATION**2)
+        variance = jnp.maximum(expected * (1.0 - expected), LEAST_DEVIATION**2)
         advantage = advantage * jax.lax.rsqrt(variance)
     return jnp.where(row_mask, advantage, 0.0)
 

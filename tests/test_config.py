@@ -118,7 +118,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_names(given, nearest):
 @pytest.mark.parametrize(
     "changes",
     [{"learning_rate": -1.0}, {"learning_rate": float("nan")}, {"adam_b1": 2.0}, {"clip_low": -1.0}, {"kl_coef": -1.0},
-     {"max_grad_norm": 0.0}, {"final_learning_rate_share": -2.0}, {"warmup_share": 1.0}, {"adam_eps": 0.0}],
+     {"max_grad_norm": 0.0}, {"final_learning_rate_share": -2.0}, {"warmup_share": 1.0}, {"adam_eps": 0.0},
+     {"baseline_share": 1.5}, {"baseline_share": float("nan")}],
 )  # fmt: skip
 def test_a_learner_that_cannot_learn_is_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
