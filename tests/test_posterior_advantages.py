@@ -58,8 +58,9 @@ def test_a_group_without_variance_teaches_where_it_was_not_expected():
 def test_the_posterior_s_gradient_is_unbiased_by_enumeration(size, belief, share, normalised):
     """A softmax of two arms, of which the first is right with 1, the second with 0: all 2^n groups, weighed.
 
-    E[A grad log pi] is the exact gradient of the success rate, p(1 - p), whatever was believed and whatever share of it is subtracted; normalised, it is that
-    times the expected 1 / deviation. A baseline that sees the row itself would shrink it by (n - 1) / n and more.
+    E[A grad log pi] is the exact gradient of the success rate, p(1 - p), whatever was believed and whatever share of it
+    is subtracted; normalised, it is that times the expected 1 / deviation. A baseline that sees the row itself would
+    shrink it by (n - 1) / n and more.
     """
     p = 0.3
     expected, scale, biased = 0.0, 0.0, 0.0
