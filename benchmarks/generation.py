@@ -5,7 +5,7 @@
     python benchmarks/generation.py --step --rows 16                       # share of the measured matmul peak
     python benchmarks/generation.py --step --shape qwen2.5-0.5b --dtype bfloat16 --rows 64 --microbatch 8     # on a GPU
 
-`--reference` is the Python of an environment with torch and transformers (gemma_folder.py says how to make it). Both
+`--reference` is the Python of an environment with torch and transformers (model_folder.py says how to make it). Both
 sides read one model folder (`--folder`, or random weights of `--shape`) and draw the same rows: `--group` rollouts of
 each prompt of `--prompt-tokens` tokens, `--slots` rows at once. Each row's length is imposed, on our side by
 `max_tokens` and on theirs by a StoppingCriteria, so that both draw the same number of tokens:

@@ -1,6 +1,6 @@
 """A real model in cero_jax and in transformers, float32 on a CPU: greedy tokens, log-probabilities, sampled tokens.
 
-It has two halves, since this project does not depend on torch (gemma_folder.py says how to make torch's environment):
+It has two halves, since this project does not depend on torch (model_folder.py says how to make torch's environment):
 
     reference/bin/python benchmarks/parity.py reference models/gemma-3-270m reference.npz gsm8k_test.jsonl
     .venv/bin/python benchmarks/parity.py compare models/gemma-3-270m reference.npz

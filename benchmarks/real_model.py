@@ -1,220 +1,234 @@
-"""A real model learns: GRPO on graded equations with Gemma 3 270M (base), `cero` beside `uniform` at the same budget.
+"""Does it pay on a real model? Allocations and advantages on graded equations, each arm at its best rate.
 
-    python benchmarks/real_model.py train models/gemma-3-270m           # both arms, seeds 0 and 1, table and picture
+    python benchmarks/real_model.py headroom models/smollm2-135m-instruct   # is there anything to allocate?
+    python benchmarks/real_model.py train models/smollm2-135m-instruct      # tune every arm, judge it on other seeds
 
-benchmarks/gemma_folder.py makes the folder; configs/equations.py is the task and the settings of both arms. The base
-model, as it comes, solves some kinds of equations mostly and others never. An arm took 9 to 11 minutes on two cores,
-some other work beside it; two seeds of both arms, measured before and after, 48. Short runs peaked at 8 GB of memory.
+benchmarks/model_folder.py makes the folder; configs/equations.py is the task: 768 equations of twelve kinds, of which
+the model as it comes gets some nearly always right, most sometimes and some never. An arm's rate climbs one grid from
+one place on seeds that are not judged, until no neighbour is better. Then `uniform` with GRPO spends the whole budget,
+and each other arm spends the whole and two thirds of it: one that ends as high with two thirds saves 1.5 times.
 
-Seeds 0 and 1: uniform rose by 10.4 points (6.5 to 14.4), cero by 9.3 (4.7 to 13.5). The intervals are over held-out
-prompts and not over runs: they say whether these runs learned, not which rule learns faster. Nothing was tuned: the
-rate lies between two tried in short uniform runs on seed 100 (1e-5 collapsed, 1e-6 rose slowly).
+Accuracy is over 192 held-out equations, two samples each, at temperature 1. Each finished run is a line of
+real_model.jsonl and is not run again; a stopped benchmark goes on. One run at a time, on the cores that the benchmark
+is given. Intervals are over seeds.
 
-Each finished arm and seed is a line of real_model.jsonl and is not run again; a run that was stopped (SIGTERM, SIGINT)
-goes on with the same command. Before and after are measured apart from the run, from the model's folder and from the
-one that the run exports, which transformers can read back:
+The model that a run exports can be read back by transformers; the difference of its logits:
 
-    reference/bin/python benchmarks/real_model.py reference runs/real_model/cero-0/export-* reference.npz
-    python benchmarks/real_model.py compare runs/real_model/cero-0/export-* reference.npz
+    reference/bin/python benchmarks/real_model.py reference FOLDER reference.npz
+    python benchmarks/real_model.py compare FOLDER reference.npz
 """
 
 import argparse
-import itertools
 import json
-import shutil
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 HERE = Path(__file__).parent
-RESULTS, PICTURE = HERE / "real_model.jsonl", HERE / "real_model.png"
+RESULTS = HERE / "real_model.jsonl"
 CONFIG = HERE.parent / "configs/equations.py"
-ARMS = ("uniform", "cero")
-COLOURS = {"cero": "#0072B2", "uniform": "#D55E00"}
-SAMPLES = 4  # a held-out prompt, before and after
+WHOLE, LESS = 2_304, 1_536  # rollouts
+RATES = (1.25e-6, 2.5e-6, 5e-6, 1e-5, 2e-5, 4e-5, 8e-5)
+START = 1e-5
+TUNING_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
 CONTEXT = ("3 + 4 = 7", "9 + 8 = 17", "23 + 14 = 37")  # before what `reference` and `compare` are asked
 
 
-def configured(folder: str | Path, seed: int = 0):
-    """The config of a run."""
-    from cero_jax.config import from_command_line
+class Arm(NamedTuple):
+    """A method: flags of train.py."""
 
-    return from_command_line([str(CONFIG), f"--model-folder={folder}", f"--seed={seed}"])
+    allocator: str
+    advantage: str
+    group: int  # rollouts of the smallest, and of all under `uniform`
+    baseline_share: float = 1.0
 
 
-def settings() -> dict:
-    """What a finished line must have been run under."""
-    config = configured("models")
-    allocator, learner = config.allocator, config.learner
-    return {
-        "budget": allocator.total_budget,
-        "rounds": allocator.num_epochs,
-        "rows": learner.rows_per_step,
-        "group": allocator.min_group,
-        "learning_rate": learner.learning_rate,
+ARMS = {
+    "uniform": Arm("uniform", "grpo", 4),
+    "cero": Arm("cero", "grpo", 4),
+    "uniform + success": Arm("uniform", "posterior", 1, 0.0),
+    "cero + success": Arm("cero", "posterior", 1, 0.0),
+    "cero + posterior": Arm("cero", "posterior", 1),
+    "cero_dual": Arm("cero_dual", "grpo", 4),
+}
+
+
+def cell(folder: Path, arm: str, learning_rate: float, seed: int, budget: int) -> dict:
+    """What identifies a run."""
+    of_arm = ARMS[arm]._asdict()
+    return {"model": folder.name, **of_arm, "learning_rate": learning_rate, "seed": seed, "budget": budget}
+
+
+def command(folder: Path, cell: dict) -> list[str]:
+    """The train.py call of one run."""
+    flags = {
+        "model-folder": folder.absolute(),
+        "seed": cell["seed"],
+        "allocator.name": cell["allocator"],
+        "allocator.total-budget": cell["budget"],
+        "allocator.min-group": cell["group"],
+        "allocator.group-size": cell["group"],
+        "learner.advantage": cell["advantage"],
+        "learner.baseline-share": cell["baseline_share"],
+        "learner.learning-rate": cell["learning_rate"],
+        "evaluation.every-rollouts": cell["budget"] // 2,
+    }
+    return [sys.executable, str(HERE.parent / "train.py"), str(CONFIG), *(f"--{k}={v}" for k, v in flags.items())]
+
+
+def run(folder: Path, cell: dict) -> dict:
+    """Train once; the cell, its curve, what was right of each kind, and which kinds got the rollouts."""
+    with tempfile.TemporaryDirectory(dir=os.environ.get("SCRATCH")) as scratch:
+        directory = Path(scratch) / "run"
+        done = subprocess.run([*command(folder, cell), f"--work-dir={directory}"], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command(folder, cell))} failed:\n{done.stderr[-3000:]}")
+        rows = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
+        timings = [json.loads(line) for line in (directory / "timings.jsonl").open()]
+        labels = json.loads((directory / "prompts.json").read_text())["labels"]
+    steps, evals = ([row for row in rows if row["kind"] == kind] for kind in ("step", "eval"))
+    rollouts = dict.fromkeys(sorted(set(labels)), 0)
+    for row in steps:
+        for prompt, number in zip(row["prompt_ids"], row["num_rollouts"], strict=True):
+            rollouts[labels[prompt]] += number
+    drawn = [sum(row["num_rollouts"]) for row in steps]
+    return cell | {
+        "curve": [[row["spent"], row["optimizer_steps"], round(row["accuracy"], 5)] for row in evals],
+        "before": evals[0]["accuracy_by_label"],
+        "after": evals[-1]["accuracy_by_label"],
+        "rollouts": rollouts,
+        "live_share": round(float(np.average([row["live_share"] for row in steps], weights=drawn)), 4),
+        "seconds": round(sum(value for row in timings for key, value in row.items() if key.endswith("_seconds"))),
     }
 
 
-def measure(folder: str | Path, seed: int) -> dict:
-    """Held-out accuracy of a model folder: of each prompt over SAMPLES, and what it wrote for one of each kind."""
+def finished() -> dict[str, dict]:
+    """Runs done so far, by their cell."""
+    if not RESULTS.exists():
+        return {}
+    keys = cell(Path("any"), "uniform", START, 0, WHOLE)
+    return {json.dumps({key: line[key] for key in keys}): line for line in map(json.loads, RESULTS.open())}
+
+
+def run_all(folder: Path, cells: list[dict]) -> list[dict]:
+    """Every cell's result, running those that are not there yet."""
+    for each in cells:
+        if json.dumps(each) not in finished():
+            line = json.dumps(run(folder, each))
+            with RESULTS.open("a") as file:
+                file.write(line + "\n")
+            print("  " + " ".join(str(value) for value in each.values()), json.loads(line)["curve"], flush=True)
+    there = finished()
+    return [there[json.dumps(each)] for each in cells]
+
+
+def end(result: dict) -> float:
+    """Held-out accuracy when the budget is spent."""
+    return result["curve"][-1][2]
+
+
+def tuned(folder: Path, arm: str) -> float:
+    """The rate where a climb from START ends, by the mean accuracy with the whole budget on the tuning seeds.
+
+    Raises ValueError at an end of RATES.
+    """
+    scores: dict[float, float] = {}
+
+    def score(rate: float) -> None:
+        if rate not in scores:
+            results = run_all(folder, [cell(folder, arm, rate, seed, WHOLE) for seed in TUNING_SEEDS])
+            scores[rate] = float(np.mean([end(r) for r in results]))
+
+    score(START)
+    while True:
+        best = max(scores, key=lambda rate: scores[rate])
+        place = RATES.index(best)
+        if place in (0, len(RATES) - 1):
+            raise ValueError(f"{arm}: the best rate {best:g} is at the end of RATES: widen it")
+        around = (RATES[place - 1], RATES[place + 1])
+        if all(rate in scores for rate in around):
+            print(f"{arm}: " + ", ".join(f"{rate:g} {scores[rate]:.3f}" for rate in sorted(scores)), flush=True)
+            return best
+        for rate in around:
+            score(rate)
+
+
+def interval(values: np.ndarray) -> str:
+    """A mean in points with its 95 % bootstrap interval over seeds."""
+    draws = np.random.default_rng(0).choice(values, (10_000, len(values))).mean(axis=1)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return f"{100 * values.mean():+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def judge(folder: Path, best: dict[str, float]) -> None:
+    """Run each arm on the judged seeds and print the tables."""
+    results = {
+        (arm, budget): run_all(folder, [cell(folder, arm, best[arm], seed, budget) for seed in SEEDS])
+        for arm in best
+        for budget in ((WHOLE,) if arm == "uniform" else (WHOLE, LESS))
+    }
+    uniform = np.array([end(r) for r in results["uniform", WHOLE]])
+    print(f"\n{folder.name}, seeds {SEEDS[0]} to {SEEDS[-1]}; before {results['uniform', WHOLE][0]['curve'][0][2]:.3f}")
+    print(
+        f"| arm | rate | rollouts | accuracy at the end | worst | over uniform's {WHOLE:,}, points (95 %) | steps "
+        "| rows with variance | seconds |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    for (arm, budget), some in results.items():
+        ends = np.array([end(r) for r in some])
+        means = [np.mean([r[key] for r in some]) for key in ("live_share", "seconds")]
+        steps = np.mean([r["curve"][-1][1] for r in some])
+        print(
+            f"| {arm} | {best[arm]:g} | {budget:,} | {ends.mean():.3f} | {ends.min():.3f} | {interval(ends - uniform)} "
+            f"| {steps:.0f} | {means[0]:.0%} | {means[1]:.0f} |"
+        )
+    whole = {arm: some for (arm, budget), some in results.items() if budget == WHOLE}
+    print("\n| digits | before | " + " | ".join(f"{arm}, rollouts" for arm in whole) + " |\n|---" + "|---" * 7 + "|")
+    for kind in whole["uniform"][0]["after"]:
+        cells = [
+            f"{np.mean([r['after'][kind] for r in some]):.0%}, {np.mean([r['rollouts'][kind] for r in some]):.0f}"
+            for some in whole.values()
+        ]
+        before = np.mean([r["before"][kind] for r in whole["uniform"]])
+        print(f"| `{kind}` | {before:.0%} | {' | '.join(cells)} |")
+
+
+def show_headroom(folder: Path, samples: int) -> None:
+    """Draw every training prompt `samples` times from the model as it comes, and print the pool's headroom."""
     from cero_jax import sharding
+    from cero_jax.config import from_command_line
     from cero_jax.evaluation import EvaluationConfig, evaluate
+    from cero_jax.headroom import explain, headroom
     from cero_jax.huggingface import weights
     from cero_jax.run import build_task
     from cero_jax.sampler import make_sampler
 
-    config, task = build_task(configured(folder, seed))
+    config, task = build_task(from_command_line([str(CONFIG), f"--model-folder={folder}", "--seed=100"]))
     mesh = sharding.make_mesh(sharding.MeshConfig())
     shape, params = weights.load(folder, mesh)
     sample = make_sampler(shape, config.sampler, task.tokenizer.eos_ids, task.tokenizer.pad_id, mesh)
-    rows = config.evaluation.rows
-    result = evaluate(sample, params, task, EvaluationConfig(samples=SAMPLES, rows=rows), seed)
-    prompts: dict[int, list[dict]] = {}
-    for each in result.samples:
-        prompts.setdefault(each["prompt_id"], []).append(each)
-    shown = list(prompts.values())[:: len(prompts) // len(set(task.heldout.labels))]
-    return {
-        "heldout": [float(np.mean([each["reward"] for each in some])) for some in prompts.values()],
-        "kinds": [some[0]["label"] for some in prompts.values()],
-        "samples": {some[0]["question"].splitlines()[-1]: [each["completion"] for each in some] for some in shown},
-    }
+    pool = task._replace(heldout=task.train)
+    drawn = evaluate(sample, params, pool, EvaluationConfig(samples=samples, rows=config.evaluation.rows), 100).samples
+    right = np.zeros(len(task.train.answers), int)
+    for each in drawn:
+        right[each["prompt_id"]] += each["reward"] == 1
+    share = right / samples
+    print(f"{len(right)} prompts x {samples}: {share.mean():.3f} right; never {np.mean(right == 0):.0%}")
+    print(f"groups of 4 with variance: {np.mean(1 - share**4 - (1 - share) ** 4):.0%}, as the shares have it")
+    print(explain(headroom(right[:, None], np.full((len(right), 1), samples))))
 
 
-def run(folder: str, arm: str, seed: int, work_dir: str) -> dict:
-    """Train one arm; its curve, who got the rollouts in each epoch, and the trained folder measured."""
-    directory = Path(work_dir).absolute() / f"{arm}-{seed}"
-    flags = [f"--model-folder={Path(folder).absolute()}", f"--allocator.name={arm}", f"--seed={seed}"]
-    command = [sys.executable, "train.py", str(CONFIG), *flags, f"--work-dir={directory}"]
-    if status := subprocess.run(command, cwd=HERE.parent).returncode:
-        sys.exit(status)
-    timings = [json.loads(line) for line in (directory / "timings.jsonl").open()]
-    seconds = sum(value for row in timings for key, value in row.items() if key.endswith("_seconds"))
-    rows = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
-    labels = json.loads((directory / "prompts.json").read_text())["labels"]
-    steps, kinds = [row for row in rows if row["kind"] == "step"], sorted(set(labels))
-    rollouts = np.zeros((steps[-1]["epoch"] + 1, len(kinds)), int)
-    for row in steps:
-        for prompt, number in zip(row["prompt_ids"], row["num_rollouts"], strict=True):
-            rollouts[row["epoch"], kinds.index(labels[prompt])] += number
-    drawn = [sum(row["num_rollouts"]) for row in steps]
-    (export,) = directory.glob("export-*")
-    return {
-        "settings": settings(),
-        "curve": [[r["spent"], r["optimizer_steps"], r["accuracy"]] for r in rows if r["kind"] == "eval"],
-        "rollouts": rollouts.tolist(),  # [epochs, kinds]
-        "rollouts_of": kinds,
-        "live_share": float(np.average([row["live_share"] for row in steps], weights=drawn)),
-        "reward": [row["reward"] for row in steps],
-        "seconds": round(seconds),
-        **measure(export, seed),
-    }
+def main(folder: Path, arms: list[str]) -> None:
+    """Tune and judge."""
+    best = {arm: tuned(folder, arm) for arm in arms}
+    judge(folder, best)
 
 
-def kinds_of(line: dict) -> list[str]:
-    """The kinds that a line's rollouts are of; the first lines were written in the order of the held-out prompts."""
-    return line.get("rollouts_of") or list(dict.fromkeys(line["kinds"]))
-
-
-def finished() -> dict[tuple[str, int], dict]:
-    """Lines written so far under these settings, by arm ("before" is the model as it comes) and seed."""
-    lines, now = map(json.loads, RESULTS.open()) if RESULTS.exists() else [], settings()
-    return {(line["arm"], line["seed"]): line for line in lines if line.get("settings", now) == now}
-
-
-def interval(difference: np.ndarray) -> str:
-    """A mean in points, with its 95 % bootstrap interval over held-out prompts."""
-    from cero_jax.statistics import bootstrap_interval
-
-    low, high = bootstrap_interval(difference)
-    return f"{100 * difference.mean():+.1f} points ({100 * low:+.1f} to {100 * high:+.1f})"
-
-
-def report(seeds: list[int]) -> None:
-    """The tables: a prompt's accuracy is its mean over samples; prompts of all seeds together."""
-    done = finished()
-    lines = {arm: [done[arm, seed] for seed in seeds] for arm in ("before", *ARMS)}
-    heldout = {arm: np.concatenate([line["heldout"] for line in some]) for arm, some in lines.items()}
-    kinds = np.concatenate([line["kinds"] for line in lines["before"]])
-    spent = {arm: rollouts_by_kind(lines[arm]) for arm in ARMS}
-    print(f"\nheld-out accuracy ({len(kinds)} prompts x {SAMPLES} samples) and rollouts; seeds {seeds}; {settings()}")
-    print("| digits | before | after uniform | after cero | rollouts, uniform | cero |\n|---|---|---|---|---|---|")
-    for kind in dict.fromkeys(kinds):
-        accuracy = " | ".join(f"{heldout[arm][kinds == kind].mean():.0%}" for arm in heldout)
-        print(f"| `{kind}` | {accuracy} | {spent['uniform'][kind].sum():,} | {spent['cero'][kind].sum():,} |")
-    accuracy = " | ".join(f"{values.mean():.1%}" for values in heldout.values())
-    total = {arm: sum(each.sum() for each in spent[arm].values()) for arm in ARMS}
-    print(f"| all | {accuracy} | {total['uniform']:,} | {total['cero']:,} |\n")
-    for arm in ARMS:
-        steps = np.mean([line["curve"][-1][1] for line in lines[arm]])
-        live, seconds = (np.mean([line[key] for line in lines[arm]]) for key in ("live_share", "seconds"))
-        print(
-            f"{arm}: {interval(heldout[arm] - heldout['before'])} over before; {steps:.0f} optimiser steps, "
-            f"{live:.0%} of rows in groups with variance, {seconds / 60:.0f} minutes"
-        )
-    print(f"cero over uniform: {interval(heldout['cero'] - heldout['uniform'])}")
-    if len(seeds) == 1:
-        print(
-            "One run an arm, a demonstration: the intervals are over held-out prompts, and know nothing of other seeds."
-        )
-    print(f"three samples of one prompt of each kind, seed {seeds[0]}")
-    for question in lines["before"][0]["samples"]:
-        texts = (f"{arm}: {', '.join(map(repr, some[0]['samples'][question][:3]))}" for arm, some in lines.items())
-        print(f"{question}  " + "; ".join(texts))
-
-
-def rollouts_by_kind(lines: list[dict]) -> dict[str, np.ndarray]:
-    """Rollouts of each kind in each epoch, summed over runs."""
-    return {
-        kind: np.sum([np.array(line["rollouts"])[:, kinds_of(line).index(kind)] for line in lines], axis=0)
-        for kind in kinds_of(lines[0])
-    }
-
-
-def draw(seeds: list[int]) -> None:
-    """Accuracy against rollouts for both arms, and the share of each kind in the rollouts of each epoch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    done = finished()
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2))
-    for arm in ARMS:
-        curves = np.array([done[arm, seed]["curve"] for seed in seeds])
-        axes[0].plot(curves[0, :, 0], curves[..., 2].mean(axis=0), "o-", color=COLOURS[arm], label=arm)
-    axes[0].set(xlabel="rollouts spent", ylabel="held-out accuracy, temperature 1")
-    axes[0].legend(loc="lower right")
-    axes[0].grid(alpha=0.3)
-    for axis, arm in zip(axes[1:], ARMS, strict=True):
-        of_kind = rollouts_by_kind([done[arm, seed] for seed in seeds])
-        rollouts = np.array(list(of_kind.values())).T  # [epochs, kinds]
-        share = 100 * rollouts / rollouts.sum(axis=1, keepdims=True)
-        picture = axis.imshow(share.T, aspect="auto", cmap="viridis", vmin=0, vmax=35)
-        axis.set(xlabel="epoch", yticks=range(len(of_kind)), yticklabels=list(of_kind), title=arm)
-        figure.colorbar(picture, ax=axis, label="% of the epoch's rollouts")
-    number = f"{len(seeds)} seeds" if len(seeds) > 1 else "one seed"
-    figure.suptitle(f"Gemma 3 270M on graded equations (digits of either side), the same budget; {number}")
-    figure.tight_layout()
-    figure.savefig(PICTURE, dpi=110)
-    print(f"picture: {PICTURE}")
-
-
-def main(folder: str, seeds: list[int], work_dir: str) -> None:
-    """Run what is not there yet, then print and draw."""
-    for seed, arm in itertools.product(seeds, ("before", *ARMS)):
-        if (arm, seed) in finished():
-            continue
-        result = measure(folder, seed) if arm == "before" else run(folder, arm, seed, work_dir)
-        with RESULTS.open("a") as file:
-            file.write(json.dumps({"arm": arm, "seed": seed} | result) + "\n")
-        shutil.rmtree(Path(work_dir) / f"{arm}-{seed}/checkpoints", ignore_errors=True)
-    report(seeds)
-    draw(seeds)
-
-
-def reference(folder: str, out: str) -> None:
+def reference(folder: Path, out: str) -> None:
     """Logits of a few held-out prompts by transformers; run in the environment that has torch."""
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM, AutoTokenizer  # pyright: ignore[reportMissingImports]
@@ -228,7 +242,7 @@ def reference(folder: str, out: str) -> None:
     np.savez(out, *ids, **{f"logits_{i}": each for i, each in enumerate(logits)})
 
 
-def compare(folder: str, reference: str) -> None:
+def compare(folder: Path, reference: str) -> None:
     """Print the largest difference from transformers' logits."""
     import jax
     import jax.numpy as jnp
@@ -253,18 +267,18 @@ def compare(folder: str, reference: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
-    training = commands.add_parser("train")
-    training.add_argument("folder")
-    training.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    training.add_argument("--work-dir", default="runs/real_model")
+    for name in ("headroom", "train", "reference", "compare"):
+        commands.add_parser(name).add_argument("folder", type=Path)
+    commands.choices["headroom"].add_argument("--samples", type=int, default=8)
+    commands.choices["train"].add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     for name in ("reference", "compare"):
-        command = commands.add_parser(name)
-        command.add_argument("folder")
-        command.add_argument("npz")
+        commands.choices[name].add_argument("npz")
     args = parser.parse_args()
     match args.command:
+        case "headroom":
+            show_headroom(args.folder, args.samples)
         case "train":
-            main(args.folder, args.seeds, args.work_dir)
+            main(args.folder, args.arms)
         case "reference":
             reference(args.folder, args.npz)
         case "compare":

@@ -1,11 +1,12 @@
-"""Graded equations for a small base model: a task of its own in a config file, and the real model's benchmark.
+"""Graded equations for a small model: a task of its own in a config file, and the real model's benchmark.
 
-A prompt is five solved equations and one to solve; the reward is 1 for the right number and nothing else on its line.
-No warm start, no chat template: Gemma 3 270M (base), as it comes, solves some kinds mostly and others never.
+A prompt is two solved equations and one to solve; the reward is 1 for the right number and nothing else on its line.
+No warm start, no chat template. SmolLM2-135M-Instruct, as it comes, solves some kinds mostly, some at times and others
+never, and often writes on behind the right number.
 
-Needs: 2 cores, 8 GB of memory, 9 to 11 minutes; a model folder (benchmarks/gemma_folder.py makes one of Gemma 3 270M).
-Expect: held-out accuracy from 0.27 to 0.37 (two seeds, benchmarks/real_model.py).
-Command: python train.py configs/equations.py --model-folder=models/gemma-3-270m
+Needs: 2 cores, 4 GB of memory; a model folder (benchmarks/model_folder.py makes one of SmolLM2 or of Gemma 3 270M).
+Expect: benchmarks/real_model.py.
+Command: python train.py configs/equations.py --model-folder=models/smollm2-135m-instruct
 """
 
 from dataclasses import dataclass
@@ -20,20 +21,22 @@ from cero_jax.rewards.exact import exact
 from cero_jax.sampler import SamplerConfig
 from cero_jax.tokenizer import ByteTokenizer, EndsAlsoAt, Tokenizer
 
-SOLVED = ("3 + 4 = 7", "8 - 5 = 3", "2 * 6 = 12", "23 + 14 = 37", "9 + 8 = 17")
-KINDS = ("1 + 1", "2 + 1", "2 + 2", "3 + 3", "1 - 1", "2 - 2", "1 * 1", "2 * 1")  # digits of either side
+SOLVED = ("23 + 14 = 37", "7 * 6 = 42")
+KINDS = (  # digits of either side; from nearly always right to never
+    "1 + 1", "2 + 1", "2 * 1", "2 + 2", "3 * 1", "2 - 2", "2 - 1", "3 + 3", "3 + 2", "2 * 2", "3 - 2", "3 - 3",
+)  # fmt: skip
 _STREAM = 4  # keeps the task's draws apart from other uses of the same seed
 
 
 @dataclass(frozen=True)
 class Equations:
-    """Equations of eight kinds, as many of each, none of them twice."""
+    """Equations of twelve kinds, as many of each, none of them twice."""
 
-    train_of_kind: int = 24
+    train_of_kind: int = 64
     """Training prompts of each kind."""
     heldout_of_kind: int = 16
     """Held-out prompts of each kind."""
-    max_prompt_tokens: int = 55
+    max_prompt_tokens: int = 40
     """Longest prompt in tokens."""
 
     def build(self, seed: int, tokenizer: Tokenizer | None = None) -> Task:
@@ -73,7 +76,9 @@ config = Config(
     # groups of 4 under `uniform` too
     allocator=AllocatorConfig(total_budget=2304, num_epochs=24, min_group=4, max_group=16, group_size=4),
     sampler=SamplerConfig(max_completion_tokens=6, window=6),  # tokens: a space, four digits, the end of the line
-    learner=LearnerConfig(rows_per_step=16, learning_rate=2e-6, rows_per_microbatch=4),
-    evaluation=EvaluationConfig(every_rollouts=576, samples=1, rows=128),
-    checkpoint_every_steps=1_000_000,  # one of Gemma 3 270M holds 3.2 GB: only the one at the end
+    learner=LearnerConfig(
+        rows_per_step=16, rows_per_microbatch=4, learning_rate=1e-5, warmup_share=0.1, max_grad_norm=0.3
+    ),
+    evaluation=EvaluationConfig(every_rollouts=576, samples=2, rows=128),
+    checkpoint_every_steps=1_000_000,  # one of SmolLM2 holds 1.6 GB: only the one at the end
 )
