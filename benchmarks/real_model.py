@@ -3,7 +3,7 @@
     python benchmarks/real_model.py headroom models/smollm2-135m-instruct   # is there anything to allocate?
     python benchmarks/real_model.py train models/smollm2-135m-instruct      # tune every arm, judge it on other seeds
 
-benchmarks/model_folder.py makes the folder; configs/equations.py is the task: 768 equations of twelve kinds, of which
+benchmarks/model_folder.py makes the folder; configs/equations.py is the task: 288 equations of twelve kinds, of which
 the model as it comes gets some nearly always right, most sometimes and some never. An arm's rate climbs one grid from
 one place on seeds that are not judged, until no neighbour is better. Then `uniform` with GRPO spends the whole budget,
 and each other arm spends the whole and two thirds of it: one that ends as high with two thirds saves 1.5 times.
@@ -32,7 +32,7 @@ import numpy as np
 HERE = Path(__file__).parent
 RESULTS = HERE / "real_model.jsonl"
 CONFIG = HERE.parent / "configs/equations.py"
-WHOLE, LESS = 2_304, 1_536  # rollouts
+WHOLE, LESS = 1_536, 1_024  # rollouts
 RATES = (1.25e-6, 2.5e-6, 5e-6, 1e-5, 2e-5, 4e-5, 8e-5)
 START = 1e-5
 TUNING_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
@@ -76,7 +76,7 @@ def command(folder: Path, cell: dict) -> list[str]:
         "learner.advantage": cell["advantage"],
         "learner.baseline-share": cell["baseline_share"],
         "learner.learning-rate": cell["learning_rate"],
-        "evaluation.every-rollouts": cell["budget"] // 2,
+        "evaluation.every-rollouts": cell["budget"],
     }
     return [sys.executable, str(HERE.parent / "train.py"), str(CONFIG), *(f"--{k}={v}" for k, v in flags.items())]
 

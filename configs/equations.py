@@ -32,7 +32,7 @@ _STREAM = 4  # keeps the task's draws apart from other uses of the same seed
 class Equations:
     """Equations of twelve kinds, as many of each, none of them twice."""
 
-    train_of_kind: int = 64
+    train_of_kind: int = 24
     """Training prompts of each kind."""
     heldout_of_kind: int = 16
     """Held-out prompts of each kind."""
@@ -74,11 +74,11 @@ config = Config(
     name="equations",
     task=Equations(),
     # groups of 4 under `uniform` too
-    allocator=AllocatorConfig(total_budget=2304, num_epochs=24, min_group=4, max_group=16, group_size=4),
+    allocator=AllocatorConfig(total_budget=1536, num_epochs=24, min_group=4, max_group=16, group_size=4),
     sampler=SamplerConfig(max_completion_tokens=6, window=6),  # tokens: a space, four digits, the end of the line
     learner=LearnerConfig(
         rows_per_step=16, rows_per_microbatch=4, learning_rate=1e-5, warmup_share=0.1, max_grad_norm=0.3
     ),
-    evaluation=EvaluationConfig(every_rollouts=576, samples=2, rows=128),
+    evaluation=EvaluationConfig(every_rollouts=768, samples=2, rows=128),
     checkpoint_every_steps=1_000_000,  # one of SmolLM2 holds 1.6 GB: only the one at the end
 )

@@ -46,7 +46,7 @@ def test_no_equation_stands_twice_or_is_solved_in_the_prompt(task):
 
 
 def test_as_many_of_each_kind(task):
-    assert set(Counter(task.train.labels).values()) == {64}
+    assert set(Counter(task.train.labels).values()) == {24}
     assert set(Counter(task.heldout.labels).values()) == {16}
     assert set(task.train.labels) == set(task.heldout.labels)
 
