@@ -45,14 +45,13 @@ class Arm(NamedTuple):
     allocator: str
     advantage: str
     group: int  # rollouts of the smallest, and of all under `uniform`
-    baseline_share: float = 1.0
 
 
 ARMS = {
     "uniform": Arm("uniform", "grpo", 4),
     "cero": Arm("cero", "grpo", 4),
-    "uniform + success": Arm("uniform", "posterior", 1, 0.0),
-    "cero + success": Arm("cero", "posterior", 1, 0.0),
+    "uniform + reward": Arm("uniform", "reward", 1),
+    "cero + reward": Arm("cero", "reward", 1),
     "cero + posterior": Arm("cero", "posterior", 1),
     "cero_dual": Arm("cero_dual", "grpo", 4),
 }
@@ -74,7 +73,6 @@ def command(folder: Path, cell: dict) -> list[str]:
         "allocator.min-group": cell["group"],
         "allocator.group-size": cell["group"],
         "learner.advantage": cell["advantage"],
-        "learner.baseline-share": cell["baseline_share"],
         "learner.learning-rate": cell["learning_rate"],
         "evaluation.every-rollouts": cell["budget"],
     }

@@ -18,7 +18,7 @@ import cero_jax
 from cero_jax.allocator import defaults
 from cero_jax.data import TaskConfig
 from cero_jax.evaluation import EvaluationConfig
-from cero_jax.grpo import BY_POSTERIOR, AdvantageKind
+from cero_jax.grpo import WITHOUT_GROUP, AdvantageKind
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig
@@ -163,15 +163,15 @@ class Config:
                 f"allocator.total_budget={allocator.total_budget} over num_epochs={allocator.num_epochs} leaves less "
                 f"than one group of {allocator.min_group} an epoch: raise the budget or lower num_epochs"
             )
-        if self.dynamic_sampling and learner.advantage in BY_POSTERIOR:
+        if self.dynamic_sampling and learner.advantage in WITHOUT_GROUP:
             raise ValueError(
                 f"dynamic_sampling leaves out groups without variance, which teach under learner.advantage="
                 f"{learner.advantage}: choose one of the two"
             )
-        if allocator.min_group < 2 and learner.advantage not in BY_POSTERIOR:
+        if allocator.min_group < 2 and learner.advantage not in WITHOUT_GROUP:
             raise ValueError(
                 f"allocator.min_group={allocator.min_group}: a group of one has no advantage under learner.advantage="
-                f"{learner.advantage}: set min_group to 2 or more, or learner.advantage to posterior"
+                f"{learner.advantage}: set min_group to 2 or more, or learner.advantage to reward or posterior"
             )
         if self.dynamic_sampling and learner.steps_per_batch > 1:
             raise ValueError("dynamic_sampling fills one step from several batches: it needs learner.steps_per_batch=1")

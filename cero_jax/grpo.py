@@ -4,7 +4,7 @@ Rows, not groups, are the unit. `group_ids` [R] int32 names each row's group, 0.
 padding and counts nowhere. Nothing here knows how many rows a group should have.
 
 What an allocation does to the objective. Where a prompt with success p is visited with n rows, the expected coefficient
-on grad p is 1 for `rloo`, (n-1)/n for `dr_grpo` and E[sqrt(S (n-S))] / (n p (1-p)) for `grpo`, S ~ Binomial(n, p): that
+on grad p is 1 for `rloo` and `reward`, (n-1)/n for `dr_grpo` and E[sqrt(S (n-S))] / (n p (1-p)) for `grpo`, S ~ Binomial(n, p): that
 still depends on n (at p = 0.02: 1.0, 2.6, 4.8 for n = 2, 8, 32). It is multiplied by the group's share of the weight
 (its tokens under `token`, its rows under `sequence`, alike for all groups under `prompt`) and by the rate at which the
 prompt is visited. So an allocation acts as a *weight* too. `rloo` by `sequence`, each row over its prompt's rate of
@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "posterior", "posterior_normalised"]
+AdvantageKind = Literal["grpo", "dr_grpo", "rloo", "reward", "posterior", "posterior_normalised"]
 BY_POSTERIOR = ("posterior", "posterior_normalised")  # advantages that need what was believed before the group
+WITHOUT_GROUP = ("reward", *BY_POSTERIOR)  # advantages that a row has by itself, in a group of one too
 LEAST_DEVIATION = 0.1  # that a normalised posterior advantage is divided by: of a success rate of 1 %
 Aggregation = Literal["token", "sequence", "prompt"]
 
@@ -48,11 +49,14 @@ def advantages(
       row_mask: [R] bool, False for padding.
       num_groups: G, static.
       kind: `grpo` subtracts the group's mean and divides by its population standard deviation (Shao et al. 2024),
-        `dr_grpo` subtracts the mean only (Liu et al. 2025), `rloo` the mean of the others (Kool et al. 2019).
+        `dr_grpo` subtracts the mean only (Liu et al. 2025), `rloo` the mean of the others (Kool et al. 2019);
+        `reward` subtracts nothing (Williams 1992): of rewards 0 and 1, successes alone teach.
 
     Returns:
-      [R] float32; exactly 0 for padding and for a group whose rewards are all equal.
+      [R] float32; exactly 0 for padding and, but for `reward`, for a group whose rewards are all equal.
     """
+    if kind == "reward":
+        return jnp.where(row_mask, reward, 0.0)
     size = _group_sum(jnp.ones_like(reward), group_ids, row_mask, num_groups)
     mean = _group_sum(reward, group_ids, row_mask, num_groups) / jnp.maximum(size, 1.0)
     centred = reward - mean[group_ids]
@@ -66,7 +70,7 @@ def advantages(
     elif kind == "dr_grpo":
         advantage = centred
     else:
-        raise ValueError(f"advantage kind={kind!r} must be one of 'grpo', 'dr_grpo', 'rloo' here")
+        raise ValueError(f"advantage kind={kind!r} must be one of 'grpo', 'dr_grpo', 'rloo', 'reward' here")
     return jnp.where(has_variance(reward, group_ids, row_mask, num_groups), advantage, 0.0)
 
 
@@ -78,19 +82,16 @@ def posterior_advantages(
     row_mask: Array,
     *,
     num_groups: int,
-    share: float = 1.0,
     normalised: bool = False,
 ) -> Array:
     """Advantage of each row over what its prompt's posterior expected, given the other rows of its group.
 
     Row j of a group with n rows and reward sum S, of a prompt believed to succeed as Beta(a, b) before the group, has
-    the expectation b_j = (a + S - r_j) / (a + b + n - 1): the mean of the posterior that has seen the other rows. Its
-    baseline is `share` of that. Neither (a, b) nor the others depend on r_j, so E[b_j grad log pi(y_j)] = E[b_j] E[grad
-    log pi(y_j)] = 0, whatever (a, b) and `share` are: the gradient stays unbiased, and so it does behind a division by
-    any function of b_j. A group without variance teaches (all wrong where success was expected), and a group of one has
-    an advantage. The price: where the belief is wrong, b_j is noise that a group's own mean does not have. What failed
-    is pushed down by the baseline, towards nothing in particular, what succeeded is pushed up by the rest: the smaller
-    the share, the less a belief that is too high can undo (Arnal et al. 2025, arXiv 2506.20520, find the same).
+    the baseline b_j = (a + S - r_j) / (a + b + n - 1): the mean of the posterior that has seen the other rows. Neither
+    (a, b) nor the others depend on r_j, so E[b_j grad log pi(y_j)] = E[b_j] E[grad log pi(y_j)] = 0, whatever (a, b)
+    is: the gradient stays unbiased, and so it does behind a division by any function of b_j. A group without variance
+    teaches (all wrong where success was expected), and a group of one has an advantage. The price: where the belief is
+    wrong, b_j is noise that a group's own mean does not have.
 
     Args:
       reward: [R] float32, 0 or 1, or between: the sum of the others then stands for their successes.
@@ -98,7 +99,6 @@ def posterior_advantages(
       group_ids: [R] int32 in 0..G-1.
       row_mask: [R] bool, False for padding and for rows that are no evidence.
       num_groups: G, static.
-      share: of the expectation that is the baseline, in [0, 1]; 0 is no baseline, and only successes teach.
       normalised: divide by sqrt(b_j (1 - b_j)), at least LEAST_DEVIATION.
 
     Returns:
@@ -106,10 +106,10 @@ def posterior_advantages(
     """
     size = _group_sum(jnp.ones_like(reward), group_ids, row_mask, num_groups)[group_ids]
     total = _group_sum(reward, group_ids, row_mask, num_groups)[group_ids]
-    expected = (alpha + total - reward) / (alpha + beta + size - 1.0)
-    advantage = reward - share * expected
+    baseline = (alpha + total - reward) / (alpha + beta + size - 1.0)
+    advantage = reward - baseline
     if normalised:
-        variance = jnp.maximum(expected * (1.0 - expected), LEAST_DEVIATION**2)
+        variance = jnp.maximum(baseline * (1.0 - baseline), LEAST_DEVIATION**2)
         advantage = advantage * jax.lax.rsqrt(variance)
     return jnp.where(row_mask, advantage, 0.0)
 

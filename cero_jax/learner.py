@@ -43,10 +43,8 @@ class LearnerConfig:
     """The gradient is scaled down to this global norm."""
     advantage: AdvantageKind = "grpo"
     """Of a rollout over its group's mean (grpo: over its standard deviation too; dr_grpo), over the mean of the others
-    (rloo), or over what the allocator's posterior expected of its prompt (posterior; posterior_normalised: over the
-    expected standard deviation too): then groups without variance teach too, and min_group may be 1."""
-    baseline_share: float = 1.0
-    """Of what the posterior expected, subtracted as the baseline: the less, the less a failure is pushed down."""
+    (rloo), over nothing (reward), or over what the allocator's posterior expected of its prompt (posterior;
+    posterior_normalised: over the expected deviation too). With the last three min_group may be 1."""
     least_advantage: float = 1e-3
     """Rows whose advantage is smaller are left out of the backward computation (posterior, posterior_normalised)."""
     aggregation: Aggregation = "token"
@@ -83,8 +81,6 @@ class LearnerConfig:
                 f"learner.adam_b1={self.adam_b1} and adam_b2={self.adam_b2} must lie in [0, 1), "
                 f"adam_eps={self.adam_eps} be positive"
             )
-        if not 0 <= self.baseline_share <= 1:
-            raise ValueError(f"learner.baseline_share={self.baseline_share} must lie in [0, 1]")
         if min(self.kl_coef, self.weight_decay) < 0:
             raise ValueError(
                 f"learner.kl_coef={self.kl_coef} and weight_decay={self.weight_decay} must not be negative"
@@ -193,8 +189,8 @@ def step_advantages(batch: Batch, config: LearnerConfig) -> Advantages:
     """Advantages and token weights of a step's rows; a row of advantage 0 counts in the weights' denominators."""
     groups = {"group_ids": batch.group_ids, "row_mask": batch.row_mask, "num_groups": batch.reward.shape[0]}
     if config.advantage in BY_POSTERIOR:
-        belief = {"share": config.baseline_share, "normalised": config.advantage == "posterior_normalised"}
-        advantage = grpo.posterior_advantages(batch.reward, batch.alpha, batch.beta, **belief, **groups)
+        normalised = config.advantage == "posterior_normalised"
+        advantage = grpo.posterior_advantages(batch.reward, batch.alpha, batch.beta, normalised=normalised, **groups)
     else:
         advantage = grpo.advantages(batch.reward, kind=config.advantage, **groups)
     weights = grpo.token_weights(token_mask(batch), aggregation=config.aggregation, **groups)

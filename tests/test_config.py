@@ -118,12 +118,20 @@ def test_an_unknown_key_is_refused_with_the_nearest_names(given, nearest):
 @pytest.mark.parametrize(
     "changes",
     [{"learning_rate": -1.0}, {"learning_rate": float("nan")}, {"adam_b1": 2.0}, {"clip_low": -1.0}, {"kl_coef": -1.0},
-     {"max_grad_norm": 0.0}, {"final_learning_rate_share": -2.0}, {"warmup_share": 1.0}, {"adam_eps": 0.0},
-     {"baseline_share": 1.5}, {"baseline_share": float("nan")}],
+     {"max_grad_norm": 0.0}, {"final_learning_rate_share": -2.0}, {"warmup_share": 1.0}, {"adam_eps": 0.0}],
 )  # fmt: skip
 def test_a_learner_that_cannot_learn_is_refused(changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         LearnerConfig(**changes)
+
+
+@pytest.mark.parametrize("advantage", ["reward", "posterior", "posterior_normalised"])
+def test_groups_of_one_go_with_an_advantage_that_needs_no_group(advantage):
+    learner = LearnerConfig(rows_per_step=16, advantage=advantage)
+    alone = tiny_config("", learner=learner, **with_allocator(min_group=1))
+    alone.check(num_prompts=8)
+    with pytest.raises(ValueError, match=f"groups without variance, which teach under learner.advantage={advantage}"):
+        dataclasses.replace(alone, dynamic_sampling=True).check(num_prompts=8)
 
 
 def test_a_negative_seed_is_refused():
