@@ -4,11 +4,11 @@ Rows, not groups, are the unit. `group_ids` [R] int32 names each row's group, 0.
 padding and counts nowhere. Nothing here knows how many rows a group should have.
 
 What an allocation does to the objective. Where a prompt with success p is visited with n rows, the expected coefficient
-on grad p is 1 for `rloo` and `reward`, (n-1)/n for `dr_grpo` and E[sqrt(S (n-S))] / (n p (1-p)) for `grpo`, S ~ Binomial(n, p): that
-still depends on n (at p = 0.02: 1.0, 2.6, 4.8 for n = 2, 8, 32). It is multiplied by the group's share of the weight
-(its tokens under `token`, its rows under `sequence`, alike for all groups under `prompt`) and by the rate at which the
-prompt is visited. So an allocation acts as a *weight* too. `rloo` by `sequence`, each row over its prompt's rate of
-rollouts, undoes that.
+on grad p is 1 for `rloo` and `reward`, (n-1)/n for `dr_grpo` and E[sqrt(S (n-S))] / (n p (1-p)) for `grpo`, S ~
+Binomial(n, p): that still depends on n (at p = 0.02: 1.0, 2.6, 4.8 for n = 2, 8, 32). It is multiplied by the group's
+share of the weight (its tokens under `token`, its rows under `sequence`, alike for all groups under `prompt`) and by
+the rate at which the prompt is visited. So an allocation acts as a *weight* too. `rloo` by `sequence`, each row over
+its prompt's rate of rollouts, undoes that.
 
 Letters: R rows, T completion tokens, G groups (static).
 """

@@ -101,7 +101,7 @@ def test_equal_rewards_give_exactly_zero(kind):
         np.testing.assert_array_equal(grpo.advantages(reward, group_ids, mask, num_groups=len(sizes), kind=kind), 0.0)
 
 
-@pytest.mark.parametrize("kind", (*KINDS, "reward"))
+@pytest.mark.parametrize("kind", [*KINDS, "reward"])
 def test_padding_rows_neither_influence_nor_receive(kind):
     reward, group_ids, mask = rows(1, 0, 0, 1, 1), ids(0, 0, 0, 1, 1), jnp.ones(5, bool)
     alone = grpo.advantages(reward, group_ids, mask, num_groups=2, kind=kind)
@@ -115,7 +115,7 @@ def test_padding_rows_neither_influence_nor_receive(kind):
 
 @pytest.mark.parametrize("prompt_success", [0.02, 0.5, 0.9])
 @pytest.mark.parametrize("size", [2, 8, 32])
-@pytest.mark.parametrize("kind", (*KINDS, "reward"))
+@pytest.mark.parametrize("kind", [*KINDS, "reward"])
 def test_expected_coefficient_on_the_gradient_of_p(kind, size, prompt_success):
     """Every outcome S of Binomial(n, p) is a group of its own, weighed by its probability."""
     p, n = prompt_success, size
