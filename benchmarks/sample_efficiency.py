@@ -27,10 +27,12 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import isotonic_regression
 
+from cero_jax.grpo import WITHOUT_GROUP
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "sample_efficiency.jsonl"
-WHOLE, THIRD = 12_800, 4_266
-BUDGETS = (3_200, THIRD, 6_400, WHOLE)  # rollouts
+WHOLE, THIRD, SIXTH = 12_800, 4_266, 2_133
+BUDGETS = (1_600, SIXTH, 3_200, THIRD, 6_400, WHOLE)  # rollouts
 RATES = (6e-5, 9e-5, 1.25e-4, 1.8e-4, 2.5e-4, 3.5e-4, 5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3)
 ROWS = (2, 4, 8, 16, 32, 64)  # of an optimiser step
 GROUPS = (1, 2, 4, 8, 16, 32)
@@ -45,17 +47,18 @@ class Arm(NamedTuple):
     advantage: str
     budget: int = THIRD
     dynamic_sampling: bool = False
-    flags: tuple[tuple[str, float], ...] = ()  # what else train.py is told
 
 
 ARMS = {
     "uniform": Arm("uniform", "grpo", WHOLE),  # tuned for the end that the others are to reach
     "uniform + posterior": Arm("uniform", "posterior"),
+    "uniform + reward": Arm("uniform", "reward", SIXTH),
     "cero": Arm("cero", "grpo"),
     "cero + posterior": Arm("cero", "posterior"),
+    "cero + reward": Arm("cero", "reward", SIXTH),
     "dynamic": Arm("uniform", "grpo", WHOLE, dynamic_sampling=True),  # DAPO
 }
-MAIN = ("uniform", "uniform + posterior", "cero", "cero + posterior")
+MAIN = ("uniform", "uniform + posterior", "uniform + reward", "cero", "cero + posterior", "cero + reward")
 
 
 class Setting(NamedTuple):
@@ -69,8 +72,7 @@ class Setting(NamedTuple):
 def cell(arm: str | Arm, setting: Setting, seed: int, budget: int, wrong_share: float = 0.4, **flags) -> dict:
     """What identifies a run."""
     arm = ARMS[arm] if isinstance(arm, str) else arm
-    of_arm = {key: value for key, value in arm._asdict().items() if key not in ("budget", "flags")}
-    flags = dict(arm.flags) | flags
+    of_arm = {key: value for key, value in arm._asdict().items() if key != "budget"}
     return {**of_arm, **setting._asdict(), "seed": seed, "budget": budget, "wrong_share": wrong_share, "flags": flags}
 
 
@@ -194,7 +196,7 @@ def tuned(arm: str) -> Setting:
     Two seeds look at a setting; one that leads is run with all tuning seeds before its neighbours are looked at, since
     two seeds praise many that fall apart on a third.
     """
-    least_group = 1 if ARMS[arm].advantage == "posterior" else 2
+    least_group = 1 if ARMS[arm].advantage in WITHOUT_GROUP else 2
     scores: dict[Setting, float] = {}
     sure: set[Setting] = set()
 
@@ -286,6 +288,12 @@ def judge(
         cells += [f"{saved['ratio']:.2f} ({saved['low']:.2f} to {saved['high']:.2f}{censored})"]
         print(f"| {arm} | {' | '.join(cells)} |")
         print(f"  seed by seed: {saved['ratios']}", flush=True)
+    few = budgets.index(THIRD) + 1  # under the advantage that needs least, with more both are at the top
+    saved = savings(ends["uniform + reward"][:, :few], ends["cero + reward"][:, :few], budgets[:few])
+    print(
+        f"by the allocation alone, cero + reward to where uniform + reward ends with {THIRD:,}: {saved['ratio']:.2f} "
+        f"({saved['low']:.2f} to {saved['high']:.2f}; {saved['censored']} never) {saved['ratios']}"
+    )
     return ends
 
 
@@ -296,11 +304,12 @@ def draw(ends: dict[str, np.ndarray], output: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    colours: dict[str, str] = dict(zip(MAIN, ("#D55E00", "#E69F00", "#56B4E9", "#0072B2"), strict=True))
+    palette = ("#D55E00", "#E69F00", "#CC79A7", "#56B4E9", "#0072B2", "#009E73")
+    colours: dict[str, str] = dict(zip(MAIN, palette, strict=True))
     names = {"uniform": "uniform (GRPO)"}
     figure, axis = plt.subplots(figsize=(8, 4.8))
     for place, (arm, values) in enumerate(ends.items()):
-        x = np.array(BUDGETS) * 1.02 ** (place - 1.5)  # beside one another
+        x = np.array(BUDGETS) * 1.02 ** (place - 2.5)  # beside one another
         mean, error = values.mean(axis=0), values.std(axis=0, ddof=1) / len(values) ** 0.5
         axis.errorbar(x, mean, error, color=colours[arm], label=names.get(arm, arm), lw=2, marker="o", capsize=3)
         axis.plot(x, values.T, ".", color=colours[arm], alpha=0.4, ms=5)
@@ -333,7 +342,7 @@ def effects(setting: Setting) -> None:
 def allocators(best: dict[str, Setting]) -> None:
     """Every allocator under both advantages, at the setting of `cero` or `uniform` with that advantage."""
     print(f"\nall allocators, {THIRD:,} rollouts, seeds 0 to 4")
-    for advantage, tail in (("grpo", ""), ("posterior", " + posterior")):
+    for advantage, tail in (("grpo", ""), ("reward", " + reward")):
         for name in ("uniform", "variance", "knapsack", "cero_dual", "cero"):
             setting = best[("cero" if name.startswith("cero") else "uniform") + tail]
             # An average group twice the smallest: at the smallest these two could only do as uniform does.
@@ -351,7 +360,7 @@ def main() -> None:
     print(f"best settings: {best}", flush=True)
     if args.mixes:
         for mix in (0.6, 0.0, 0.2):
-            judge({arm: best[arm] for arm in ("uniform", "cero + posterior")}, SEEDS, mix)
+            judge({arm: best[arm] for arm in ("uniform", "uniform + reward", "cero", "cero + reward")}, SEEDS, mix)
     elif args.effects:
         effects(best["uniform"])
     elif args.allocators:
