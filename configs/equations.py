@@ -36,7 +36,7 @@ class Equations:
     """Training prompts of each kind."""
     heldout_of_kind: int = 16
     """Held-out prompts of each kind."""
-    max_prompt_tokens: int = 40
+    max_prompt_tokens: int = 32
     """Longest prompt in tokens."""
 
     def build(self, seed: int, tokenizer: Tokenizer | None = None) -> Task:
