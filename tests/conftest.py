@@ -1,10 +1,15 @@
-"""Strict settings for every test: 8 virtual CPU devices, no silent rank promotion."""
+"""Strict settings for every test: 8 virtual CPU devices, no silent rank promotion. What one compiled serves all."""
 
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "8"  # fixes the size of XLA's thread pool, and with it the bits of a matrix product
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers, and the processes that tests start, inherit it
+    compiled = tempfile.TemporaryDirectory(prefix="cero_jax-compiled-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import pytest
