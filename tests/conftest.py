@@ -11,10 +11,13 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers, and the processes that t
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("any machine", deadline=None)  # on a busy one an example may take long
+hypothesis.settings.load_profile("any machine")
 
 # The files that take longest: begun last, one of them would keep a worker after the others have nothing left to do.
 FIRST = ("test_resume", "test_train", "test_contract", "test_cero", "test_lora", "test_equations", "test_cero_dual")
