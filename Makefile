@@ -9,7 +9,7 @@ train: $(VENV)/.train  ## set up, run the main job, show it learn (about three m
 	$(RUN) train.py configs/chain_sum.py
 
 test: $(VENV)/.test  ## every test, on 8 virtual CPU devices
-	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.check  ## format, lint, types
 	$(VENV)/bin/ruff format --check .

@@ -1,6 +1,7 @@
 """The directory of a run: made, checked for whether a config may resume there, its settings written for readers."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -54,7 +55,8 @@ def check_resumable(cursor: Cursor, config: Config, prompts_hash: str) -> None:
 def open_run_dir(config: Config) -> tuple[Path, Path]:
     """The run directory, and the cache beside it for all runs.
 
-    Turns on JAX's persistent compilation cache there: a restart is quick. Raises ValueError where it cannot be written.
+    Turns on JAX's persistent compilation cache there, unless the environment names one: a restart is quick. Raises
+    ValueError where it cannot be written.
     """
     run_dir = config.run_dir
     cache_dir = run_dir.parent / ".cache"
@@ -63,8 +65,9 @@ def open_run_dir(config: Config) -> tuple[Path, Path]:
             directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(run_dir, error) from error
-    jax.config.update("jax_compilation_cache_dir", str(cache_dir / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return run_dir, cache_dir
 
 

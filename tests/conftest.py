@@ -1,15 +1,31 @@
-"""Strict settings for every test: 8 virtual CPU devices, no silent rank promotion."""
+"""Strict settings for every test: 8 virtual CPU devices, no silent rank promotion. What one compiled serves all."""
 
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["NPROC"] = "8"  # fixes the size of XLA's thread pool, and with it the bits of a matrix product
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers, and the processes that tests start, inherit it
+    compiled = tempfile.TemporaryDirectory(prefix="cero_jax-compiled-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+hypothesis.settings.register_profile("any machine", deadline=None)  # on a busy one an example may take long
+hypothesis.settings.load_profile("any machine")
+
+# The files that take longest: begun last, one of them would keep a worker after the others have nothing left to do.
+FIRST = ("test_resume", "test_train", "test_contract", "test_cero", "test_lora", "test_equations", "test_cero_dual")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the longest files; with --no-loadscope-reorder a worker takes up the next in this order."""
+    items.sort(key=lambda item: item.path.stem not in FIRST)
 
 
 @pytest.fixture

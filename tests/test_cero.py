@@ -194,7 +194,7 @@ def test_replicated_integers_are_those_of_one_device():
 def test_ten_million_prompts_sharded_keep_sum_and_bounds_and_the_shares_agree():
     num_prompts = 10_000_000
     allocator = cero_jax.cero(total_budget=8 * num_prompts, num_epochs=4)
-    p = jax.random.beta(jax.random.key(0), 0.5, 0.5, (num_prompts,))
+    p = jnp.float32(np.random.default_rng(0).beta(0.5, 0.5, num_prompts))
     state = allocator.init(num_prompts)._replace(alpha=0.5 + 24 * p, beta=0.5 + 24 * (1 - p))
     mesh = Mesh(np.array(jax.devices()), ("data",))
     by_prompt = jax.tree.map(lambda x: P("data") if x.shape[:1] == (num_prompts,) else P(), state)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from tiny_run import tiny_config
 
@@ -14,6 +16,7 @@ from cero_jax.config import check_saved_as_it_is, from_command_line, from_json, 
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.rope import RopeScaling
+from cero_jax.run_directory import open_run_dir
 from cero_jax.sampler import SamplerConfig
 from cero_jax.sharding import MeshConfig
 from cero_jax.tasks.chain_sum import ChainSum
@@ -86,6 +89,18 @@ def test_a_work_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ValueError, match=r"cannot write to the work directory .*choose another --work-dir"):
         runs.start(tiny_config(tmp_path / "file" / "run"))
+
+
+def test_what_is_compiled_is_kept_beside_the_runs_or_where_the_environment_says(tmp_path, monkeypatch):
+    config, given = tiny_config(tmp_path / "run"), os.environ["JAX_COMPILATION_CACHE_DIR"]
+    open_run_dir(config)
+    assert jax.config.jax_compilation_cache_dir == given
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    try:
+        open_run_dir(config)
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / ".cache/jax")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", given)
 
 
 def test_overrides_from_the_command_line():

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import train
+from cero_jax import evaluate
 from cero_jax.config import from_command_line
+from cero_jax.report.__main__ import main as report
 from cero_jax.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -66,28 +69,38 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_a_task_of_a_config_file_goes_through_every_command(tmp_path):
-    """Train, resume, refuse another setting, evaluate, report; from another folder than the file's."""
+def test_a_task_of_a_config_file_goes_through_every_command(tmp_path, capsys):
+    """Train, resume, refuse another setting, evaluate, report; from another folder than the file's.
+
+    What a process of its own does is read by another: by this one, where its start would add nothing.
+    """
 
     def command(*args):
         args = [sys.executable, *map(str, args)]
         return subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
-    run, train = tmp_path / "run", ("train.py", CONFIG, *SMALL)
-    done = command(*train, f"--work-dir={run}")
+    def again(*args):
+        assert train.main(from_command_line([CONFIG, *SMALL, f"--work-dir={run}", *args])) == 0
+        return capsys.readouterr().out
+
+    run = tmp_path / "run"
+    done = command("train.py", CONFIG, *SMALL, f"--work-dir={run}")
     assert done.returncode == 0, done.stderr
     saved = json.loads((run / "config.json").read_text())
     assert saved["task"]["class"] == {"name": "Equations", "file": CONFIG}
-    assert "has spent its budget" in command(*train, f"--work-dir={run}").stdout
-    other = command(*train, f"--work-dir={run}", "--task.train-of-kind=3")
+    assert "has spent its budget" in again()
+    other = command("train.py", CONFIG, *SMALL, f"--work-dir={run}", "--task.train-of-kind=3")
     assert "task.train_of_kind was 2 and is 3" in other.stderr
-    longer = command(
-        *train, f"--work-dir={run}", "--allocator.total-budget=80", "--allocator.num-epochs=5", "--extend=True"
-    )
-    assert "80 rollouts spent" in longer.stdout, longer.stderr
+    longer = again("--allocator.total-budget=80", "--allocator.num-epochs=5", "--extend=True")
+    assert "80 rollouts spent" in longer
     measured = command("-m", "cero_jax.evaluate", run, "--samples=2")
     assert measured.stdout.startswith("all"), measured.stderr
-    assert "which has no verifier" in command("-m", "cero_jax.evaluate", run, "--verifier=exact").stderr
-    assert command("-m", "cero_jax.report", run, "--prompt=3").stdout.startswith("prompt 3 (")
-    text = " ".join(command("train.py", CONFIG, "--help").stdout.replace("│", " ").split())
+    with pytest.raises(SystemExit):
+        evaluate.main([str(run), "--verifier=exact"])
+    assert "which has no verifier" in capsys.readouterr().err
+    report([str(run), "--prompt=3"])
+    assert capsys.readouterr().out.startswith("prompt 3 (")
+    with pytest.raises(SystemExit):
+        from_command_line([CONFIG, "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "--task.train-of-kind INT Training prompts of each kind." in text
