@@ -172,7 +172,11 @@ def fail_at_once() -> NoReturn:
 
     sys.exit would wait for Orbax's writer threads, which never end after a failed save.
     """
-    traceback.print_exc()
+    error = sys.exc_info()[1]
+    if isinstance(error, OSError) and error.errno is None:  # one of ours, which says all
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exc()
     sys.stdout.flush()  # os._exit flushes nothing
     os._exit(1)
 
