@@ -251,7 +251,7 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     fresh = Cursor(config=to_json(config), prompts_hash=prompts_hash(task.train))
     cursor = checkpoints.cursor() or fresh
     check_resumable(cursor, config, fresh.prompts_hash)
-    write_settings(directory, config, task)
+    write_settings(directory, config, task, fresh.prompts_hash)
 
     frozen, params = {}, starting_policy(config, task, mesh, cache_dir)
     if config.model.lora_rank or config.learner.kl_coef:
