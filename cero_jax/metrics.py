@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.record_writer import masked_crc32c
-from tensorboardX.summary import Summary
 from tqdm import tqdm
 
 FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
@@ -83,8 +83,10 @@ class MetricsWriter:
 
     def position(self) -> dict[str, int]:
         """How far the files reach, on disk by now: bytes of each, and rollouts spent. What a checkpoint stores."""
-        for file, guard in zip(self._files, (_named, self._may_fail, self._may_fail), strict=True):
-            with guard(file if guard is _named else file.name):
+        with _named(self._files[0]):
+            os.fsync(self._files[0].fileno())
+        for file in self._files[1:]:
+            with self._may_fail(file.name):
                 os.fsync(file.fileno())
         return {name: file.tell() for name, file in zip(FILES, self._files, strict=True)} | {"spent": self._spent}
 
@@ -96,7 +98,7 @@ class MetricsWriter:
                     file.close()
 
     @contextlib.contextmanager
-    def _may_fail(self, path: Path | str) -> Iterator[None]:
+    def _may_fail(self, path: Any) -> Iterator[None]:
         """Say once that this file cannot be written, and go on."""
         try:
             yield

@@ -3,6 +3,7 @@
 What is traced is not known yet. It passes here, and is made unable to go wrong where it is used.
 """
 
+import math
 import numbers
 from itertools import pairwise
 
@@ -54,9 +55,10 @@ def checked_budget(budget, in_tokens: bool):
     """
     if not isinstance(budget, numbers.Real | np.ndarray):
         return budget
-    if np.ndim(budget) or not np.isfinite(budget):
+    value = math.nan if isinstance(budget, np.ndarray) and budget.ndim else float(budget)
+    if not math.isfinite(value):
         raise ValueError(f"budget={budget} of a call must be one finite number, or None for its share")
-    return np.float32(budget) if in_tokens else np.int32(min(max(int(budget), 0), 2**31 - 1))
+    return np.float32(value) if in_tokens else np.int32(min(max(int(value), 0), 2**31 - 1))
 
 
 def checked_ids(prompt_ids, num_prompts: int):
