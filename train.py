@@ -6,13 +6,17 @@ step of a batch: settle (posterior and budget), learn (advantages and policy).
 The run ends when there is nothing left to allocate. Stopped by SIGTERM, SIGINT or a crash, the same command resumes it.
 """
 
+import signal
 import sys
 import time
+
+if __name__ == "__main__":  # before the imports, which take seconds: Ctrl-C there, and a second one, leave no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax
 import numpy as np
 
-from cero_jax.checkpoint import Cursor, StopSignal, fail_at_once
+from cero_jax.checkpoint import Cursor, fail_at_once
 from cero_jax.config import Config, from_command_line
 from cero_jax.dynamic_sampling import Collector
 from cero_jax.learner import learning_rate, rows_with_gradient
@@ -20,6 +24,7 @@ from cero_jax.packing import StepPlan
 from cero_jax.rollout import ScoredStep, observed_tokens, sampling_batch, score_steps, step_metrics, visit_rate_weights
 from cero_jax.run import Run, State, start
 from cero_jax.sampler import Rollouts
+from cero_jax.stop_signal import StopSignal, quit_while_starting
 from cero_jax.verify import Verification
 
 
@@ -136,14 +141,11 @@ def learn(run: Run, state: State, cursor: Cursor, scored: ScoredStep, collector:
 
 if __name__ == "__main__":
     try:
-        started = start(from_command_line(sys.argv[1:]))
+        with quit_while_starting():
+            started = start(from_command_line(sys.argv[1:]))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("stopped while starting: the same command starts again", file=sys.stderr)
-        sys.exit(130)
     try:
-        status = train(*started)
+        sys.exit(train(*started))
     except Exception:
         fail_at_once()
-    sys.exit(status)

@@ -127,7 +127,7 @@ def figures(run) -> dict:
     """Of one arm: means over seeds, in percent where a share. The prompts of all seeds count as those of one run."""
     alpha, beta, n, correct, p = (np.asarray(x, np.float64).swapaxes(0, 1) for x in run)  # [K, seeds, N]
     n, correct = n.astype(int), correct.astype(int)
-    epochs = (mechanism.Epoch(*(x.ravel() for x in each)) for each in zip(alpha, beta, n, correct, strict=True))
+    epochs = (mechanism.epoch(*(x.ravel() for x in each)) for each in zip(alpha, beta, n, correct, strict=True))
     selection, groups = mechanism.observe(epochs)
     bins, live = mechanism.calibration(groups, 20), (correct > 0) & (correct < n)
     by_seed = 100 * live.sum((0, 2)) / (n > 0).sum((0, 2))

@@ -6,7 +6,6 @@ array is kept under its name in the state, "policy.params.layers.attn.q", and re
 """
 
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -172,23 +171,10 @@ def fail_at_once() -> NoReturn:
 
     sys.exit would wait for Orbax's writer threads, which never end after a failed save.
     """
-    traceback.print_exc()
+    error = sys.exc_info()[1]
+    if isinstance(error, OSError) and error.errno is None:  # one of ours, which says all
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exc()
     sys.stdout.flush()  # os._exit flushes nothing
     os._exit(1)
-
-
-class StopSignal:
-    """Turns SIGTERM and SIGINT into a flag that the loop reads between batches; a second one acts as it always did."""
-
-    def __init__(self):
-        self.number = 0  # of the signal that came; 0: none
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _note(self, number: int, frame) -> None:
-        self.number = number
-        self.close()
-
-    def close(self) -> None:
-        """Give the handlers back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

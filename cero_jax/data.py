@@ -80,11 +80,13 @@ def encode_prompts(
 
 def prompts_hash(prompts: Prompts) -> str:
     """Sha256 (hex) of the ordered questions, answers and tokens: a resume on other prompts is refused by it."""
-    digest = hashlib.sha256()
-    for text in (*prompts.questions, *prompts.answers):
-        encoded = text.encode("utf-8")
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)  # the length keeps "ab", "c" apart from "a", "bc"
-    digest.update(repr(prompts.tokens.shape).encode() + prompts.tokens.astype("<i4").tobytes())
+    digest, texts = hashlib.sha256(), (*prompts.questions, *prompts.answers)
+    for start in range(0, len(texts), _HASHED_AT_ONCE):
+        encoded = [text.encode("utf-8") for text in texts[start : start + _HASHED_AT_ONCE]]
+        # the length keeps "ab", "c" apart from "a", "bc"
+        digest.update(b"".join(part for each in encoded for part in (len(each).to_bytes(8, "little"), each)))
+    digest.update(repr(prompts.tokens.shape).encode())
+    digest.update(np.ascontiguousarray(prompts.tokens, "<i4"))
     return digest.hexdigest()
 
 
@@ -93,4 +95,5 @@ def epoch_order(num_prompts: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch, _ORDER_STREAM)).permutation(num_prompts)
 
 
+_HASHED_AT_ONCE = 10_000  # texts, so that no copy of all of them is made
 _ORDER_STREAM = 1  # keeps the orders apart from the tasks' own draws under the same seed

@@ -5,15 +5,21 @@ and "eval". It and samples.jsonl hold only what the state determines, so a resum
 the bit (but where a verification timed out); timings.jsonl holds the rest.
 """
 
+import contextlib
 import json
 import os
+import socket
+import struct
 import sys
 import time
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, TextIO
 
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
@@ -23,15 +29,18 @@ LINE = "{n}/{total} rollouts, {rate_noinv_fmt}, {remaining} left{postfix}"  # in
 class MetricsWriter:
     """Appends rows to the files of a run directory.
 
+    metrics.jsonl is the record of the run: where it cannot be written, OSError names it. The others may fail, on a full
+    disk or another: each says so once, and the run goes on without what they miss.
+
     position: what `position()` gave at the checkpoint that is resumed: whatever was appended later, a half-written
     line included, is cut off, and hidden from TensorBoard. None starts the run afresh. Raises ValueError where a file
-    is shorter than that.
+    is shorter than that, or cannot be opened.
     """
 
     def __init__(self, run_dir: Path | str, position: dict[str, int] | None = None):
         run_dir = Path(run_dir)
         start = dict.fromkeys((*FILES, "spent"), 0) | (position or {})
-        self._spent = start["spent"]
+        self._spent, self._failed = start["spent"], set[str]()
         paths = [run_dir / name for name in FILES]
         for path in paths:
             size = path.stat().st_size if path.exists() else 0
@@ -40,16 +49,13 @@ class MetricsWriter:
                     f"{path} has {size} bytes, the checkpoint was written at {start[path.name]}: the file was changed "
                     "since; put it back, or start anew in another directory"
                 )
-        self._files = [open(path, "ab") for path in paths]  # noqa: SIM115 (held until `close`)
+        self._files = [_open(path) for path in paths]
         for path, file in zip(paths, self._files, strict=True):
             file.seek(file.truncate(start[path.name]))
-        self._tensorboard = SummaryWriter(
-            str(run_dir / "tensorboard"),
-            # TensorBoard forgets this step and later ones; a run that starts afresh in a used directory, all of them
-            purge_step=self._spent + 1 if position else 0,
-            flush_secs=10,
-            filename_suffix=f".{time.time_ns()}",  # the name has whole seconds, in which two starts would share it
-        )
+        self._events: FileIO | None = None
+        with self._may_fail(run_dir / "tensorboard"):
+            # TensorBoard forgets this step and later ones; a run that starts afresh in a used directory, all of them.
+            self._events = _open_events(run_dir / "tensorboard", self._spent + 1 if position else 0)
 
     def write(self, row: dict[str, Any], timings: dict[str, Any]) -> None:
         """Append `row` (with "kind", "step" and "spent", in rollouts) and, with those three, `timings` (in seconds).
@@ -58,31 +64,106 @@ class MetricsWriter:
         """
         self._spent = int(row["spent"])
         timings = {key: row[key] for key in ("kind", "step", "spent")} | timings
-        for file, values, prefix in zip(self._files[:2], (row, timings), (row["kind"], "timings"), strict=True):
-            line = json.dumps(values, default=lambda array: array.tolist())
-            file.write(line.encode() + b"\n")
-            file.flush()  # to the system: it outlives this process, however that ends
-            for tag, value in _scalars(json.loads(line), prefix):
-                self._tensorboard.add_scalar(tag, value, self._spent)
+        lines = [json.dumps(values, default=lambda array: array.tolist()) for values in (row, timings)]
+        with _named(self._files[0]):
+            _append(self._files[0], lines[0].encode() + b"\n")
+        with self._may_fail(self._files[1].name):
+            _append(self._files[1], lines[1].encode() + b"\n")
+        if self._events is not None:
+            with self._may_fail(self._events.name):
+                scalars = [*_scalars(json.loads(lines[0]), row["kind"]), *_scalars(json.loads(lines[1]), "timings")]
+                values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars]
+                _append(self._events, _record(step=self._spent, summary=Summary(value=values)))
 
     def write_samples(self, kind: str, spent: int, samples: list[dict[str, Any]]) -> None:
         """Append completions for a person to read, with the kind ("train", "eval") and the rollouts spent by then."""
-        self._files[2].writelines(
-            json.dumps({"kind": kind, "spent": spent} | each).encode() + b"\n" for each in samples
-        )
-        self._files[2].flush()
+        lines = [json.dumps({"kind": kind, "spent": spent} | each).encode() + b"\n" for each in samples]
+        with self._may_fail(self._files[2].name):
+            _append(self._files[2], b"".join(lines))
 
     def position(self) -> dict[str, int]:
         """How far the files reach, on disk by now: bytes of each, and rollouts spent. What a checkpoint stores."""
-        for file in self._files:
-            os.fsync(file.fileno())
+        with _named(self._files[0]):
+            os.fsync(self._files[0].fileno())
+        for file in self._files[1:]:
+            with self._may_fail(file.name):
+                os.fsync(file.fileno())
         return {name: file.tell() for name, file in zip(FILES, self._files, strict=True)} | {"spent": self._spent}
 
     def close(self) -> None:
         """Close all files; nothing can be written after."""
-        for file in self._files:
-            file.close()
-        self._tensorboard.close()
+        for file in (*self._files, self._events):
+            if file is not None:
+                with contextlib.suppress(OSError):  # what was written was written at once
+                    file.close()
+
+    @contextlib.contextmanager
+    def _may_fail(self, path: Any) -> Iterator[None]:
+        """Say once that this file cannot be written, and go on."""
+        try:
+            yield
+        except OSError as error:
+            if str(path) not in self._failed:
+                say(f"warning: {path} cannot be written ({error.strerror}): the run goes on, and some of it is lost")
+            self._failed.add(str(path))
+
+
+@contextlib.contextmanager
+def _named(file: FileIO) -> Iterator[None]:
+    """Name the file that cannot be written, in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{file.name} cannot be written ({error.strerror}): make room or mend the folder; the same command goes on "
+            "from the last checkpoint"
+        ) from error
+
+
+def _open(path: Path) -> FileIO:
+    """A file to append to, unbuffered: what is written outlives this process, however that ends."""
+    try:
+        return open(path, "ab", buffering=0)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}): mend it, or choose another --work-dir"
+        ) from error
+
+
+def _append(file: FileIO, data: bytes) -> None:
+    """Append all of the data, or nothing: what a full disk took of it is cut off again."""
+    start, rest = file.tell(), memoryview(data)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.seek(file.truncate(start))
+        raise
+
+
+def _open_events(folder: Path, purge_step: int) -> FileIO:
+    """A new file for TensorBoard, which reads a folder's files by name. It hides what others hold from that step on."""
+    folder.mkdir(exist_ok=True)
+    nanoseconds = time.time_ns()  # as the end of the name: two starts may share a second
+    name = f"events.out.tfevents.{nanoseconds // 10**9}.{socket.gethostname()}.{nanoseconds}"
+    file = open(folder / name, "ab", buffering=0)  # noqa: SIM115 (held until `close`)
+    _append(file, _record(file_version="brain.Event:2"))
+    _append(file, _record(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
+    return file
+
+
+def _record(**event: Any) -> bytes:
+    """An event as TensorBoard reads it: its length, a checksum of that, the event, a checksum of it."""
+    data = Event(wall_time=time.time(), **event).SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
+
+
+def say(text: str) -> None:
+    """Write to stderr, above the line that moves. Where nobody can read it any more, the run goes on all the same."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text, file=sys.stderr)
 
 
 def _scalars(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
@@ -125,18 +206,20 @@ class Progress:
             for name, value in figures.items()
             if value is not None
         )
-        if self._bar is not None:
-            self._bar.n = spent
-            self._bar.set_postfix_str(self._figures)
-        elif time.monotonic() - self._printed >= self._every_seconds:
-            self._print()
+        with contextlib.suppress(OSError):  # a terminal that is gone, a log on a full disk
+            if self._bar is not None:
+                self._bar.n = spent
+                self._bar.set_postfix_str(self._figures)
+            elif time.monotonic() - self._printed >= self._every_seconds:
+                self._print()
 
     def close(self) -> None:
         """Leave the last line standing."""
-        if self._bar is not None:
-            self._bar.close()
-        else:
-            self._print()
+        with contextlib.suppress(OSError):
+            if self._bar is not None:
+                self._bar.close()
+            else:
+                self._print()
 
     def _print(self) -> None:
         self._printed = time.monotonic()

@@ -1,7 +1,6 @@
 """What a run is made of: every piece built and checked from the config; the state, fresh or the latest checkpoint's."""
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from cero_jax import lora, memory, sharding
 from cero_jax.allocator.base import AllocateFn, AllocatorState, UpdateFn
@@ -28,7 +26,7 @@ from cero_jax.huggingface import weights
 from cero_jax.huggingface.families import read_config
 from cero_jax.huggingface.tokenizer import FolderTokenizer
 from cero_jax.learner import Fixed, Learner, TrainState, make_learner
-from cero_jax.metrics import MetricsWriter, Progress
+from cero_jax.metrics import MetricsWriter, Progress, say
 from cero_jax.model import Dtype, Params, init_params
 from cero_jax.packing import StepPlan, plan
 from cero_jax.report.mechanism import epoch_row
@@ -125,9 +123,9 @@ class Run(NamedTuple):
         self.metrics.write_samples("eval", cursor.spent, [each for each in result.samples if each["sample"] == 0])
         example = {key: shorten(str(value), 80, placeholder=" ...") for key, value in result.example.items()}
         line = f"{cursor.spent:>9,} rollouts: held-out accuracy {result.accuracy:.3f}; {example}"
-        tqdm.write(line, file=sys.stderr)
+        say(line)
         if cursor.finished:
-            tqdm.write(scores_table(result.scores), file=sys.stderr)
+            say(scores_table(result.scores))
         return cursor
 
     def export(self, state: State, cursor: Cursor) -> Path | None:
@@ -253,7 +251,7 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     fresh = Cursor(config=to_json(config), prompts_hash=prompts_hash(task.train))
     cursor = checkpoints.cursor() or fresh
     check_resumable(cursor, config, fresh.prompts_hash)
-    write_settings(directory, config, task)
+    write_settings(directory, config, task, fresh.prompts_hash)
 
     frozen, params = {}, starting_policy(config, task, mesh, cache_dir)
     if config.model.lora_rank or config.learner.kl_coef:

@@ -71,17 +71,27 @@ def open_run_dir(config: Config) -> tuple[Path, Path]:
     return run_dir, cache_dir
 
 
-def write_settings(run_dir: Path, config: Config, task: Task) -> None:
+def write_settings(run_dir: Path, config: Config, task: Task, prompts_hash: str) -> None:
     """Write what a reader of the run needs: the resolved config, and the prompts with their labels.
 
-    Raises ValueError where they cannot be written.
+    The prompts are written once: a resumed run finds them there, with their hash as the first of them. One label
+    stands for all prompts where they have the same. Raises ValueError where they cannot be written.
     """
-    prompts = {"labels": task.train.labels, "questions": task.train.questions, "answers": task.train.answers}
+    labels = task.train.labels[:1] if len(set(task.train.labels)) == 1 else task.train.labels
+    prompts = {"hash": prompts_hash, "labels": labels, "questions": task.train.questions, "answers": task.train.answers}
+    path, part = run_dir / "prompts.json", run_dir / "prompts.json.part"
     try:
         (run_dir / "config.json").write_text(json.dumps(to_json(config), indent=2))
-        (run_dir / "prompts.json").write_text(json.dumps(prompts))
+        if not (path.is_file() and _begins_with(path, json.dumps({"hash": prompts_hash})[:-1])):
+            part.write_text(json.dumps(prompts))
+            part.replace(path)  # whole or not at all
     except OSError as error:
         raise _unwritable(run_dir, error) from error
+
+
+def _begins_with(path: Path, text: str) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(text)) == text.encode()
 
 
 def _unwritable(run_dir: Path, error: OSError) -> ValueError:

@@ -68,7 +68,29 @@ def test_a_run_spends_the_budget_to_the_rollout_in_epochs_shorter_than_a_pass(ma
         assert sums == [BUDGET // EPOCHS] * EPOCHS + [0]
         assert int(state.ledger.spent) == BUDGET
     assert 0.9 * BUDGET <= sum(sums) <= BUDGET
+    check_the_end_of_the_largest_budget(make, allocate, update, allocator.init(PROMPTS))
     assert allocate._cache_size() == update._cache_size() == 1
+
+
+def check_the_end_of_the_largest_budget(make, allocate, update, state, rest=BUDGET):
+    """Near 2^31 - 1 rollouts every count is exact, and one that is passed stays there."""
+    total, ids = 2**31 - 1, np.arange(40, dtype=np.int32)
+    before = np.full(PROMPTS, (total - rest) // PROMPTS, np.int32)
+    before[0] += (total - rest) % PROMPTS
+    ledger = state.ledger._replace(total=jnp.int32(total), spent=jnp.int32(total - rest))
+    state, handed = state._replace(ledger=ledger, cumulative_rollouts=jnp.asarray(before)), -1
+    while handed:
+        n, state = allocate(state)
+        check_groups(n)
+        check_ledger(state, total)
+        handed = int(n.sum())
+        for part in (ids, ids + 40):  # 20 of them are padding
+            counts = np.pad(np.asarray(n), (0, 20))[part]
+            state = update(state, counts, counts // 2, prompt_ids=part)
+        check_ledger(state, total)
+    assert int(state.ledger.left) == 0 if make in SPEND_ALL else int(state.ledger.left) < 8
+    state = update(state, np.full(40, 9, np.int32), np.zeros(40, np.int32), prompt_ids=ids)  # drawn without being given
+    assert int(state.ledger.spent) == total
 
 
 def small_groups(make, **settings):

@@ -11,7 +11,7 @@ from scipy import stats
 import cero_jax
 from cero_jax.report import mechanism, summary
 from cero_jax.report.html import page_data
-from cero_jax.report.mechanism import Epoch, Groups
+from cero_jax.report.mechanism import Groups
 from cero_jax.report.read_run import read_run
 from cero_jax.run import believe
 
@@ -24,7 +24,7 @@ def drawn(num_epochs=5, num_prompts=40):
     for _ in range(num_epochs):
         alpha, beta = RNG.gamma(0.7, 4, (2, num_prompts)) + 0.1
         rollouts = RNG.choice([0, 1, 2, 4, 9], num_prompts)
-        epochs.append(Epoch(alpha, beta, rollouts, RNG.binomial(rollouts, RNG.random(num_prompts))))
+        epochs.append((alpha, beta, rollouts, RNG.binomial(rollouts, RNG.random(num_prompts))))
     return epochs
 
 
@@ -38,7 +38,7 @@ def test_the_chance_of_an_effective_group_is_the_beta_binomials(n):
 
 def test_sums_over_epochs_equal_a_loop_over_groups():
     epochs = drawn()
-    found, groups = mechanism.observe(epochs)
+    found, groups = mechanism.observe(mechanism.epoch(*each) for each in epochs)
     effective = at_random = number = 0
     bins, bins_at_random, seen = np.zeros(5), np.zeros(5), []
     for alpha, beta, rollouts, correct in epochs:
@@ -61,9 +61,24 @@ def test_sums_over_epochs_equal_a_loop_over_groups():
     np.testing.assert_allclose(np.array([*groups[:4], groups.effective]).T, seen)
 
 
+def test_so_many_prompts_that_some_stand_for_all():
+    rng, number = np.random.default_rng(3), 3 * mechanism.SAMPLE - 5
+    alpha, beta = rng.gamma(0.7, 4, (2, number)) + 0.1
+    rollouts = np.where(rng.random(number) < 0.01, 8, 0)
+    epoch = mechanism.epoch(alpha, beta, rollouts, rollouts // 2)
+    assert len(epoch.all_alpha) == mechanism.SAMPLE - 1
+    found = mechanism.selection(epoch)
+    exact = mechanism.selection(epoch._replace(all_alpha=alpha, all_beta=beta))
+    assert (found.groups, found.effective) == (exact.groups, exact.effective)
+    np.testing.assert_array_equal(found.in_bin, exact.in_bin)
+    assert found.effective_at_random == pytest.approx(exact.effective_at_random, rel=0.01)
+    np.testing.assert_allclose(found.in_bin_at_random, exact.in_bin_at_random, rtol=0.05)
+    assert mechanism.spaced(mechanism.SAMPLE) == slice(None, None, 1)
+
+
 def test_an_edge_is_in_the_bin_above_it():
     right = np.array([1, 2, 3, 4, 5, 6, 7, 8, 9, 10]) - 1e-12 * (np.arange(10) == 9)
-    found = mechanism.selection(right, 10 - right, np.ones(10, int))
+    found = mechanism.selection(mechanism.epoch(right, 10 - right, np.ones(10, int), np.zeros(10, int)))
     np.testing.assert_array_equal(found.in_bin, [1, 2, 2, 2, 3])
 
 
@@ -106,7 +121,7 @@ def test_a_calibrated_posterior_lies_on_the_diagonal_and_expects_what_comes():
     rng = np.random.default_rng(1)
     alpha, beta = rng.gamma(1, 2, (2, 20_000)) + 0.2
     rollouts = np.where(rng.random(20_000) < alpha / (alpha + beta), 8, 0)  # picks the easy ones
-    epoch = Epoch(alpha, beta, rollouts, rng.binomial(rollouts, rng.beta(alpha, beta)))
+    epoch = mechanism.epoch(alpha, beta, rollouts, rng.binomial(rollouts, rng.beta(alpha, beta)))
     found, groups = mechanism.observe([epoch])
     bins = mechanism.calibration(groups, 10)
     assert np.all(np.abs(bins.seen - bins.expected) < 4 * bins.error)

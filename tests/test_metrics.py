@@ -1,9 +1,11 @@
 """Metrics files that a crash and a resume leave bit-identical, TensorBoard beside them, and the progress line."""
 
+import contextlib
 import io
 import json
 import re
 import struct
+import subprocess
 
 import numpy as np
 import pytest
@@ -126,6 +128,102 @@ def test_a_file_cut_short_is_refused(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"metrics.jsonl has 0 bytes, the checkpoint was written at \d+"):
         MetricsWriter(tmp_path, position)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 32 kB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def fill(folder):
+    """Take all room that is left but some bytes of the pages that other files have begun."""
+    with contextlib.suppress(OSError), open(folder / "filler", "ab", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return folder / "filler"
+
+
+def test_a_full_disk_under_all_but_the_metrics_costs_what_it_would_have_held_and_nothing_else(
+    tmp_path, small_disk, capsys
+):
+    for name in ("tensorboard", "timings.jsonl", "samples.jsonl"):
+        (tmp_path / name).symlink_to(small_disk / name)
+    (small_disk / "tensorboard").mkdir()
+    writer = MetricsWriter(tmp_path)
+
+    def steps(several):
+        for step in several:
+            writer.write(step_row(step), {"sample_seconds": 0.5})
+            writer.write_samples("train", 32 * (step + 1), [{"completion": "ü" * 300}])
+
+    steps(range(3))
+    filler = fill(small_disk)
+    steps(range(3, 160))
+    position = writer.position()
+    filler.unlink()
+    steps(range(160, 163))  # there is room again
+    writer.position()
+    writer.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(163))
+    for name in ("timings.jsonl", "samples.jsonl"):
+        spent = [json.loads(line)["spent"] // 32 - 1 for line in (tmp_path / name).read_text().splitlines()]
+        assert spent[:3] + spent[-3:] == [0, 1, 2, 160, 161, 162]
+        assert len(spent) < 163
+    points = shown(tensorboard_events(tmp_path))  # whole records alone, or reading them would fail
+    assert points["step/reward", 32] == 0
+    assert points["step/reward", 32 * 163] == pytest.approx(16.2)
+    assert len({step for _, step in points}) < 163
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    for name in ("timings.jsonl", "samples.jsonl", "tensorboard"):
+        assert sum(name in line and "No space left on device): the run goes on" in line for line in lines) == 1
+    again = MetricsWriter(tmp_path, position)  # cut back to the checkpoint, wherever the others stood then
+    assert again.position() == position
+    again.close()
+
+
+def test_metrics_that_cannot_be_written_are_one_message_and_no_half_line(small_disk):
+    writer = MetricsWriter(small_disk)
+
+    def steps():
+        for step in range(1000):
+            writer.write(step_row(step), {})
+
+    with pytest.raises(OSError, match=r"metrics.jsonl cannot be written \(No space left on device\): make room"):
+        steps()
+    writer.close()
+    lines = (small_disk / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert [json.loads(line)["step"] for line in lines] == list(range(len(lines)))
+    assert lines[-1].endswith(b"}\n")
+
+
+def test_a_folder_that_tensorboard_cannot_have_is_said_once(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("in the way")
+    write(tmp_path, range(3))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 6
+    assert capsys.readouterr().err.count("tensorboard cannot be written (File exists): the run goes on") == 1
+
+
+def test_metrics_that_cannot_be_opened_are_refused(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ValueError, match=r"metrics.jsonl cannot be written \(Is a directory\): mend it"):
+        MetricsWriter(tmp_path)
+
+
+def test_a_progress_line_that_nobody_can_read_stops_nothing():
+    stream = open("/dev/full", "w")  # noqa: SIM115 (closing it raises)
+    progress = Progress(100, stream=stream, every_seconds=0)
+    progress.update(50, epoch=1)
+    progress.close()
+    with pytest.raises(OSError, match="No space left"):
+        stream.close()
 
 
 class Terminal(io.StringIO):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cero_jax.packing import StepPlan, plan
+from cero_jax.packing import LOOK_AHEAD, StepPlan, _take, _take_any, plan
 
 
 @st.composite
@@ -43,6 +43,42 @@ def test_every_rollout_is_laid_once_in_visits_that_stand_alone(epoch):
             assert (step.row_mask & (step.group_ids == visit)).sum() == step.visit_sizes[visit]
     for prompt, indices in enumerate(laid):
         assert indices == list(range(num_rollouts[prompt]))  # each once, and in order: an earlier step holds the first
+
+
+def laid_one_by_one(num_rollouts, order, rows_per_step, min_group):
+    """The same rule a visit at a time: (prompt, first rollout, rows) of each, by steps."""
+    pending, steps = [(int(i), 0, int(num_rollouts[i])) for i in order if num_rollouts[i] > 0], []
+    while pending:
+        room, visits = rows_per_step, []
+        while pending and room >= min_group:
+            near = pending[:LOOK_AHEAD]
+            takes = [_take(size, room, min_group) for _, _, size in near]
+            if not any(takes):
+                takes = [t if t >= min_group else 0 for t in (_take_any(size, room, min_group) for _, _, size in near)]
+            if not any(takes):
+                break
+            index = next(i for i, take in enumerate(takes) if take)
+            take, (prompt, first, size) = takes[index], pending.pop(index)
+            visits.append((prompt, first, take))
+            room -= take
+            if take < size:
+                pending.insert(0, (prompt, first + take, size - take))
+                break
+        steps.append(visits)
+    return steps
+
+
+@given(epochs())
+@settings(max_examples=200, deadline=None)
+def test_many_at_once_are_laid_as_one_by_one(epoch):
+    num_rollouts, order, rows_per_step, min_group = epoch
+    steps = plan(num_rollouts, order, rows_per_step=rows_per_step, min_group=min_group)
+    expected = laid_one_by_one(num_rollouts, order, rows_per_step, min_group)
+    assert len(steps) == len(expected)
+    for step, visits in zip(steps, expected, strict=True):
+        firsts = [int(step.rollout_index[step.group_ids == place][0]) for place in range(len(visits))]
+        found = zip(step.visit_ids.tolist(), firsts, step.visit_sizes.tolist(), strict=False)
+        assert list(found)[: len(visits)] == visits
 
 
 @given(epochs())

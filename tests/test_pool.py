@@ -1,17 +1,20 @@
 """Verifiers in processes of their own: each way to go wrong is made for real, and the other rows stand."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from concurrent.futures import Future
+from pathlib import Path
 
+import numpy as np
 import pytest
 from user_verifiers import misbehave
 
-from cero_jax.rewards import ERROR, RIGHT, TIMED_OUT, WRONG, Verdict
+from cero_jax.rewards import ERROR, RIGHT, TIMED_OUT, WRONG, Verdict, verdict
 from cero_jax.rewards.pool import Pool
 
 FOLDER = os.path.dirname(__file__)
@@ -51,6 +54,9 @@ def test_rewards_keep_their_order(pool):
         ("nan", ERROR, "it gave nan: a reward must be finite"),
         ("text", ERROR, "ValueError: it gave 'right': give a number"),
         ("none", ERROR, "ValueError: it gave None: give a number"),
+        ("list", ERROR, "ValueError: it gave [1.0]: give a number"),
+        ("bool", ERROR, "ValueError: it gave True: give a number"),
+        ("numeral", ERROR, "ValueError: it gave '1': give a number"),
     ],
 )
 def test_what_goes_wrong_is_a_status_and_the_other_rows_stand(pool, what, status, why):
@@ -60,6 +66,48 @@ def test_what_goes_wrong_is_a_status_and_the_other_rows_stand(pool, what, status
     assert [each.reward for each in verdicts] == [1, 0, 1, 0, 0, 1]
     assert [each.status for each in verdicts] == [RIGHT, status, RIGHT, WRONG, status, RIGHT]
     assert verdicts[1].extracted.startswith(why.replace(r"\\", "\\").replace(r"\(", "("))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [None, [1.0], True, np.True_, "1", np.ones(1), {}, Verdict(None, RIGHT), Verdict(True, RIGHT), ("1", RIGHT)],
+)  # pyright: ignore[reportArgumentType]
+def test_what_is_no_reward_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"it gave {re.escape(repr(wrong))}: give a number, or a Verdict"):
+        verdict(wrong)
+
+
+@pytest.mark.parametrize("reward", [1, 0.75, np.float32(0.75), np.int64(1), np.ones(()), Verdict(np.float32(1), RIGHT)])
+def test_any_kind_of_number_is_a_reward(reward):
+    assert verdict(reward).status == RIGHT
+    assert type(verdict(reward).reward) is float
+
+
+def is_running(pid):
+    """Whether there is such a process, and not only what is left of it for its parent to read."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_for_the_end_of(pids, seconds=30):
+    deadline = time.monotonic() + seconds
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(is_running, pids))
+
+
+def test_an_answer_whose_worker_was_killed_once_is_asked_again(pool, tmp_path):
+    assert pool(str(tmp_path / "asked"), "once", "once") == Verdict(1.0, RIGHT)
+
+
+def test_what_a_verifier_started_ends_with_its_worker(pool, tmp_path):
+    paths = tmp_path / "late", tmp_path / "left"
+    verdicts = pool.many([(str(paths[0]), "parent", ""), (str(paths[1]), "leave a child", "")])
+    assert [each.status for each in verdicts] == [TIMED_OUT, ERROR]
+    assert verdicts[1].extracted == "the worker died: exit code 3"
+    pids = [path.read_text().strip() for path in paths]
+    assert all(pids)
+    wait_for_the_end_of(pids)
 
 
 def test_a_verdict_of_the_users_own_comes_through(pool):
@@ -118,10 +166,16 @@ def test_the_first_error_is_logged_once(caplog):
         ("user_verifiers:no_such", "AttributeError: module 'user_verifiers' has no attribute 'no_such'"),
     ],
 )
-def test_a_function_that_is_not_there_is_refused(function, why):
+def test_a_function_that_is_not_there_is_refused(function, why, monkeypatch):
+    monkeypatch.syspath_prepend("/no/such/folder")
     pool = Pool(function, workers=1)
-    with pytest.raises(ValueError, match=f"verifier='{function}' cannot be loaded: {why}"):
+    with pytest.raises(ValueError, match=f"verifier='{function}' cannot be loaded: {why}") as refused:
         pool.check()
+    message = str(refused.value)
+    assert ("looked for in" in message) == (FOLDER in message) == ("put its folder on PYTHONPATH" in message)
+    assert (FOLDER in message) == function.startswith("no_such")  # a folder where it really looked
+    assert "/no/such/folder" not in message
+    assert "site-packages" not in message
     assert many(pool, "gold")[0].status == ERROR
     pool.close()
 
@@ -132,13 +186,16 @@ def test_limits_out_of_range_are_refused(wrong):
         Pool("user_verifiers:length", **wrong)
 
 
-def test_a_script_is_not_run_again_and_its_workers_end_with_it(tmp_path):
-    """As `python train.py` does it: a main module with no guard, jax imported, killed in the middle."""
+def test_a_script_is_not_run_again_and_its_workers_end_with_it_alone(tmp_path):
+    """As `python train.py` does it: a main module with no guard, jax imported, killed in the middle.
+
+    A SIGTERM to all of its process group, as schedulers send it, which it may answer by saving, costs no answer.
+    """
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent(
             """
-            import sys, time
+            import os, signal, sys, threading
             import jax
             jax.numpy.zeros(2) + 1
             print("main runs", flush=True)
@@ -146,28 +203,37 @@ def test_a_script_is_not_run_again_and_its_workers_end_with_it(tmp_path):
             pool = Pool("user_verifiers:misbehave", workers=2)
             print(*(each.extracted for each in pool.many([("", "where", "")] * 40)), sep="\\n", flush=True)
             if sys.argv[1:]:
-                pool.many([("", "hang", "")] * 8)
+                pool.many([(sys.argv[1], "parent", "")] * 8)
+            noted = []
+            signal.signal(signal.SIGTERM, lambda number, frame: noted.append(number))
+            pool = Pool("user_verifiers:misbehave", workers=2)
+            for after in (0.05, 0.3, 0.8, 1.5):  # while workers start, and while they judge
+                threading.Timer(after, os.killpg, (0, signal.SIGTERM)).start()
+            while len(noted) < 4:
+                judged = {each.status for each in pool.many([("", "slow", "")] * 10)}
+                assert judged == {"right"}, judged
             """
         )
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join((FOLDER, os.path.dirname(FOLDER)))}
-    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True, timeout=60, env=env)
+    how = {"text": True, "env": env, "start_new_session": True}  # so that a signal to its group is to no other
+    ended = subprocess.run([sys.executable, script], capture_output=True, check=True, timeout=300, **how)
     lines = ended.stdout.splitlines()
     assert lines.count("main runs") == 1
     assert len(lines) == 41
     assert all(line.endswith("[] None") for line in lines[1:])
     assert ended.stderr == ""
-    killed = subprocess.Popen([sys.executable, script, "hang"], stdout=subprocess.PIPE, text=True, env=env)
+    children = tmp_path / "children"
+    killed = subprocess.Popen([sys.executable, script, children], stdout=subprocess.PIPE, **how)
     assert killed.stdout is not None
     lines = [killed.stdout.readline() for _ in range(41)]
+    while not children.exists() or not children.read_text().endswith("\n"):
+        time.sleep(0.05)
     killed.kill()
     killed.wait()
     killed.stdout.close()
-    for pids in ({line.split()[0] for line in lines[1:]}, {line.split()[0] for line in ended.stdout.splitlines()[1:]}):
-        deadline = time.monotonic() + 30
-        while any(os.path.exists(f"/proc/{pid}") for pid in pids) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+    wait_for_the_end_of([line.split()[0] for line in (*lines[1:], *ended.stdout.splitlines()[1:])])
+    wait_for_the_end_of(children.read_text().split())
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from tiny_run import FirstDigit, runs_end, tiny_config
 
 import train
 from cero_jax import run as runs
-from cero_jax.checkpoint import LAYOUT, Checkpoints, Cursor, StopSignal
+from cero_jax.checkpoint import LAYOUT, Checkpoints, Cursor
 from cero_jax.evaluate import restore_policy
 from cero_jax.run_directory import check_resumable
 
@@ -211,12 +210,3 @@ def test_other_settings_or_prompts_are_refused(whole):
     checkpoints.close()
     with pytest.raises(ValueError, match="other prompts"):
         check_resumable(cursor, run.config, "another hash")
-
-
-def test_a_second_signal_acts_as_it_always_did():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
-    stop = StopSignal()
-    signal.raise_signal(signal.SIGINT)
-    assert stop.number == signal.SIGINT
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)

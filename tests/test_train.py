@@ -12,11 +12,11 @@ import train
 from cero_jax import evaluate
 from cero_jax import run as runs
 from cero_jax.allocator.base import AllocatorState
-from cero_jax.checkpoint import StopSignal
 from cero_jax.dynamic_sampling import Collector
 from cero_jax.learner import LearnerConfig
 from cero_jax.report.read_run import read_run
 from cero_jax.report.summary import summarise
+from cero_jax.stop_signal import StopSignal
 from cero_jax.tasks.dataset import Dataset
 
 

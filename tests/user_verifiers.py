@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -61,6 +62,26 @@ def misbehave(question, completion, answer):
             return "right"
         case "none":
             return None
+        case "list":
+            return [1.0]
+        case "bool":
+            return answer == "gold"
+        case "numeral":
+            return "1"
+        case "once":  # killed, the first time that it is asked
+            if not os.path.exists(question):
+                open(question, "w").close()
+                os.kill(os.getpid(), signal.SIGTERM)
+        case "parent" | "leave a child":
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+            with open(question, "a") as file:
+                file.write(f"{child.pid}\n")
+            if completion == "leave a child":
+                os._exit(3)
+            time.sleep(1000)
+        case "slow":
+            time.sleep(0.1)
+            return 1.0
         case "object":
             return Verdict(0.25, NO_ANSWER, "seen")
         case "where":

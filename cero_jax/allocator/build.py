@@ -109,7 +109,7 @@ def _compiled_allocate(allocate: AllocateFn) -> AllocateFn:
     def checked(state, prompt_ids=None, budget=None):
         if prompt_ids is not None:
             prompt_ids = checks.checked_ids(prompt_ids, state.alpha.shape[0])
-        return compiled(state, prompt_ids, budget)
+        return compiled(state, prompt_ids, checks.checked_budget(budget, in_tokens=state.tokens is not None))
 
     checked.__doc__ = AllocateFn.__call__.__doc__  # the text stands once; help(allocator.allocate) shows it
     return checked
@@ -170,7 +170,8 @@ def _hand_out(
     if exactly:
         total = share
     else:
-        shares, total = _within(shares, candidates.cost, ceiling)
+        most = ceiling if state.tokens is None else ledgers.MOST - ledger.reserved
+        shares, total = _within(shares, candidates.cost, ceiling, most)
         total = rounding.feasible_budget(total, num_valid, **bounds)
     num_rollouts = rounding.whole_groups(draw_key, shares, candidates.valid, total, **bounds)
     if prompt_ids is None:
@@ -205,11 +206,11 @@ def _take_in(
         if paid is None:
             paid = jnp.round(drawn.astype(jnp.float32) * tokens.mean_tokens).astype(jnp.int32)
         tokens = ledgers.charge_tokens(tokens, drawn, state.cumulative_rollouts, paid)
-    spent = state.ledger.spent + jnp.sum(drawn, dtype=jnp.int32)
+    spent = ledgers.add_counts(state.ledger.spent, jnp.sum(drawn, dtype=jnp.int32))
     return state._replace(
         alpha=alpha,
         beta=beta,
-        cumulative_rollouts=state.cumulative_rollouts + drawn,
+        cumulative_rollouts=ledgers.add_counts(state.cumulative_rollouts, drawn),
         reserved=reserved,
         ledger=state.ledger._replace(spent=spent, reserved=jnp.sum(reserved, dtype=jnp.int32)),
         tokens=tokens,
@@ -274,11 +275,25 @@ def _token_budget(
     return share, share, state.ledger
 
 
-def _within(shares: Array, cost: Array | None, ceiling: Array) -> tuple[Array, Array]:
-    """Shares scaled down to cost at most the ceiling, and the [] int32 rollouts they sum to."""
-    wanted = jnp.sum(shares if cost is None else shares * cost)
-    ceiling = ceiling.astype(jnp.float32)
-    shares = shares * jnp.minimum(1, ceiling / jnp.maximum(wanted, 1e-6))
-    whole = jnp.floor(shares)  # the whole parts are summed as integers: a float32 sum is rough beyond 2^24
-    rest = jnp.sum(shares - whole)
-    return shares, jnp.sum(whole.astype(jnp.int32)) + jnp.floor(rest + 1e-3).astype(jnp.int32)
+def _within(shares: Array, cost: Array | None, ceiling: Array, most: Array) -> tuple[Array, Array]:
+    """Shares scaled down to cost at most the ceiling, and the rollouts they sum to: [] int32, at most `most`."""
+    wanted, limit = jnp.sum(shares if cost is None else shares * cost), ceiling.astype(jnp.float32)
+    scaled = shares * jnp.minimum(1, limit / jnp.maximum(wanted, 1e-6))
+    whole, rest = _whole_and_rest(scaled if cost is not None else shares)
+    total = jnp.minimum(ledgers.add_counts(whole, jnp.floor(rest + 1e-3).astype(jnp.int32)), most)
+    if cost is not None:
+        return scaled, total
+    # Both are rollouts, and compared as integers: beyond 2^24 the sum that is wanted is rough.
+    over = (whole - ceiling).astype(jnp.float32) + rest > 0
+    return jnp.where(over, scaled, shares), jnp.where(over, ceiling, total)
+
+
+def _whole_and_rest(shares: Array) -> tuple[Array, Array]:
+    """Sums of the whole parts of shares [P] and of what those leave: [] int32, [] float32; 2^31 - 1 and 1 where larger.
+
+    The first is exact, as a float32 sum beyond 2^24 is not, unless it wraps around.
+    """
+    whole = jnp.floor(shares)
+    total = jnp.sum(whole, dtype=jnp.int32)
+    wrapped = (total < 0) | (jnp.sum(whole) > 1.5 * 2.0**31)
+    return jnp.where(wrapped, ledgers.MOST, total), jnp.where(wrapped, 1.0, jnp.sum(shares - whole))

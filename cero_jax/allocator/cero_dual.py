@@ -42,6 +42,7 @@ from cero_jax.allocator.utility import saturation
 
 FIRST_PRICE = 0.5  # nu_1
 HEADROOM = 1.03  # the paper's C over its b: 132 units of 128
+MOST_GROUPS = 2**30  # of a round, so that a count of them is an int32; far more than there are prompts
 
 
 class Duals(NamedTuple):
@@ -135,7 +136,7 @@ def cero_dual(
         ties, admitted = scattered(ids, order), candidates.valid & (vartheta > nu)
         chosen = highest_first(vartheta, ties, admitted, room)
         limit = candidates.limit if state.tokens is None else candidates.limit / jnp.mean(state.tokens.mean_tokens)
-        paid = jnp.minimum((limit // group_size).astype(jnp.int32), room)
+        paid = jnp.minimum(jnp.minimum(limit // group_size, MOST_GROUPS).astype(jnp.int32), room)
         executed = jax.lax.cond(paid < room, lambda: highest_first(vartheta, ties, admitted, paid), lambda: chosen)
 
         virtual = jnp.where(chosen, jnp.float32(nmax), 0)
@@ -165,9 +166,10 @@ def cero_dual(
 
 def groups_of_a_round(b: Array, nmax: float, capacity_ratio: Array | None) -> Array:
     """[] int32, C / Nmax. b: [] units of a round on average. capacity_ratio: [] C / b; None: HEADROOM, rounded up."""
-    if capacity_ratio is None:
-        return jnp.ceil(HEADROOM * b / nmax - 1e-4).astype(jnp.int32)  # 1e-4: what float32 may be above the whole
-    return jnp.round(capacity_ratio * b / nmax).astype(jnp.int32)
+    if capacity_ratio is not None:
+        return jnp.minimum(jnp.round(capacity_ratio * b / nmax), MOST_GROUPS).astype(jnp.int32)
+    groups = jnp.ceil(HEADROOM * b / nmax - 1e-4)  # 1e-4: what float32 may be above the whole
+    return jnp.minimum(groups, MOST_GROUPS).astype(jnp.int32)
 
 
 def highest_first(vartheta: Array, ties: Array, admitted: Array, count: Array) -> Array:

@@ -3,6 +3,7 @@
 What is traced is not known yet. It passes here, and is made unable to go wrong where it is used.
 """
 
+import math
 import numbers
 from itertools import pairwise
 
@@ -10,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+MOST_OF_A_GROUP = 2**24  # rollouts
 
 
 def known(*values) -> list[float]:
@@ -26,8 +29,12 @@ def check_settings(total_budget, num_epochs, min_group, max_group, multiple_of, 
             f"multiple_of={multiple_of} must divide min_group={min_group} and max_group={max_group}: groups are its "
             "multiples within them"
         )
+    if max_group > MOST_OF_A_GROUP:
+        raise ValueError(f"max_group={max_group} must be at most 2^24: a float32 holds no larger share exactly")
     if num_epochs < 1:
         raise ValueError(f"num_epochs={num_epochs} must be at least 1")
+    if num_epochs >= 2**31:
+        raise ValueError(f"num_epochs={num_epochs} must be below 2^31, as the rollouts are")
     if expected_tokens is not None and not (isinstance(total_budget, int) and 0 <= total_budget < 2**63):
         raise ValueError(f"total_budget={total_budget} tokens must be a Python integer in 0..2^63 - 1")
     if expected_tokens is None and not all(0 <= x < 2**31 for x in known(total_budget)):
@@ -39,6 +46,19 @@ def check_settings(total_budget, num_epochs, min_group, max_group, multiple_of, 
         raise ValueError(f"prior={prior} must be two positive numbers or arrays [N] of them, Beta(alpha, beta)")
     if not all(0 < x <= 1 for x in known(discount)):
         raise ValueError(f"discount={discount} must lie in (0, 1]; 1 never forgets")
+
+
+def checked_budget(budget, in_tokens: bool):
+    """The budget of one call as an array []: rollouts, at most 2^31 - 1, or float32 tokens. None, or traced: as it is.
+
+    Raises ValueError where it is no finite number.
+    """
+    if not isinstance(budget, numbers.Real | np.ndarray):
+        return budget
+    value = math.nan if isinstance(budget, np.ndarray) and budget.ndim else float(budget)
+    if not math.isfinite(value):
+        raise ValueError(f"budget={budget} of a call must be one finite number, or None for its share")
+    return np.float32(value) if in_tokens else np.int32(min(max(int(value), 0), 2**31 - 1))
 
 
 def checked_ids(prompt_ids, num_prompts: int):
@@ -89,9 +109,10 @@ def _check_values(counts: dict[str, np.ndarray]) -> None:
         if wrong.any():
             found = f"{part} holds {counts[part][wrong][0]} where {whole} holds {counts[whole][wrong][0]}"
             raise ValueError(f"{found}: give 0 <= num_correct <= num_evidence <= num_rollouts")
-    total = counts["num_tokens"].sum(dtype=np.int64) if "num_tokens" in counts else 0
-    if total >= 2**31:
-        raise ValueError(f"num_tokens sums to {total}: a call takes in less than 2^31; settle in several calls")
+    for name in ("num_rollouts", "num_tokens"):
+        total = counts[name].sum(dtype=np.int64) if name in counts else 0
+        if total >= 2**31:
+            raise ValueError(f"{name} sums to {total}: a call takes in less than 2^31; settle in several calls")
 
 
 def _integers(name: str, x):

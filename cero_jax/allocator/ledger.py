@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+MOST = 2**31 - 1  # that a count of rollouts holds
+
 
 class Ledger(NamedTuple):
     """Where the run's budget of rollouts is. At all times spent + reserved + left = total."""
 
     total: Array  # [] int32, rollouts of the whole run; 2^31 - 1 where the budget is in tokens
-    spent: Array  # [] int32, rollouts drawn and settled by `update`
+    spent: Array  # [] int32, rollouts drawn and settled by `update`; stays at 2^31 - 1 where more were
     reserved: Array  # [] int32, rollouts handed out by `allocate` and not settled yet
     offered: Array  # [] int32, prompts offered in batches, counted anew where their shares come out whole: N, or N unit
 
@@ -41,6 +43,12 @@ class TokenLedger(NamedTuple):
         return _difference(self.total, self.spent) - jnp.sum(reserved.astype(jnp.float32) * self.mean_tokens)
 
 
+def add_counts(a: Array, b: Array) -> Array:
+    """The sum of two int32 counts >= 0; 2^31 - 1 where that is more than an int32 holds."""
+    total = a + b
+    return jnp.where(total < a, MOST, total)
+
+
 def open_ledger(total_budget) -> Ledger:
     """A ledger with everything left. total_budget: [] rollouts below 2^31."""
     return Ledger(jnp.asarray(total_budget, jnp.int32), *(jnp.zeros((), jnp.int32) for _ in range(3)))
@@ -61,7 +69,8 @@ def charge_tokens(ledger: TokenLedger, num_rollouts: Array, rollouts_before: Arr
     low = ledger.spent[1] + jnp.sum(num_tokens, dtype=jnp.int32).astype(jnp.uint32)
     high = ledger.spent[0] + (low < ledger.spent[1]).astype(jnp.uint32)
     surprise = num_tokens.astype(jnp.float32) - num_rollouts.astype(jnp.float32) * ledger.mean_tokens
-    mean = ledger.mean_tokens + surprise / (1 + rollouts_before + num_rollouts).astype(jnp.float32)
+    seen = add_counts(add_counts(rollouts_before, num_rollouts), jnp.int32(1))
+    mean = ledger.mean_tokens + surprise / seen.astype(jnp.float32)
     return ledger._replace(spent=jnp.stack([high, low]), mean_tokens=mean)
 
 
@@ -116,13 +125,18 @@ def batch_budget(
     """[] int32: total / num_epochs * P / N for the next P prompts of a stream, and the ledger that has counted them.
 
     Rounded cumulatively to multiples of `unit`, so nothing is lost: the shares of all N prompts, offered `unit` times,
-    sum to unit (total // num_epochs) exactly.
+    sum to unit (total // num_epochs) exactly. Raises ValueError where unit num_prompts is not below 2^30.
     """
     of_epoch, span = ledger.total // num_epochs, unit * num_prompts
+    if span >= 2**30:
+        raise ValueError(
+            f"batches of {num_prompts:,} prompts whose groups are multiples of {unit}: the product must be below 2^30; "
+            "take smaller groups, or name the budget of each call"
+        )
     before = ledger.offered
     after = before + num_offered
-    share = unit * (_scaled(of_epoch, after, span) - _scaled(of_epoch, before, span))
-    share = jnp.minimum(share, jnp.maximum(ledger.left, 0))
+    units, left = _scaled(of_epoch, after, span) - _scaled(of_epoch, before, span), jnp.maximum(ledger.left, 0)
+    share = jnp.where(units > left // unit, left, unit * units)  # their product may pass 2^31
     return share, ledger._replace(offered=after % span)
 
 

@@ -230,7 +230,7 @@ def _in_turn(
 
     def rule(state: AllocatorState, candidates: Candidates, budget: Array, key) -> tuple[Array, AllocatorState]:
         mean_cost = 1 if state.tokens is None else jnp.mean(state.tokens.mean_tokens)
-        num_groups = (budget // (group_size * mean_cost)).astype(jnp.int32)
+        num_groups = jnp.minimum(budget // (group_size * mean_cost), 2**30).astype(jnp.int32)
         chosen = fewest_first(key, candidates, jnp.maximum(num_groups, 1))
         return divide(candidates, chosen, budget), state
 

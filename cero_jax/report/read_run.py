@@ -1,6 +1,6 @@
 """What a run wrote, read back: its curves, where its rollouts went, and why each prompt got its own.
 
-Letters: N prompts.
+Letters: N prompts, M of them that stand for all, U visits.
 """
 
 import json
@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from cero_jax.allocator.posterior import ROLLOUTS_PER_PASS, under_fitted_prior
+from cero_jax.allocator.posterior import FIT_SAMPLE, ROLLOUTS_PER_PASS, fitted_prior
+from cero_jax.report.mechanism import spaced
 
 MAX_COLUMNS = 60  # of a heat map
 MAX_STRETCHES = 30  # of steps, each a point of a curve: one step alone is noise
 
+_COUNTS = "num_rollouts", "num_correct", "num_evidence"  # of each visit; an older log has no num_evidence
 _KEYS = {
     "step": ("step", "epoch", "spent", "prompt_ids", "num_rollouts", "num_correct", "live_share"),
     "eval": ("step", "spent", "accuracy"),
@@ -67,6 +69,8 @@ def read_run(path: Path | str) -> RunLog:
         raise FileNotFoundError(f"{path}: no such run directory")
     config, prompts = _read_json(path / "config.json"), _read_json(path / "prompts.json")
     labels = tuple(prompts.get("labels", ()))
+    if len(labels) == 1:  # of all prompts
+        labels *= max(len(prompts.get("questions", ())), 1)
     if not labels:
         raise ValueError(f"{path / 'prompts.json'}: no labels in it: not the prompts of a run")
     if not {"name", "allocator", "seed"} <= config.keys():
@@ -198,11 +202,12 @@ def _by_number(label: str) -> tuple:
 
 
 class EpochLog(NamedTuple):
-    """An epoch's visits, and two posteriors of every prompt's success before it: alpha and beta."""
+    """An epoch's U visits, and two posteriors of a prompt's success before it: alpha and beta."""
 
     number: int
-    held: np.ndarray  # [2, N] float64, under the configured prior, which is what the state keeps
-    fitted: np.ndarray  # [2, N] float64, under the prior fitted to the population
+    held: np.ndarray  # [2, U] float64, under the configured prior, which is what the state keeps
+    fitted: np.ndarray  # [2, U] float64, under the prior fitted to the population
+    population: np.ndarray  # [2, M] float64, the same of all prompts, or of some: those that `mechanism.spaced` takes
     prompt_ids: np.ndarray  # [U] int, of the visits in order
     rollouts: np.ndarray  # [U] int
     correct: np.ndarray  # [U] int
@@ -211,11 +216,13 @@ class EpochLog(NamedTuple):
     after: np.ndarray  # [2, U] float64, the prompt's posterior then, under the configured prior
 
 
-_under_fitted_prior = jax.jit(under_fitted_prior)
+@jax.jit
+def _fitted_prior(alpha: jax.Array, beta: jax.Array, prior: tuple[float, float]) -> tuple[jax.Array, jax.Array]:
+    return fitted_prior(alpha - prior[0], beta - prior[1], prior)
 
 
 def epochs(run: RunLog) -> Iterator[EpochLog]:
-    """The epochs that drew anything, in order. Each costs one pass over the prompts, and one over its visits.
+    """The epochs that drew anything, in order. Each costs its visits, and a few thousand prompts that stand for all.
 
     Raises ValueError where the config does not say what the posterior follows from.
     """
@@ -227,18 +234,30 @@ def epochs(run: RunLog) -> Iterator[EpochLog]:
     prior = np.array(settings["prior"], float)[:, None]
     # evidence at a prompt's last visit, and when that was
     seen, seen_at, spent = np.zeros((2, number)), np.zeros(number, int), 0
+
+    def held(which) -> np.ndarray:
+        return prior + seen[:, which] * kept(run, spent - seen_at[which])
+
+    def fitted(posterior: np.ndarray, fit: np.ndarray) -> np.ndarray:  # in float32, as the allocator does it
+        return (np.maximum(posterior.astype(np.float32) - prior.astype(np.float32), 0) + fit).astype(float)
+
     for epoch, rows in groupby(run.steps, key=itemgetter("epoch")):
-        held = prior + seen * kept(run, spent - seen_at)
-        fitted = np.array(_under_fitted_prior(*held.astype(np.float32), tuple(settings["prior"])), float)
+        rows = [
+            (np.array(row["prompt_ids"], int), *(np.array(row.get(key, row["num_rollouts"]), int) for key in _COUNTS),
+             row["spent"])
+            for row in rows
+        ]  # fmt: skip
+        before = held(np.concatenate([ids for ids, *_ in rows]))
+        sample = held(slice(None, None, -(-number // FIT_SAMPLE))).astype(np.float32)
+        fit = np.array(_fitted_prior(*sample, tuple(settings["prior"])), np.float32)[:, None]
+        population = fitted(held(spaced(number)), fit)
         columns = []
-        for row in rows:
-            ids, rollouts, correct = (np.array(row[key], int) for key in ("prompt_ids", "num_rollouts", "num_correct"))
-            evidence = np.array(row.get("num_evidence", rollouts), int)
-            spent = row["spent"]
+        for ids, rollouts, correct, evidence, spent in rows:
             seen[:, ids] = seen[:, ids] * kept(run, spent - seen_at[ids]) + [correct, evidence - correct]
             seen_at[ids] = spent  # a prompt has one visit a step
             columns.append((ids, rollouts, correct, evidence, np.full(len(ids), spent), prior + seen[:, ids]))
-        yield EpochLog(epoch, held, fitted, *(np.concatenate(each, axis=-1) for each in zip(*columns, strict=True)))
+        visits = (np.concatenate(each, axis=-1) for each in zip(*columns, strict=True))
+        yield EpochLog(epoch, before, fitted(before, fit), population, *visits)
 
 
 def kept(run: RunLog, rollouts: np.ndarray) -> np.ndarray:
@@ -268,7 +287,7 @@ def replay(run: RunLog) -> tuple[list[list[Visit]], np.ndarray]:
     prior = np.array(run.config["allocator"]["prior"], float)[:, None]
     after, spent = np.repeat(prior, len(visits), axis=1), np.zeros(len(visits), int)  # a prompt's last visit
     for epoch in epochs(run):
-        expected = (epoch.fitted if run.config["allocator"]["name"] == "cero" else epoch.held)[:, epoch.prompt_ids]
+        expected = epoch.fitted if run.config["allocator"]["name"] == "cero" else epoch.held
         timed_out = epoch.rollouts - epoch.evidence
         counts = np.stack([epoch.spent, epoch.rollouts, epoch.correct, timed_out], axis=1).tolist()
         pairs = expected.T.tolist(), epoch.after.T.tolist()

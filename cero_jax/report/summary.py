@@ -51,10 +51,12 @@ def summarise(run: RunLog) -> Summary:
 
 
 def _as_groups(epoch: EpochLog) -> mechanism.Epoch:
-    """The visits of a prompt in the epoch are one group."""
-    number = epoch.fitted.shape[1]
-    counts = (np.bincount(epoch.prompt_ids, x, number).astype(int) for x in (epoch.evidence, epoch.correct))
-    return mechanism.Epoch(*epoch.fitted, *counts)
+    """The visits of a prompt in the epoch are one group; it counts where any rollout of it is evidence."""
+    ids, first, place = np.unique(epoch.prompt_ids, return_index=True, return_inverse=True)
+    evidence, correct = (np.bincount(place, x).astype(int) for x in (epoch.evidence, epoch.correct))
+    group = evidence > 0
+    columns = ids, *epoch.fitted[:, first], evidence, correct
+    return mechanism.Epoch(*(each[group] for each in columns), *epoch.population)
 
 
 def ahead(run: RunLog) -> np.ndarray:

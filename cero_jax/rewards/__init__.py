@@ -1,7 +1,7 @@
 """Verifiers: plain functions `(question, completion, answer) -> float or Verdict`. No jax here."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 STATUSES = RIGHT, WRONG, NO_ANSWER, TOO_LONG, TIMED_OUT, ERROR = (
     "right",
@@ -43,15 +43,24 @@ def one_by_one(verify: Verifier) -> VerifyMany:
 
 
 def verdict(result: float | Verdict) -> Verdict:
-    """A verifier's result as a Verdict: a reward of at least 1/2 is right. Raises ValueError where it is neither."""
-    if isinstance(result, Verdict) and result.status in STATUSES:
-        return result
+    """A verifier's result as a Verdict: a number of at least 1/2 is right. Raises ValueError where it is no reward."""
+    own = result if isinstance(result, Verdict) and result.status in STATUSES else None
     try:
-        reward = float(result)  # type: ignore[arg-type] (whatever a user's function gave)
-    except (TypeError, ValueError):
+        reward = float(one_number(own.reward if own else result))
+    except (TypeError, ValueError, OverflowError):
         names = ", ".join(map(repr, STATUSES))
         raise ValueError(f"it gave {result!r}: give a number, or a Verdict whose status is one of {names}") from None
+    if own:
+        return own._replace(reward=reward)
     return Verdict(reward, RIGHT if reward >= 0.5 else WRONG)
+
+
+def one_number(reward: Any) -> Any:
+    """The reward as it is. Raises TypeError where it is text, a bool or an array, which float() would take."""
+    is_bool = isinstance(reward, bool) or "bool" in str(getattr(reward, "dtype", ""))
+    if is_bool or isinstance(reward, str | bytes) or getattr(reward, "shape", ()) != ():
+        raise TypeError(f"{reward!r} is not one number")
+    return reward
 
 
 def compared(right: bool, extracted: str) -> Verdict:

@@ -1,7 +1,8 @@
 """Verifiers in processes of their own, where none of them can stop the run: whatever hangs, dies or eats is killed.
 
 Workers are spawned (forking a process in which JAX has started deadlocks), run no main module again and import no jax.
-The parent enforces the time limit by killing, and the kernel the memory limit. Built on pebble.
+The parent enforces the time limit by killing, and the kernel the memory limit. Each worker leads a session of its own:
+a signal to the run's process group does not reach it, and what its verifier started ends with it. Built on pebble.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import os
 import resource
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -20,6 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import CancelledError, wait
 from concurrent.futures.process import BrokenProcessPool
 from importlib.machinery import ModuleSpec
+from multiprocessing import connection, parent_process, popen_spawn_posix, resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
@@ -32,6 +35,7 @@ LOOK_SECONDS = 1.0  # between two looks at whether the pool is still there
 OUT_OF_MEMORY = 77  # exit code of a worker that reached its limit: its memory may never come back, so it ends
 
 ORPHAN_SECONDS = 5.0  # beyond the limit, after which an answer ends its worker where no parent is left to do so
+HELD_OFF = (signal.SIGTERM, signal.SIGINT)  # from a worker that has no session of its own yet
 
 _starting = threading.Lock()
 
@@ -64,7 +68,7 @@ class Pool:
     def many(self, asked: Sequence[tuple[str, str, str]]) -> list[Verdict]:
         """The verdicts on (question, completion, answer) each, in order. Blocks until the last is there."""
         verdicts: list[Verdict | None] = [None] * len(asked)
-        for _ in range(1 + RENEWALS):
+        for attempt in range(1 + RENEWALS):
             waiting = [i for i, found in enumerate(verdicts) if found is None]
             if not waiting:
                 break
@@ -75,7 +79,7 @@ class Pool:
             with contextlib.suppress(RuntimeError):  # the pool broke meanwhile: what is not scheduled is asked again
                 futures += (self._pool.schedule(_verify, args=asked[i], timeout=self.seconds) for i in waiting)
             for i, future in zip(waiting, futures, strict=False):
-                verdicts[i] = self._outcome(future)
+                verdicts[i] = self._outcome(future, first=attempt == 0)
         found = [each or Verdict(0.0, ERROR, "the verifiers' processes broke again and again") for each in verdicts]
         self._log_first_error(found)
         return found
@@ -90,9 +94,10 @@ class Pool:
             failure = "its import ends the process"
         if failure:
             self.close()
+            missing = failure.startswith("ModuleNotFoundError")
+            looked_for = f"looked for {_search_path()}: put its folder on PYTHONPATH; " if missing else ""
             raise ValueError(
-                f"verifier={self.function!r} cannot be loaded: {failure} (looked for in this folder "
-                f"and on PYTHONPATH; memory_mb={self.memory_mb})"
+                f"verifier={self.function!r} cannot be loaded: {failure} ({looked_for}memory_mb={self.memory_mb})"
             )
 
     def close(self) -> None:
@@ -100,8 +105,12 @@ class Pool:
         self._pool.stop()
         self._pool.join()
 
-    def _outcome(self, future) -> Verdict | None:
-        """What became of an answer; None where it was not looked at, because the pool broke before."""
+    def _outcome(self, future, first: bool) -> Verdict | None:
+        """What became of an answer; None where it is to be asked again.
+
+        That is where it was not looked at, because the pool broke before, and, on the first attempt, where a signal
+        ended its worker: that may have come from outside.
+        """
         from pebble import ProcessExpired
 
         try:
@@ -110,6 +119,8 @@ class Pool:
         except TimeoutError:
             return Verdict(0.0, TIMED_OUT, f"after {self.seconds:g} s")
         except ProcessExpired as error:
+            if first and error.exitcode < 0:
+                return None
             why = "out of memory" if error.exitcode == OUT_OF_MEMORY else f"exit code {error.exitcode}"
             return Verdict(0.0, ERROR, f"the worker died: {why}")
         except (BrokenProcessPool, CancelledError):
@@ -143,17 +154,51 @@ class Pool:
                 )
 
 
+def _search_path() -> str:
+    """Where this process, and so a worker, looks for a module, in words: what is installed counts as one place."""
+    installed = sysconfig.get_paths()
+    places = [os.path.realpath(place) for place in sys.path if os.path.isdir(place or ".")]  # "": the working directory
+    standard = os.path.realpath(installed["stdlib"])
+    packages = {os.path.realpath(installed[name]) for name in ("purelib", "platlib")}
+    own = [each for each in places if each not in packages and not f"{each}{os.sep}".startswith(f"{standard}{os.sep}")]
+    return " ".join(["in", *(f"{place}," for place in dict.fromkeys(own)), "and among the installed packages"])
+
+
+class _Popen(popen_spawn_posix.Popen):
+    """Ends what a worker has started, by its process group, with the worker."""
+
+    def poll(self, flag: int = os.WNOHANG) -> int | None:
+        if self.returncode is None:
+            with contextlib.suppress(ChildProcessError):  # another thread was first
+                if os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT | flag):
+                    self._send_signal(signal.SIGKILL)  # it has ended; until it is reaped the number is no other's
+        return super().poll(flag)
+
+    def _send_signal(self, sig: int) -> None:  # of terminate() and kill(): at once, and to the whole group
+        if self.returncode is None:
+            for end in (os.killpg, os.kill):  # it leads no group before it has a session of its own
+                with contextlib.suppress(ProcessLookupError):
+                    end(self.pid, signal.SIGKILL)
+
+
 class _Process(SpawnProcess):
     """Spawned without the caller's main module, which would import jax and start a run in every worker."""
+
+    @staticmethod
+    def _Popen(process_obj) -> _Popen:
+        return _Popen(process_obj)
 
     def start(self) -> None:
         main: Any = sys.modules["__main__"]
         with _starting:
+            resource_tracker.ensure_running()  # starting it lets the signals through again
             kept = main.__spec__
             main.__spec__ = ModuleSpec("__main__", None)  # the child takes it that there is nothing to import
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_OFF)  # the child inherits it
             try:
                 super().start()
             finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 main.__spec__ = kept
 
 
@@ -169,10 +214,15 @@ _orphan_seconds = 0.0
 
 
 def _start(function: str, memory_bytes: int, orphan_seconds: float) -> None:
-    """Limits, then the verifier: its imports are not on any answer's clock."""
+    """A session and limits, then the verifier: its imports are not on any answer's clock."""
     global _function, _failure, _orphan_seconds
     _orphan_seconds = orphan_seconds
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # else a loop in C holds the handler off, and the kill takes seconds
+    os.setsid()
+    for number in HELD_OFF:
+        signal.signal(number, signal.SIG_IGN)  # drops what came meanwhile
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_OFF)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     module, _, name = function.partition(":")
@@ -184,6 +234,14 @@ def _start(function: str, memory_bytes: int, orphan_seconds: float) -> None:
         _function = found
     except BaseException as error:  # any exception: a worker that fails to start would break the whole pool
         _failure = _one_line(error)
+
+
+def _end_with_parent() -> None:
+    """In the worker, a thread: end the session once the run is gone, however that ended."""
+    parent = parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os.killpg(0, signal.SIGKILL)
 
 
 def _verify(question: str, completion: str, answer: str) -> Verdict:
