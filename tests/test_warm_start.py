@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 from test_learner import CONFIG, LIMIT, PLAIN, VOCAB, drawn, log_probs_of, make_batch, one_device, params
 
-from cero_jax.learner import make_stepper
+from cero_jax.learner import make_optimizer
+from cero_jax.optimizer import make_stepper
 from cero_jax.warm_start import WarmStartConfig, make_supervised_step
 
 
 def test_supervised_steps_lower_the_mean_negative_log_likelihood():
     batch = make_batch()
-    stepper = make_stepper(CONFIG, VOCAB, PLAIN, one_device())
+    stepper = make_stepper(CONFIG, VOCAB, make_optimizer(PLAIN), one_device())
     step = make_supervised_step(CONFIG, stepper, one_device())
     state = stepper.init(jax.tree.map(jnp.copy, params()))
     log_probs = log_probs_of(params(), CONFIG, batch, temperature=1.0, chunk=LIMIT)
