@@ -1,6 +1,7 @@
 """What shows that a run goes wrong, from step to step: what is said of it, and when the run saves and stops."""
 
 from collections import Counter
+from collections.abc import Sequence
 from textwrap import shorten
 from typing import Any, NamedTuple
 
@@ -39,12 +40,15 @@ class Health(NamedTuple):
     usual: dict[str, list[float]] = {}  # of a figure: its mean, its mean deviation, steps seen  # noqa: RUF012
 
 
-def observe(health: Health, scored: ScoredStep, metrics: dict[str, Any]) -> tuple[Health, dict, list[str]]:
+def observe(
+    health: Health, scored: ScoredStep, metrics: dict[str, Any], answers: Sequence[str]
+) -> tuple[Health, dict, list[str]]:
     """Take in a step: its rollouts, and what its metrics say of the optimiser step, if there was one.
 
-    Returns what is remembered now, what the metrics are to say beside, and what a person is to be told.
+    answers: [N] gold answers, to show one. Returns what is remembered now, what the metrics are to say beside, and what
+    a person is to be told.
     """
-    after, told = _judged(health, scored)
+    after, told = _judged(health, scored, answers)
     if "skipped_steps" in metrics:
         after = after._replace(skipped_steps=health.skipped_steps + 1)
         told.append(
@@ -64,7 +68,7 @@ def observe(health: Health, scored: ScoredStep, metrics: dict[str, Any]) -> tupl
     return after._replace(skipped_steps=0, usual=usual), {"spike": spikes} if spikes else {}, told
 
 
-def _judged(health: Health, scored: ScoredStep) -> tuple[Health, list[str]]:
+def _judged(health: Health, scored: ScoredStep, answers: Sequence[str]) -> tuple[Health, list[str]]:
     """The health after a step's verdicts, and what is to be told of them."""
     drawn = scored.plan.row_mask
     status = Counter(each.status for each in scored.verdicts if each.status)
@@ -86,7 +90,9 @@ def _judged(health: Health, scored: ScoredStep) -> tuple[Health, list[str]]:
         unjudged_steps=health.unjudged_steps + 1 if asked and failed == asked else 0,
     )
     if _doublings(after.since_right) > _doublings(health.since_right):
-        told.append(nothing_right(after, step_samples(scored)))
+        told.append(
+            nothing_right(after, [each | {"gold": answers[each["prompt_id"]]} for each in step_samples(scored)])
+        )
     return after, told
 
 
@@ -106,7 +112,8 @@ def nothing_right(health: Health, samples: list[dict[str, Any]]) -> str:
         + (f"; {BROKEN}" if health.ever_right else "")
     ]
     for each in [each for each in samples if each["status"] == most][:1]:
-        texts = {name: shorten(str(each[name]), 160, placeholder=" ...") for name in ("completion", "extracted")}
+        names = "completion", "extracted", "gold"
+        texts = {name: shorten(str(each[name]), 160, placeholder=" ...") for name in names}
         lines.append(f"  for example prompt {each['prompt_id']}, {most}: {texts!r}")
     return "\n".join(lines)
 

@@ -114,7 +114,7 @@ class Run(NamedTuple):
 
     def log_step(self, cursor: Cursor, step: ScoredStep, metrics: dict, learn_seconds: float) -> Cursor:
         """Write what a step came to, some of its completions, and show it; say what goes wrong, and remember it."""
-        seen, more, told = health.observe(Health(**cursor.health), step, metrics)
+        seen, more, told = health.observe(Health(**cursor.health), step, metrics, self.task.train.answers)
         cursor = cursor._replace(health=seen._asdict())
         for text in told:
             tqdm.write(f"step {cursor.step}: {text}", file=sys.stderr)

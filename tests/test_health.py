@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from test_rollout import make_rows, scored_by
+from test_rollout import ANSWERS, make_rows, scored_by
 from tiny_run import tiny_config
 
 from cero_jax.dynamic_sampling import nothing_held
@@ -22,7 +22,7 @@ def after(health, steps, verifier, metrics=None):
     """What is remembered and told after so many alike; it goes through JSON, as the cursor does."""
     told = []
     for _ in range(steps):
-        health, _, texts = observe(health, scored_by(verifier), metrics or {})
+        health, _, texts = observe(health, scored_by(verifier), metrics or {}, ANSWERS)
         health, told = Health(**json.loads(json.dumps(health._asdict()))), told + texts
     return health, told
 
@@ -37,7 +37,7 @@ def test_that_nothing_is_right_is_said_after_the_first_hundreds_and_at_each_doub
     steps = 256 // DRAWN + 1
     assert head.startswith(f"nothing was right in {DRAWN * steps} rollouts, the first of the run ({5 * steps} wrong, ")
     assert f"{steps} no answer, {steps} too long): is this the verifier for these gold answers" in head
-    assert "prompt 2, wrong: {'completion': 'a', 'extracted': ''}" in sample
+    assert "prompt 2, wrong: {'completion': 'a', 'extracted': '', 'gold': '3'}" in sample
     health, told = after(health, 1100 // DRAWN, wrong)
     assert [text.split()[4] for text in told] == ["518", "1,029"]
     health, told = after(health, 1, lambda q, c, a: 1.0)
@@ -79,7 +79,7 @@ def test_steps_left_out_are_counted_in_a_row_and_stop_the_run():
     assert after(health, 1, lambda q, c, a: 1.0, moved)[0].skipped_steps == 0
     stopped, _ = after(health, 1, lambda q, c, a: 1.0, left_out)
     assert "not a number 10 times in a row (learner.max_skipped_steps): lower " in trouble(stopped, config)
-    assert observe(health, scored_by(lambda q, c, a: 1.0), left_out)[1] == {"skipped_steps": 10}
+    assert observe(health, scored_by(lambda q, c, a: 1.0), left_out, ANSWERS)[1] == {"skipped_steps": 10}
 
 
 def test_a_spike_of_the_loss_is_said_and_usual_noise_is_not():
@@ -87,14 +87,14 @@ def test_a_spike_of_the_loss_is_said_and_usual_noise_is_not():
     spikes, health, step = 0, Health(), scored_by(lambda q, c, a: 1.0)
     for _ in range(3000):
         values = {"loss": float(rng.normal(0.01, 0.02)), "grad_norm": float(rng.lognormal(0, 0.3))}
-        health, more, told = observe(health, step, values)
+        health, more, told = observe(health, step, values, ANSWERS)
         spikes += len(more)
     assert spikes == len(told) == 0
-    health, more, told = observe(health, step, {"loss": 1.0, "grad_norm": 1.0})
+    health, more, told = observe(health, step, {"loss": 1.0, "grad_norm": 1.0}, ANSWERS)
     assert list(more["spike"]) == ["loss"]
     assert more["spike"]["loss"] > 30
     assert told[0].startswith("loss 1 is a spike: usual are 0.0")
-    again = observe(health, step, {"loss": -1.0, "grad_norm": 500.0})  # one does not hide the next
+    again = observe(health, step, {"loss": -1.0, "grad_norm": 500.0}, ANSWERS)  # one does not hide the next
     assert list(again[1]["spike"]) == ["loss", "grad_norm"]
 
 
