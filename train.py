@@ -112,9 +112,7 @@ def learn(run: Run, state: State, cursor: Cursor, scored: ScoredStep) -> tuple[S
     if config.undo_visit_rate:
         weight, clipped = visit_rate_weights(scored.plan, state.allocator, config.visit_rate_clip)
         batch, metrics = batch._replace(row_weight=weight), metrics | {"visit_rate_clipped": clipped}
-    if (
-        state.held is not None
-    ):  # dynamic sampling: the live groups of several steps, once they fill one; None until then
+    if state.held is not None:  # dynamic sampling: live groups of several steps, once they fill one; None until then
         held, batch = collect(state.held, batch, run.config.allocator.min_group)
         state = state._replace(held=held)
     if batch is not None:

@@ -12,7 +12,7 @@ from cero_jax.learner import Batch
 from cero_jax.rewards import ERROR, NO_ANSWER, STATUSES, TIMED_OUT, TOO_LONG, UNJUDGED, WRONG
 from cero_jax.rollout import ScoredStep, step_samples
 
-FIRST_ROLLOUTS = 256  # without a success, after which that is said; then at each doubling
+FIRST_ROLLOUTS = 200  # without a success, after which that is said; then at each doubling
 FIRST_STEPS = 20  # optimiser steps before one may be called a spike
 SPIKE = 8  # mean deviations
 LEAST_DEVIATION = 1e-3  # of a loss or a norm of gradients: what lies nearer to the mean is no spike
@@ -121,7 +121,7 @@ def nothing_right(health: Health, samples: list[dict[str, Any]]) -> str:
 def at_the_end(health: Health, held: Batch | None) -> list[str]:
     """What is to be told of a run whose budget is spent. held: the live groups that dynamic sampling holds."""
     told = []
-    if health.since_right >= FIRST_ROLLOUTS:
+    if health.since_right >= FIRST_ROLLOUTS or (not health.ever_right and health.since_right):
         told.append(nothing_right(health, []))
     if held is not None and (rows := int(held.row_mask.sum())):
         told.append(f"{rows} rollouts of live groups are left over: they filled no optimiser step")

@@ -29,19 +29,21 @@ def after(health, steps, verifier, metrics=None):
 
 def test_that_nothing_is_right_is_said_after_the_first_hundreds_and_at_each_doubling():
     wrong = lambda q, c, a: Verdict(0.0, NO_ANSWER) if c == "x" else 0.0  # noqa: E731
-    health, told = after(Health(), 256 // DRAWN, wrong)
+    health, told = after(Health(), 200 // DRAWN, wrong)
     assert told == []
     health, told = after(health, 1, wrong)
     assert len(told) == 1
     head, sample = told[0].splitlines()
-    steps = 256 // DRAWN + 1
+    steps = 200 // DRAWN + 1
     assert head.startswith(f"nothing was right in {DRAWN * steps} rollouts, the first of the run ({5 * steps} wrong, ")
     assert f"{steps} no answer, {steps} too long): is this the verifier for these gold answers" in head
     assert "prompt 2, wrong: {'completion': 'a', 'extracted': '', 'gold': '3'}" in sample
     health, told = after(health, 1100 // DRAWN, wrong)
-    assert [text.split()[4] for text in told] == ["518", "1,029"]
+    assert [text.split()[4] for text in told] == ["406", "805"]
     health, told = after(health, 1, lambda q, c, a: 1.0)
     assert (told, health.since_right, health.ever_right, health.status) == ([], 0, True, {})
+    assert at_the_end(health, None) == []
+    assert len(at_the_end(Health(since_right=7, status={"wrong": 7}), None)) == 1  # of a short run, all of it
     # and a policy that breaks later
     health, told = after(health, steps, wrong)
     assert "rollouts, since then (" in told[0]
@@ -50,7 +52,7 @@ def test_that_nothing_is_right_is_said_after_the_first_hundreds_and_at_each_doub
 
 
 def test_advice_is_for_what_most_rollouts_came_to():
-    _, told = after(Health(since_right=250), 1, lambda q, c, a: Verdict(0.0, TIMED_OUT, "after 3 s"))
+    _, told = after(Health(since_right=195), 1, lambda q, c, a: Verdict(0.0, TIMED_OUT, "after 3 s"))
     assert "6 timed out" in told[-1]
     assert "raise the verifier's time limit" in told[-1]
 

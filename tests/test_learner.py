@@ -322,6 +322,13 @@ def test_a_step_by_the_posterior_s_advantages_is_the_gradient_of_the_whole(kind)
     assert not left.any() if kind == "posterior" else left.sum() < 8
 
 
+def test_the_posterior_s_advantages_take_rewards_beyond_0_and_1_for_those():
+    config, batch = dataclasses.replace(PLAIN, advantage="posterior"), by_posterior()
+    want = step_advantages(batch, config).advantage
+    assert len(set(want.tolist())) > 2
+    np.testing.assert_array_equal(step_advantages(by_posterior(reward=2 * batch.reward - 1), config).advantage, want)
+
+
 # --- settings ---
 
 
