@@ -18,7 +18,7 @@ import numpy as np
 
 from cero_jax.checkpoint import Cursor, fail_at_once
 from cero_jax.config import Config, from_command_line
-from cero_jax.dynamic_sampling import Collector
+from cero_jax.dynamic_sampling import collect
 from cero_jax.learner import learning_rate, rows_with_gradient
 from cero_jax.packing import StepPlan
 from cero_jax.rollout import ScoredStep, observed_tokens, sampling_batch, score_steps, step_metrics, visit_rate_weights
@@ -34,15 +34,14 @@ def main(config: Config) -> int:
 
 
 def train(run: Run, state: State, cursor: Cursor) -> int:
-    """Train until the budget is spent (returns 0) or a signal stops it before (128 + its number)."""
+    """Train until the budget is spent (returns 0), or a signal (128 + its number) or trouble (1) stops it before."""
     if cursor.finished:  # a run that had ended, started again
         return run.finish(state, cursor)
-    stop, collector = StopSignal(), Collector(run.config.allocator.min_group)
+    stop = StopSignal()
     if cursor.accuracy is None:  # never evaluated: the point at 0 rollouts
         cursor = run.evaluate(state, cursor)
-    while not (cursor.finished or may_stop(stop, collector)):
-        state, cursor = train_epoch(run, state, cursor, stop, collector)
-    collector.close()  # what it still holds is not learned from
+    while not (cursor.finished or stop.number or run.trouble(cursor)):
+        state, cursor = train_epoch(run, state, cursor, stop)
     if cursor.finished and cursor.evaluated < cursor.spent:
         cursor = run.evaluate(state, cursor)
     status = run.finish(state, run.save(state, cursor), stop.number)
@@ -50,13 +49,8 @@ def train(run: Run, state: State, cursor: Cursor) -> int:
     return status
 
 
-def may_stop(stop: StopSignal, collector: Collector) -> bool:
-    """Whether a signal came and the collector is empty: what it holds is in no checkpoint, so a stop waits for that."""
-    return bool(stop.number) and not collector.held
-
-
-def train_epoch(run: Run, state: State, cursor: Cursor, stop: StopSignal, collector: Collector) -> tuple[State, Cursor]:
-    """One epoch, or what a resumed run has left of it. A stop ends it after a batch, once the collector is empty."""
+def train_epoch(run: Run, state: State, cursor: Cursor, stop: StopSignal) -> tuple[State, Cursor]:
+    """One epoch, or what a resumed run has left of it. A signal or trouble ends it after a batch."""
     config = run.config
     if cursor.epoch_step == 0:
         state = allocate(run, state)
@@ -67,12 +61,12 @@ def train_epoch(run: Run, state: State, cursor: Cursor, stop: StopSignal, collec
         rollouts, verification = draw(run, state, cursor, plans)
         for scored in verify(run, state, plans, rollouts, verification):
             state, cursor = settle(run, state, cursor, scored)
-            state, cursor = learn(run, state, cursor, scored, collector)
+            state, cursor = learn(run, state, cursor, scored)
         if cursor.spent >= cursor.evaluated + config.evaluation.every_rollouts:
             cursor = run.evaluate(state, cursor)
-        if cursor.step >= cursor.saved_step + config.checkpoint_every_steps and not collector.held:
+        if cursor.step >= cursor.saved_step + config.checkpoint_every_steps:
             cursor = run.save(state, cursor)
-        if may_stop(stop, collector):  # not before the first batch: a resume would allocate the epoch again
+        if stop.number or run.trouble(cursor):  # not before the first batch: a resume would allocate the epoch again
             break
     if cursor.epoch_step == len(epoch_plans):
         # Nothing was left to allocate; but `cero_dual` may also leave an epoch empty that is not the last.
@@ -101,8 +95,9 @@ def verify(
 ) -> list[ScoredStep]:
     """Wait for the rewards, and part the batch into steps: each with its rows, their rewards, and what was believed."""
     verified, seconds = verification.result()
-    rules = run.beliefs(state, plans), run.config.truncated, run.config.success_threshold
-    return score_steps(run.task.train, plans, rollouts, verified, seconds, *rules)
+    config, beliefs = run.config, run.beliefs(state, plans)
+    rules = config.truncated, config.success_threshold, config.lowest_reward
+    return score_steps(run.task.train, plans, rollouts, verified, seconds, beliefs, *rules)
 
 
 def settle(run: Run, state: State, cursor: Cursor, scored: ScoredStep) -> tuple[State, Cursor]:
@@ -115,15 +110,16 @@ def settle(run: Run, state: State, cursor: Cursor, scored: ScoredStep) -> tuple[
     return state._replace(allocator=allocator, mean_tokens=mean_tokens), cursor
 
 
-def learn(run: Run, state: State, cursor: Cursor, scored: ScoredStep, collector: Collector) -> tuple[State, Cursor]:
+def learn(run: Run, state: State, cursor: Cursor, scored: ScoredStep) -> tuple[State, Cursor]:
     """Move the policy by the advantages of a step's rollouts; it stays where no group of them has variance."""
     config, began = run.config.learner, time.perf_counter()
     batch, metrics = scored.batch, step_metrics(scored)
     if config.undo_visit_rate:
         weight, clipped = visit_rate_weights(scored.plan, state.allocator, config.visit_rate_clip)
         batch, metrics = batch._replace(row_weight=weight), metrics | {"visit_rate_clipped": clipped}
-    if run.config.dynamic_sampling:  # the groups with variance of several steps, once they fill one; None until then
-        batch = collector.add(batch)
+    if state.held is not None:  # dynamic sampling: live groups of several steps, once they fill one; None until then
+        held, batch = collect(state.held, batch, run.config.allocator.min_group)
+        state = state._replace(held=held)
     if batch is not None:
         advantages = run.learner.advantages(batch)
         if (rows := rows_with_gradient(batch, advantages, config)).any():
@@ -131,12 +127,11 @@ def learn(run: Run, state: State, cursor: Cursor, scored: ScoredStep, collector:
             policy, measured = run.learner.step(state.policy, run.fixed, batch, advantages, np.float32(rate), rows)
             # Read at once: the next step, or the next rollouts, need this policy, so there is nothing to do meanwhile.
             measured = {name: float(value) for name, value in jax.device_get(measured).items()}
-            if not np.isfinite(measured["loss"] + measured["grad_norm"]):
-                raise FloatingPointError(f"step {cursor.step}: {measured}: not finite; lower learner.learning_rate")
-            metrics |= measured | {"learning_rate": rate}
-            state, cursor = state._replace(policy=policy), cursor._replace(optimizer_steps=cursor.optimizer_steps + 1)
-    run.log_step(cursor, scored, metrics, learn_seconds=time.perf_counter() - began)
-    return state, cursor
+            skipped = int(measured.pop("skipped"))  # 1: the gradient is no number, and nothing was moved
+            metrics |= {"skipped_steps": 1} if skipped else measured | {"learning_rate": rate}
+            cursor = cursor._replace(optimizer_steps=cursor.optimizer_steps + 1 - skipped)
+            state = state._replace(policy=policy)
+    return state, run.log_step(cursor, scored, metrics, learn_seconds=time.perf_counter() - began)
 
 
 if __name__ == "__main__":
@@ -146,6 +141,9 @@ if __name__ == "__main__":
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")
     try:
-        sys.exit(train(*started))
+        status = train(*started)
+    except FloatingPointError as error:  # the policy is no number: saving it would help nobody
+        sys.exit(f"error: {error}")
     except Exception:
         fail_at_once()
+    sys.exit(status)

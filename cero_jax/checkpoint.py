@@ -39,6 +39,7 @@ class Cursor(NamedTuple):
     metrics_position: dict | None = None  # how far the metrics files reach
     checkpoint_number: int = 0
     saved_step: int = 0  # step of that checkpoint
+    health: dict = {}  # of health.py  # noqa: RUF012 (never changed in place)
 
 
 def is_key(leaf: Any) -> bool:

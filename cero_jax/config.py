@@ -21,6 +21,7 @@ from cero_jax.evaluation import EvaluationConfig
 from cero_jax.grpo import WITHOUT_GROUP, AdvantageKind
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
+from cero_jax.rewards import MAX_REWARD
 from cero_jax.sampler import SamplerConfig
 from cero_jax.sharding import MeshConfig
 from cero_jax.warm_start import WarmStartConfig
@@ -114,8 +115,15 @@ class Config:
     """DAPO's remedy: live groups are collected until they fill an optimiser step; the others are paid for alone."""
     success_threshold: float = 0.5
     """A reward of at least this is a success to the posterior."""
+    lowest_reward: float = 0.0
+    """Of the verifier's scale (-1 where it gives +1 and -1): what a completion gets that was cut, or whose verification
+    timed out or failed; a lower reward in the same step takes its place, so that no wrong answer is worse than none."""
     truncated: Literal["wrong", "mask"] = "wrong"
-    """What a completion cut at the length limit is: reward 0, or reward 0 and left out of the loss and its group."""
+    """What becomes of a completion cut at the length limit: it has the lowest reward; under mask it is left out of the
+    loss and its group, too."""
+    max_unjudged_steps: int = 3
+    """Steps in a row of whose rollouts the verifier judged none (errors, time-outs), after which the run saves and
+    stops."""
     checkpoint_every_steps: int = 100
     """Steps (of learner.rows_per_step rollouts) between two checkpoints; a stop by signal saves one more."""
     work_dir: str | None = None
@@ -146,8 +154,13 @@ class Config:
                 f"checkpoint_every_steps={self.checkpoint_every_steps} and allocator.num_epochs="
                 f"{allocator.num_epochs} must be at least 1"
             )
-        if not 0 < self.success_threshold <= 1:
-            raise ValueError(f"success_threshold={self.success_threshold} must lie in (0, 1]")
+        if not -MAX_REWARD <= self.lowest_reward < self.success_threshold <= MAX_REWARD:
+            raise ValueError(
+                f"success_threshold={self.success_threshold} must be above lowest_reward={self.lowest_reward}, both "
+                f"within {MAX_REWARD:g} of 0: a reward of at least the threshold is a success"
+            )
+        if self.max_unjudged_steps < 1:
+            raise ValueError(f"max_unjudged_steps={self.max_unjudged_steps} must be at least 1")
         if allocator.max_group > learner.rows_per_step:
             raise ValueError(
                 f"allocator.max_group={allocator.max_group} must be at most learner.rows_per_step="

@@ -1,38 +1,42 @@
 """DAPO's dynamic sampling (Yu et al. 2025, arXiv 2503.14476): optimiser steps of live groups only.
 
-Live groups are collected until they fill an optimiser step; the others are paid for and not learned from.
+Live groups are collected until they fill an optimiser step; the others are paid for and not learned from. What is
+collected is a batch of R rows, a part of the run's state: it is saved with the rest, and never grows.
 """
-
-import sys
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from cero_jax.learner import Batch, live_rows
 
 
-class Collector:
-    """Holds drawn batches until their live groups fill an optimiser step. min_group: rows of the smallest visit."""
+def nothing_held(num_rows: int, prompt_tokens: int, max_tokens: int) -> Batch:
+    """R = num_rows rows of padding, for prompts of up to prompt_tokens and completions of up to max_tokens tokens."""
+    per_row, numbers = np.zeros(num_rows, np.int32), np.zeros(num_rows, np.float32)
+    return Batch(
+        prompt_tokens=np.zeros((num_rows, prompt_tokens), np.int32),
+        prompt_lengths=per_row,
+        tokens=np.zeros((num_rows, max_tokens), np.int32),
+        lengths=per_row,
+        log_probs=np.zeros((num_rows, max_tokens), np.float32),
+        reward=numbers,
+        group_ids=per_row,
+        row_mask=np.zeros(num_rows, bool),
+        row_weight=numbers,
+        judged=np.zeros(num_rows, bool),
+    )
 
-    def __init__(self, min_group: int):
-        self._min_group = min_group
-        self.held: list[Batch] = []
 
-    def add(self, batch: Batch) -> Batch | None:
-        """Hold another batch of R rows. Returns a full step of live groups, and then holds none; None: not full yet."""
-        self.held.append(batch)
-        packed, full = pack_live(self.held, self._min_group)
-        if not full:
-            return None
-        self.held.clear()
-        return packed
+def collect(held: Batch, batch: Batch, min_group: int) -> tuple[Batch, Batch | None]:
+    """Take a batch's live groups, whole and in order, behind those that are held: R rows, then padding.
 
-    def close(self) -> None:
-        """Say what is lost where the run ends before the step is full."""
-        if self.held:
-            lost = f"the run ends with the live groups of {len(self.held)} steps held, which fill no optimiser step"
-            tqdm.write(lost, file=sys.stderr)
+    Returns what is held from now on, and a full step of live groups, or None where they fill none yet. A step is full
+    where no group of `min_group` rows would fit any more, or where a live group did not; that group is left out.
+    """
+    packed, full = pack_live([held, batch], min_group)
+    if not full:
+        return packed, None
+    return jax.tree.map(np.zeros_like, held), packed
 
 
 def pack_live(batches: list[Batch], min_group: int) -> tuple[Batch, bool]:

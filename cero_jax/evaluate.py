@@ -113,12 +113,11 @@ def main(args: Sequence[str] | None = None) -> None:
         settings = dataclasses.replace(
             policy.config.evaluation, samples=given["samples"], rows=given["rows"] or policy.config.evaluation.rows
         )
-        result = evaluate(
-            policy.sample, policy.params, policy.task, settings, given["seed"], policy.config.success_threshold
-        )
+        scale = policy.config.success_threshold, policy.config.lowest_reward
+        result = evaluate(policy.sample, policy.params, policy.task, settings, given["seed"], *scale)
         output = given["output"] or Path(given["run"]) / f"samples-{policy.spent}.jsonl"
         write_samples(output, result.samples)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         parser.error(str(error))
     print(scores_table(result.scores))
     print(f"{policy.spent:,} rollouts spent; {len(result.samples):,} samples to read in {output}", file=sys.stderr)

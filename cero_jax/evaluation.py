@@ -9,10 +9,10 @@ import numpy as np
 
 from cero_jax.data import Task
 from cero_jax.model import Params
-from cero_jax.rewards import RIGHT, STATUSES, WRONG
+from cero_jax.rewards import RIGHT, STATUSES, WRONG, Verdict
 from cero_jax.sampler import EVAL_STEP, Rollouts, Sampler, SamplingBatch
 from cero_jax.statistics import bootstrap_interval, pass_at_k
-from cero_jax.verify import verify
+from cero_jax.verify import on_scale, verify
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Score(NamedTuple):
     high: float
     pass_at: dict[str, float]  # k in powers of two: probability that one of k samples is a success
     status: dict[str, int]  # completions of each status
+    scale: tuple[float, float] = (0.0, 1.0)  # of the rewards: reaches to those that lie beyond
+
+    def metrics(self) -> dict[str, Any]:
+        """What the metrics file takes: the scale is said where it is not 0 to 1."""
+        return {name: value for name, value in self._asdict().items() if name != "scale" or value != (0.0, 1.0)}
 
 
 class Evaluation(NamedTuple):
@@ -56,12 +61,18 @@ class Evaluation(NamedTuple):
 
     def metrics(self) -> dict[str, Any]:
         """What the metrics file takes: all but the samples, in plain values."""
-        scores = {name: score._asdict() for name, score in self.scores.items()}
+        scores = {name: score.metrics() for name, score in self.scores.items()}
         return {key: value for key, value in self._asdict().items() if key != "samples"} | {"scores": scores}
 
 
 def evaluate(
-    sample: Sampler, params: Params, task: Task, config: EvaluationConfig, seed: int, success_threshold: float = 0.5
+    sample: Sampler,
+    params: Params,
+    task: Task,
+    config: EvaluationConfig,
+    seed: int,
+    success_threshold: float = 0.5,
+    lowest_reward: float = 0.0,
 ) -> Evaluation:
     """Draw `samples` completions of each held-out prompt, `rows` at a time, and verify them while the next are drawn.
 
@@ -74,6 +85,7 @@ def evaluate(
       config: how many completions, how many at once.
       seed: of the draws.
       success_threshold: a reward of at least this counts as right in pass@k.
+      lowest_reward: of the verifier's scale: of a completion that was cut or could not be judged, as in training.
 
     Raises:
       ValueError as `verify` does.
@@ -98,8 +110,9 @@ def evaluate(
             )
             rollouts = sample(params, np.uint32(seed), np.uint32(EVAL_STEP), batch)
             judged.append(judge.submit(_judged, task, batch, rollouts))
-        samples = [each for batch in judged for each in batch.result()]
+        samples = _on_scale([each for batch in judged for each in batch.result()], lowest_reward)
     reward = np.array([each["reward"] for each in samples], np.float32).reshape(num_prompts, config.samples)
+    scale = min(lowest_reward, float(reward.min())), max(1.0, float(reward.max()))
     labels, scores = np.array(prompts.labels), {"all": np.full(num_prompts, True)}
     if len(names := sorted(set(prompts.labels))) > 1:
         scores |= {str(name): labels == name for name in names}
@@ -107,7 +120,7 @@ def evaluate(
     return Evaluation(
         accuracy=float(mean.mean()),
         accuracy_by_label={str(name): float(mean[labels == name].mean()) for name in names},
-        scores={name: _score(samples, reward, chosen, success_threshold) for name, chosen in scores.items()},
+        scores={name: _score(samples, reward, chosen, success_threshold, scale) for name, chosen in scores.items()},
         example={key: samples[0][key] for key in ("question", "completion", "answer", "reward")},
         samples=samples,
     )
@@ -134,7 +147,20 @@ def _judged(task: Task, batch: SamplingBatch, rollouts: Rollouts) -> list[dict[s
     ]
 
 
-def _score(samples: list[dict[str, Any]], reward: np.ndarray, chosen: np.ndarray, success_threshold: float) -> Score:
+def _on_scale(samples: list[dict[str, Any]], lowest_reward: float) -> list[dict[str, Any]]:
+    """The samples with the rewards that training would give them."""
+    reward = np.array([each["reward"] for each in samples], np.float32)
+    reward = on_scale(reward, [Verdict(each["reward"], each["status"]) for each in samples], lowest_reward)
+    return [each | {"reward": float(value)} for each, value in zip(samples, reward, strict=True)]
+
+
+def _score(
+    samples: list[dict[str, Any]],
+    reward: np.ndarray,
+    chosen: np.ndarray,
+    success_threshold: float,
+    scale: tuple[float, float],
+) -> Score:
     """reward: [N, k]; chosen: [N] bool, the prompts of this data set."""
     reward, mean = reward[chosen], reward[chosen].mean(axis=1)
     number, correct = reward.shape[1], (reward >= success_threshold).sum(axis=1)
@@ -143,14 +169,20 @@ def _score(samples: list[dict[str, Any]], reward: np.ndarray, chosen: np.ndarray
     return Score(
         len(reward),
         float(mean.mean()),
-        *bootstrap_interval(mean),
+        *bootstrap_interval(mean, scale=scale),
         pass_at={str(k): float(pass_at_k(correct, number, k).mean()) for k in powers},
         status={name: status[name] for name in STATUSES},
+        scale=scale,
     )
 
 
 def scores_table(scores: dict[str, Score]) -> str:
-    """A line a data set: avg@k with its interval, pass@k, and the share of each status that is not right or wrong."""
+    """A line a data set: avg@k with its interval, pass@k, and the share of each status that is not right or wrong.
+
+    All in per cent, but avg@k is a reward where rewards lie outside 0 to 1.
+    """
+    percent = all(score.scale == (0, 1) for score in scores.values())
+    mean = (lambda x: f"{100 * x:.1f}") if percent else (lambda x: f"{x:.4g}")
     lines = []
     for name, score in scores.items():
         passes = "  ".join(f"pass@{k} {100 * share:5.1f}" for k, share in score.pass_at.items() if k != "1")
@@ -159,7 +191,7 @@ def scores_table(scores: dict[str, Score]) -> str:
             f"{100 * n / total:.1f} % {s}" for s, n in score.status.items() if n and s not in (RIGHT, WRONG)
         )
         lines.append(
-            f"{name:<20} {score.prompts:>6} prompts  avg@{total // score.prompts} {100 * score.accuracy:5.1f} "
-            f"({100 * score.low:.1f} to {100 * score.high:.1f})  {passes}  {rest}".rstrip()
+            f"{name:<20} {score.prompts:>6} prompts  avg@{total // score.prompts} {mean(score.accuracy):>5} "
+            f"({mean(score.low)} to {mean(score.high)})  {passes}  {rest}".rstrip()
         )
     return "\n".join(lines)

@@ -31,15 +31,27 @@ def _group_sum(values: Array, group_ids: Array, row_mask: Array, num_groups: int
     return jax.ops.segment_sum(jnp.where(row_mask, values, 0.0), group_ids, num_segments=num_groups)
 
 
-def has_variance(reward: Array, group_ids: Array, row_mask: Array, num_groups: int) -> Array:
-    """[R] bool: whether the row's group holds two different rewards (max > min: a rounded mean leaves a residue)."""
-    highest = jax.ops.segment_max(jnp.where(row_mask, reward, -jnp.inf), group_ids, num_segments=num_groups)
-    lowest = jax.ops.segment_min(jnp.where(row_mask, reward, jnp.inf), group_ids, num_segments=num_groups)
+def has_variance(
+    reward: Array, group_ids: Array, row_mask: Array, num_groups: int, judged: Array | None = None
+) -> Array:
+    """[R] bool: whether the row's group holds two different rewards (max > min: a rounded mean leaves a residue).
+
+    judged: [R] bool, the rows whose reward is a verifier's, which alone can differ; None: all.
+    """
+    counted = row_mask if judged is None else row_mask & judged
+    highest = jax.ops.segment_max(jnp.where(counted, reward, -jnp.inf), group_ids, num_segments=num_groups)
+    lowest = jax.ops.segment_min(jnp.where(counted, reward, jnp.inf), group_ids, num_segments=num_groups)
     return (highest > lowest)[group_ids] & row_mask
 
 
 def advantages(
-    reward: Array, group_ids: Array, row_mask: Array, *, num_groups: int, kind: AdvantageKind = "grpo"
+    reward: Array,
+    group_ids: Array,
+    row_mask: Array,
+    *,
+    num_groups: int,
+    kind: AdvantageKind = "grpo",
+    judged: Array | None = None,
 ) -> Array:
     """Group-relative advantage of each row.
 
@@ -51,12 +63,13 @@ def advantages(
       kind: `grpo` subtracts the group's mean and divides by its population standard deviation (Shao et al. 2024),
         `dr_grpo` subtracts the mean only (Liu et al. 2025), `rloo` the mean of the others (Kool et al. 2019);
         `reward` subtracts nothing (Williams 1992): of rewards 0 and 1, successes alone teach.
+      judged: [R] bool, False for rows whose reward is no verdict: they make no group live. None: all are judged.
 
     Returns:
-      [R] float32; exactly 0 for padding and, but for `reward`, for a group whose rewards are all equal.
+      [R] float32; exactly 0 for padding and, but for `reward`, for a group whose judged rewards are all equal.
     """
     if kind == "reward":
-        return jnp.where(row_mask, reward, 0.0)
+        return jnp.where(row_mask if judged is None else row_mask & judged, reward, 0.0)
     size = _group_sum(jnp.ones_like(reward), group_ids, row_mask, num_groups)
     mean = _group_sum(reward, group_ids, row_mask, num_groups) / jnp.maximum(size, 1.0)
     centred = reward - mean[group_ids]
@@ -71,7 +84,7 @@ def advantages(
         advantage = centred
     else:
         raise ValueError(f"advantage kind={kind!r} must be one of 'grpo', 'dr_grpo', 'rloo', 'reward' here")
-    return jnp.where(has_variance(reward, group_ids, row_mask, num_groups), advantage, 0.0)
+    return jnp.where(has_variance(reward, group_ids, row_mask, num_groups, judged), advantage, 0.0)
 
 
 def posterior_advantages(

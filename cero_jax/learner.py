@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from cero_jax import grpo, lora, model, sharding
 from cero_jax.grpo import BY_POSTERIOR, AdvantageKind, Aggregation
 from cero_jax.model import ModelConfig, Params
+from cero_jax.optimizer import TrainState, adam, kept_unless, make_stepper
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class LearnerConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this global norm."""
+    max_skipped_steps: int = 10
+    """A step whose gradient is NaN or infinite moves nothing; after so many in a row the run saves and stops."""
     advantage: AdvantageKind = "grpo"
     """Of a rollout over its group's mean (grpo: over its standard deviation too; dr_grpo), over the mean of the others
     (rloo), over nothing (reward), or over what the allocator's posterior expected of its prompt (posterior;
@@ -85,6 +88,8 @@ class LearnerConfig:
             raise ValueError(
                 f"learner.kl_coef={self.kl_coef} and weight_decay={self.weight_decay} must not be negative"
             )
+        if self.max_skipped_steps < 1:
+            raise ValueError(f"learner.max_skipped_steps={self.max_skipped_steps} must be at least 1")
         if not (0 < self.clip_low < 1 and self.clip_high > 0):
             raise ValueError(
                 f"learner.clip_low={self.clip_low} must lie in (0, 1), clip_high={self.clip_high} be positive"
@@ -95,14 +100,6 @@ class LearnerConfig:
                 f"logit_chunk_tokens={self.logit_chunk_tokens} and visit_rate_clip={self.visit_rate_clip} must be at "
                 f"least 1, rows_per_microbatch={self.rows_per_microbatch} in 1..rows_per_step={self.rows_per_step}"
             )
-
-
-class TrainState(NamedTuple):
-    """What an optimiser step moves."""
-
-    params: Params  # what is trained: adapters where the model has them, else all of it
-    opt_state: optax.OptState
-    step: Array  # [] int32, optimiser steps taken
 
 
 class Fixed(NamedTuple):
@@ -129,15 +126,7 @@ class Batch(NamedTuple):
     row_weight: HostOrDevice  # [R] float32, multiplies the row's tokens' weights; 1 unless visit rates are undone
     alpha: HostOrDevice = None  # [R] float32, with beta: the posterior of the row's prompt before it was drawn;
     beta: HostOrDevice = None  # [R] float32; None where advantages do not come from it
-
-
-def make_optimizer(config: LearnerConfig) -> optax.GradientTransformation:
-    """Adam without its rate: the step multiplies by minus the rate, a function of the budget spent."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
-        optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
-        optax.add_decayed_weights(config.weight_decay),
-    )
+    judged: HostOrDevice = None  # [R] bool, False: its verifier timed out or failed; None: all are judged
 
 
 def completion_log_probs(params: Params, config: ModelConfig, batch: Batch, *, temperature: float, chunk: int) -> Array:
@@ -189,10 +178,10 @@ def step_advantages(batch: Batch, config: LearnerConfig) -> Advantages:
     """Advantages and token weights of a step's rows; a row of advantage 0 counts in the weights' denominators."""
     groups = {"group_ids": batch.group_ids, "row_mask": batch.row_mask, "num_groups": batch.reward.shape[0]}
     if config.advantage in BY_POSTERIOR:
-        normalised = config.advantage == "posterior_normalised"
-        advantage = grpo.posterior_advantages(batch.reward, batch.alpha, batch.beta, normalised=normalised, **groups)
+        normalised, share = config.advantage == "posterior_normalised", jnp.clip(batch.reward, 0.0, 1.0)
+        advantage = grpo.posterior_advantages(share, batch.alpha, batch.beta, normalised=normalised, **groups)
     else:
-        advantage = grpo.advantages(batch.reward, kind=config.advantage, **groups)
+        advantage = grpo.advantages(batch.reward, kind=config.advantage, judged=batch.judged, **groups)
     weights = grpo.token_weights(token_mask(batch), aggregation=config.aggregation, **groups)
     return Advantages(advantage, weights * batch.row_weight[:, None])
 
@@ -201,8 +190,12 @@ _has_variance = jax.jit(grpo.has_variance, static_argnames="num_groups")
 
 
 def live_rows(batch: Batch) -> np.ndarray:
-    """[R] bool, the rows whose group holds two different rewards. Waits for the device: the host plans by them."""
-    return np.asarray(_has_variance(batch.reward, batch.group_ids, batch.row_mask, num_groups=len(batch.reward)))
+    """[R] bool, the rows whose group was judged to hold two different rewards.
+
+    Waits for the device: the host plans by them.
+    """
+    rows, num_groups = (batch.reward, batch.group_ids, batch.row_mask), len(batch.reward)
+    return np.asarray(_has_variance(*rows, num_groups=num_groups, judged=batch.judged))
 
 
 def rows_with_gradient(batch: Batch, advantages: Advantages, config: LearnerConfig) -> np.ndarray:
@@ -291,43 +284,9 @@ def token_limits(max_tokens: int) -> tuple[int, ...]:
     return tuple(sorted({-(-max_tokens // part) for part in (4, 2, 1)}))
 
 
-class Stepper(NamedTuple):
-    """The optimiser around a model's trained parameters: what every kind of training step shares."""
-
-    init: Callable[[Params], TrainState]  # jitted: a fresh optimiser around parameters
-    apply: Callable[[TrainState, Params, Array], TrainState]  # (state, gradients, learning rate []), to be jitted
-    shardings: Any  # a NamedSharding for each part of a TrainState
-
-
-def _float32(tree: Params) -> Params:
-    """Gradients and moments are float32 whatever the parameters are."""
-    return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
-
-
-def make_stepper(model_config: ModelConfig, vocab_size: int, config: LearnerConfig, mesh: Mesh) -> Stepper:
-    """The optimiser of a model's trained parameters, sharded as they are. Raises ValueError as sharding does."""
-    optimizer = make_optimizer(config)
-    _, trained = lora.split(model.abstract_params(model_config, vocab_size))
-    params = sharding.shard_params(trained, mesh)
-    opt_state = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, spec: spec,
-        jax.eval_shape(lambda params: optimizer.init(_float32(params)), trained),
-        params,
-        transform_non_params=lambda _: sharding.replicated(mesh),
-    )
-    shardings: Any = TrainState(params, opt_state, sharding.replicated(mesh))  # type: ignore[arg-type]
-
-    @partial(jax.jit, out_shardings=shardings)
-    def init(params: Params) -> TrainState:
-        return TrainState(params, optimizer.init(_float32(params)), jnp.int32(0))
-
-    def apply(state: TrainState, grads: Params, learning_rate: Array) -> TrainState:
-        updates, opt_state = optimizer.update(_float32(grads), state.opt_state, _float32(state.params))
-        params = jax.tree.map(lambda p, u: p - (learning_rate * u).astype(p.dtype), state.params, updates)
-        return TrainState(params, opt_state, state.step + 1)
-
-    return Stepper(init, apply, shardings)
+def make_optimizer(config: LearnerConfig) -> optax.GradientTransformation:
+    """Adam as configured, without its rate."""
+    return adam(config.adam_b1, config.adam_b2, config.adam_eps, config.weight_decay, config.max_grad_norm)
 
 
 def make_learner(
@@ -341,7 +300,8 @@ def make_learner(
             f"rows_per_step={config.rows_per_step} and rows_per_microbatch={size} must be multiples of data x fsdp = "
             f"{shards}"
         )
-    stepper, row_sharding = make_stepper(model_config, vocab_size, config, mesh), sharding.rows(mesh)
+    stepper = make_stepper(model_config, vocab_size, make_optimizer(config), mesh)
+    row_sharding = sharding.rows(mesh)
     of_params = stepper.shardings.params
     loss = partial(grpo_loss, model_config=model_config, config=config, temperature=temperature)
 
@@ -367,7 +327,10 @@ def make_learner(
         grads, sums = summed
         total = jnp.maximum(sums.pop("weight"), 1e-20)
         means = {name: value if name == "loss" else value / total for name, value in sums.items()}
-        return stepper.apply(state, grads, learning_rate), means | {"grad_norm": optax.tree.norm(grads)}
+        norm = optax.tree.norm(grads)
+        skipped = ~jnp.isfinite(norm + means["loss"])
+        state = kept_unless(~skipped, stepper.apply(state, grads, learning_rate), state)
+        return state, means | {"grad_norm": norm, "skipped": skipped}
 
     compiled = {}
 

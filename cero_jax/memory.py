@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
 
     parameters: int
     sampling_copy: int  # the parameters in compute_dtype, where param_dtype is another
-    optimizer: int  # Adam's two moments, float32
+    optimizer: int  # Adam's two moments, float32; no second copy of parameters in fewer bits: see optimizer.moved
     gradients: int  # float32: the sum over micro-batches, and that of one micro-batch
     reference: int  # the frozen policy that a KL term compares with
     cache: int  # keys and values of all slots at full length, and of each prompt of the batch once
@@ -102,7 +102,8 @@ def memory_report(needed: Estimate, available: int) -> str:
         return line
     advice = {
         "parameters": "raise mesh.fsdp or mesh.tensor, or train adapters (model.lora_rank) of a bfloat16 model",
-        "sampling_copy": "set model.param_dtype to model.compute_dtype",
+        "sampling_copy": "set model.param_dtype to model.compute_dtype (updates are then rounded at random: right on "
+        "average, at no cost in memory, with a noise that float32 has not)",
         "optimizer": "raise mesh.fsdp",
         "gradients": "raise mesh.fsdp",
         "reference": "set learner.kl_coef=0, or raise mesh.fsdp",

@@ -77,7 +77,8 @@ class ModelConfig:
     remat: bool = False
     """Compute each layer's inner activations again in the backward, to save memory, instead of keeping them."""
     param_dtype: Dtype = "float32"
-    """Dtype of the stored parameters; adapters and the optimiser's state are always float32."""
+    """Dtype of the stored parameters; adapters and the optimiser's state are always float32. In fewer bits an update is
+    rounded up or down at random, so that small ones add up: right on average, with some noise."""
     compute_dtype: Dtype = "float32"
     """Dtype of matrix products; norms, softmax and log-probabilities are always float32."""
 

@@ -13,9 +13,9 @@ from cero_jax.allocator.base import AllocatorState
 from cero_jax.data import Prompts
 from cero_jax.learner import Batch, live_rows
 from cero_jax.packing import StepPlan
-from cero_jax.rewards import STATUSES, TIMED_OUT, Verdict
+from cero_jax.rewards import STATUSES, Verdict
 from cero_jax.sampler import Rollouts, SamplingBatch
-from cero_jax.verify import Verified
+from cero_jax.verify import Verified, is_judged, on_scale
 
 
 class Beliefs(NamedTuple):
@@ -31,7 +31,7 @@ class ScoredStep(NamedTuple):
     plan: StepPlan  # who was drawn
     batch: Batch  # [R] rows, in NumPy
     num_correct: np.ndarray  # [U] int32, successes of each visit
-    num_evidence: np.ndarray  # [U] int32, its rows but those whose verification timed out
+    num_evidence: np.ndarray  # [U] int32, its rows but those whose verification timed out or failed
     truncated: np.ndarray  # [R] bool
     completions: list[str]  # [R] text, "" for padding
     verdicts: list[Verdict]  # [R]
@@ -82,11 +82,12 @@ def score_steps(
     beliefs: list[Beliefs] | list[None],
     truncated: Literal["wrong", "mask"],
     success_threshold: float,
+    lowest_reward: float,
 ) -> list[ScoredStep]:
     """Each step's share of what was drawn together; the arguments as in `to_batch`."""
     parts = split_steps(rollouts, verified, len(plans[0].row_mask))
     return [
-        to_batch(prompts, plan, *part, seconds / len(plans), believed, truncated, success_threshold)
+        to_batch(prompts, plan, *part, seconds / len(plans), believed, truncated, success_threshold, lowest_reward)
         for plan, believed, part in zip(plans, beliefs, parts, strict=False)  # a padded batch has more parts
     ]
 
@@ -108,19 +109,21 @@ def to_batch(
     beliefs: Beliefs | None,
     truncated: Literal["wrong", "mask"],
     success_threshold: float,
+    lowest_reward: float,
 ) -> ScoredStep:
     """The learner's rows and the posterior's counts of a step that was drawn and verified.
 
-    A truncated rollout has reward 0; under "mask" it counts neither in the loss nor in its group. For the posterior it
-    is a failure all the same: a prompt whose completions never end in time would otherwise look untried for ever. A
-    rollout whose verification timed out has reward 0 and is no evidence: that says nothing of the policy.
+    A truncated rollout has the lowest reward of the scale; under "mask" it counts neither in the loss nor in its group.
+    For the posterior it is a failure all the same: a prompt whose completions never end in time would otherwise look
+    untried for ever. A rollout whose verification timed out or failed has the lowest reward and is no evidence: that
+    says nothing of the policy, and makes no group live.
 
     beliefs: where advantages are taken over them, else None. With them, what is no evidence has no advantage either.
     """
     completions, verdicts, reward = verified
     cut = np.asarray(rollouts.truncated) & plan.row_mask
-    judged = plan.row_mask & np.array([each.status != TIMED_OUT for each in verdicts])
-    success = judged & (reward >= success_threshold)
+    judged, reward = is_judged(verdicts) & plan.row_mask, on_scale(reward, verdicts, lowest_reward)
+    success = judged & ~cut & (reward >= success_threshold)
     num_correct, num_evidence = (
         np.bincount(plan.group_ids[chosen], minlength=len(plan.visit_ids)).astype(np.int32)
         for chosen in (success, judged)
@@ -139,6 +142,7 @@ def to_batch(
         row_weight=np.ones(len(reward), np.float32),
         alpha=None if beliefs is None else beliefs.alpha[plan.group_ids],
         beta=None if beliefs is None else beliefs.beta[plan.group_ids],
+        judged=judged,
     )
     return ScoredStep(plan, batch, num_correct, num_evidence, cut, completions, verdicts, seconds)
 

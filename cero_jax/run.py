@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from cero_jax import lora, memory, sharding
+from cero_jax import dynamic_sampling, health, lora, memory, sharding
 from cero_jax.allocator.base import AllocateFn, AllocatorState, UpdateFn
 from cero_jax.allocator.posterior import under_fitted_prior
 from cero_jax.checkpoint import Checkpoints, Cursor
@@ -22,12 +22,14 @@ from cero_jax.config import Config, check_saved_as_it_is, to_json
 from cero_jax.data import Task, epoch_order, prompts_hash
 from cero_jax.evaluation import evaluate, scores_table
 from cero_jax.grpo import BY_POSTERIOR
+from cero_jax.health import Health
 from cero_jax.huggingface import weights
 from cero_jax.huggingface.families import read_config
 from cero_jax.huggingface.tokenizer import FolderTokenizer
-from cero_jax.learner import Fixed, Learner, TrainState, make_learner
+from cero_jax.learner import Batch, Fixed, Learner, make_learner
 from cero_jax.metrics import MetricsWriter, Progress, say
 from cero_jax.model import Dtype, Params, init_params
+from cero_jax.optimizer import TrainState
 from cero_jax.packing import StepPlan, plan
 from cero_jax.report.mechanism import epoch_row
 from cero_jax.report.picture import draw_report
@@ -36,6 +38,7 @@ from cero_jax.report.summary import describe
 from cero_jax.rollout import Beliefs, ScoredStep, step_samples
 from cero_jax.run_directory import check_resumable, open_run_dir, write_settings
 from cero_jax.sampler import Sampler, make_sampler
+from cero_jax.verify import probe
 from cero_jax.warm_start import warm_start
 
 
@@ -46,6 +49,7 @@ class State(NamedTuple):
     allocator: AllocatorState  # each prompt's posterior, and the ledger of the budget
     num_rollouts: Array  # [N] int32, of the epoch under way
     mean_tokens: np.ndarray  # [N] float32, of each prompt's completions; max_completion_tokens until one is drawn
+    held: Batch | None = None  # [R] rows of live groups that wait for others, under dynamic sampling; else None
 
 
 class Run(NamedTuple):
@@ -106,18 +110,27 @@ class Run(NamedTuple):
         """Checkpoint the state, with how far the metrics files reach."""
         return self.checkpoints.save(cursor._replace(metrics_position=self.metrics.position()), state)
 
-    def log_step(self, cursor: Cursor, step: ScoredStep, metrics: dict, learn_seconds: float) -> None:
-        """Write what a step came to, some of its completions, and show it."""
-        self.log("step", cursor, metrics, {"sample_seconds": step.seconds, "learn_seconds": learn_seconds})
+    def log_step(self, cursor: Cursor, step: ScoredStep, metrics: dict, learn_seconds: float) -> Cursor:
+        """Write what a step came to, some of its completions, and show it; say what goes wrong, and remember it."""
+        seen, more, told = health.observe(Health(**cursor.health), step, metrics, self.task.train.answers)
+        cursor = cursor._replace(health=seen._asdict())
+        for text in told:
+            say(f"step {cursor.step}: {text}")
+        self.log("step", cursor, metrics | more, {"sample_seconds": step.seconds, "learn_seconds": learn_seconds})
         self.metrics.write_samples("train", cursor.spent, step_samples(step))
         reward, live = metrics["reward"], metrics["live_share"]
         self.progress.update(cursor.spent, epoch=cursor.epoch, reward=reward, accuracy=cursor.accuracy, live=live)
+        return cursor
+
+    def trouble(self, cursor: Cursor) -> str:
+        """Why the run has to save and stop; "" where it need not."""
+        return health.trouble(Health(**cursor.health), self.config)
 
     def evaluate(self, state: State, cursor: Cursor) -> Cursor:
         """Measure held-out accuracy, write it, and show one completion."""
         began, config = time.perf_counter(), self.config
-        policy, threshold = self.params(state), config.success_threshold
-        result = evaluate(self.sample, policy, self.task, config.evaluation, config.seed, threshold)
+        policy, scale = self.params(state), (config.success_threshold, config.lowest_reward)
+        result = evaluate(self.sample, policy, self.task, config.evaluation, config.seed, *scale)
         cursor = cursor._replace(accuracy=result.accuracy, evaluated=cursor.spent)
         self.log("eval", cursor, result.metrics(), {"eval_seconds": time.perf_counter() - began})
         self.metrics.write_samples("eval", cursor.spent, [each for each in result.samples if each["sample"] == 0])
@@ -144,8 +157,11 @@ class Run(NamedTuple):
         """Close; export the model and draw the report, or say how to go on. Returns the exit status."""
         self.close()
         if not cursor.finished:
-            print(f"stopped and saved after {cursor.spent:,} rollouts; the same command goes on from there")
-            return 128 + signal
+            why = self.trouble(cursor) or "the same command goes on from there"
+            print(f"stopped and saved after {cursor.spent:,} rollouts; {why}")
+            return 128 + signal if signal else 1
+        for text in health.at_the_end(Health(**cursor.health), state.held):
+            print(text)
         if folder := self.export(state, cursor):
             print(f"the trained model, for transformers or vLLM: {folder}")
         picture = self.directory / "report.png"
@@ -166,10 +182,13 @@ def build_task(config: Config) -> tuple[Config, Task]:
     """The task, and the config with what is not named filled in: by the allocator's rule, and from the model folder."""
     config = dataclasses.replace(config, allocator=config.allocator.resolved())
     if config.model_folder is None:
-        return config, config.task.build(config.seed, None)
+        task = config.task.build(config.seed, None)
+        probe(task)
+        return config, task
     kept = {name: getattr(config.model, name) for name in ("lora_rank", "lora_alpha", "remat")}
     model_config, _ = read_config(config.model_folder, **_dtypes(config))
     task = config.task.build(config.seed, FolderTokenizer(config.model_folder))
+    probe(task)
     return dataclasses.replace(config, model=dataclasses.replace(model_config, **kept)), task
 
 
@@ -263,9 +282,14 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     at_start = allocator.init(num_prompts, config.seed), jnp.zeros(num_prompts, jnp.int32)
     allocator_state, num_rollouts = jax.device_put(at_start, everywhere)
     mean_tokens = np.full(num_prompts, config.sampler.max_completion_tokens, np.float32)
-    state = State(learner.init(params), allocator_state, num_rollouts, mean_tokens)
+    held = None
+    if config.dynamic_sampling:
+        width, limit = task.train.tokens.shape[1], config.sampler.max_completion_tokens
+        held = dynamic_sampling.nothing_held(config.learner.rows_per_step, width, limit)
+    state = State(learner.init(params), allocator_state, num_rollouts, mean_tokens, held)
     if cursor.checkpoint_number:
         state = checkpoints.restore(cursor, like=state)
+        cursor = cursor._replace(health=health.tried_again(Health(**cursor.health), config)._asdict())
     if config.extend:
         total = jax.device_put(jnp.int32(config.allocator.total_budget), everywhere)
         ledger = state.allocator.ledger._replace(total=total)

@@ -16,6 +16,8 @@ CHANGEABLE_ON_RESUME = (  # fields, or the beginnings of their names
     "mesh",
     "evaluation",
     "checkpoint_every_steps",
+    "max_unjudged_steps",
+    "learner.max_skipped_steps",
     "extend",
     "model_folder",
     "task.class.module",

@@ -19,23 +19,28 @@ def pass_at_k(num_correct: np.ndarray, num_samples: int, k: int) -> np.ndarray:
     return 1 - all_wrong
 
 
-def bootstrap_interval(values: np.ndarray, confidence: float = 0.95, draws: int = 2000) -> tuple[float, float]:
+def bootstrap_interval(
+    values: np.ndarray, confidence: float = 0.95, draws: int = 2000, scale: tuple[float, float] = (0.0, 1.0)
+) -> tuple[float, float]:
     """(low, high): a confidence interval for the mean over all prompts like these, by a bootstrap over prompts.
 
-    values: [N] in 0..1, each prompt's mean reward or pass@k. The generator is seeded, so the result is reproducible.
-    The percentiles are widened for small N as Student's t widens the normal (the expanded percentile interval:
-    Hesterberg 2015, arXiv 1411.5279). Where all values are the same a bootstrap sees no spread: the interval is then
-    the exact binomial one over prompts (Clopper and Pearson). N = 1 gives (0, 1).
+    values: [N] each prompt's mean reward or pass@k. The generator is seeded, so the result is reproducible. The
+    percentiles are widened for small N as Student's t widens the normal (the expanded percentile interval: Hesterberg
+    2015, arXiv 1411.5279). scale: the least and the largest that a value can be; where values lie beyond, it reaches to
+    them. Where all values are the same a bootstrap sees no spread: the interval is then the exact binomial one over
+    prompts (Clopper and Pearson), of the share that the value is of the scale. N = 1 gives the scale.
     """
     values = np.asarray(values, float)
     number, tail = len(values), (1 - confidence) / 2
+    least, most = min(scale[0], values.min()), max(scale[1], values.max())
     if number < 2:
-        return 0.0, 1.0
+        return float(least), float(most)
     if np.all(values == values[0]):
-        right, wrong = number * values[0], number * (1 - values[0])
+        share = (values[0] - least) / (most - least)
+        right, wrong = number * share, number * (1 - share)
         low = stats.beta.ppf(tail, right, wrong + 1) if right else 0.0
         high = stats.beta.ppf(1 - tail, right + 1, wrong) if wrong else 1.0
-        return float(low), float(high)
+        return float(least + (most - least) * low), float(least + (most - least) * high)
     times = np.random.default_rng(0).multinomial(number, np.full(number, 1 / number), size=draws)
     tail = stats.norm.cdf(np.sqrt(number / (number - 1)) * stats.t.ppf(tail, number - 1))
     low, high = np.quantile(times @ values / number, [tail, 1 - tail])

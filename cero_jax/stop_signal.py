@@ -26,7 +26,7 @@ class StopSignal:
     def __init__(self):
         self.number = 0  # of the signal that came; 0: none
         self._heard = 0
-        self._before = {number: signal.getsignal(number) for number in STOPPING}
+        self._before = {int(number): signal.getsignal(number) for number in STOPPING}
         self._give_back = _listen(STOPPING, self._on_signal, self._note)
 
     def close(self) -> None:

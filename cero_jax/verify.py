@@ -1,13 +1,16 @@
 """Rollouts read as text and judged by the task's verifier, in training while the rest are still being drawn."""
 
+import logging
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from cero_jax.data import Prompts, Task
-from cero_jax.rewards import TOO_LONG, Verdict, VerifyMany, one_by_one, verdict
+from cero_jax.rewards import ERROR, TIMED_OUT, TOO_LONG, UNJUDGED, Verdict, verdict
 from cero_jax.sampler import Rollouts, SamplingBatch
 
 PADDING = Verdict(0.0, "")
@@ -18,11 +21,13 @@ class Verified(NamedTuple):
 
     completions: list[str]  # [R] text, "" for padding
     verdicts: list[Verdict]  # [R]; reward 0 and status "" for padding
-    reward: np.ndarray  # [R] float32
+    reward: np.ndarray  # [R] float32, as the verifier gave it
 
 
 def verify(task: Task, prompts: Prompts, prompt_ids: np.ndarray, rollouts: Rollouts, row_mask: np.ndarray) -> Verified:
     """Read and judge each row. One that was cut before its end is "too long", unread; padding is not judged.
+
+    What a verifier does wrong is a verdict, "error".
 
     Args:
       task: whose tokenizer reads and whose verifier judges.
@@ -32,8 +37,10 @@ def verify(task: Task, prompts: Prompts, prompt_ids: np.ndarray, rollouts: Rollo
       row_mask: [R] bool, False for padding.
 
     Raises:
-      ValueError where the verifier gives anything but a finite reward or a Verdict, or the task has none or two.
+      FloatingPointError where a row was drawn from a policy that is not a number.
+      ValueError where the task has no verifier, or two.
     """
+    _check_numbers(rollouts.log_probs[row_mask])
     completions = [
         task.tokenizer.decode(tokens[:length].tolist()) if real else ""
         for tokens, length, real in zip(rollouts.tokens, rollouts.lengths, row_mask, strict=True)
@@ -42,25 +49,89 @@ def verify(task: Task, prompts: Prompts, prompt_ids: np.ndarray, rollouts: Rollo
     verdicts = [Verdict(0.0, TOO_LONG) if real else PADDING for real in row_mask]
     rows = np.flatnonzero(row_mask & ~cut).tolist()
     asked = [(prompts.questions[i], completions[row], prompts.answers[i]) for row in rows for i in [prompt_ids[row]]]
-    for row, found in zip(rows, _verify_many(task)(asked), strict=True):
-        try:
-            verdicts[row] = verdict(found)
-        except ValueError as error:
-            raise ValueError(f"the verifier on prompt {prompt_ids[row]}: {error}") from None
-        if not np.isfinite(verdicts[row].reward):
-            raise ValueError(
-                f"the verifier gave {verdicts[row].reward} to prompt {prompt_ids[row]}: a reward must be finite"
-            )
+    for row, found in zip(rows, judge(task, asked), strict=True):
+        verdicts[row] = found
     return Verified(completions, verdicts, np.array([each.reward for each in verdicts], np.float32))
 
 
-def _verify_many(task: Task) -> VerifyMany:
-    """The task's verifier, of many completions. Raises ValueError where the task has none, or two."""
-    if task.verify is not None and task.verify_many is None:
-        return one_by_one(task.verify)
-    if task.verify is None and task.verify_many is not None:
-        return task.verify_many
-    raise ValueError("a task has either `verify` or `verify_many`: give one of them, and None for the other")
+def _check_numbers(log_probs: np.ndarray) -> None:
+    """Raise FloatingPointError where a log-probability of a drawn row [n, T] is NaN or infinite."""
+    bad = int((~np.isfinite(log_probs)).any(axis=1).sum())
+    if bad:
+        raise FloatingPointError(
+            f"the policy is not a number: of {len(log_probs)} completions that were drawn, {bad} have a "
+            "log-probability that is NaN or infinite. Its parameters are broken, or too large to compute with: give "
+            "other weights or a lower learner.learning_rate; a run goes on from an older checkpoint once the newest in "
+            "its checkpoints/ is moved away"
+        )
+
+
+def judge(task: Task, asked: Sequence[tuple[str, str, str]]) -> list[Verdict]:
+    """The task's verdicts on (question, completion, answer) each: "error" where its verifier raises or gives no reward.
+
+    Raises ValueError where the task has no verifier, or two.
+    """
+    one, many = task.verify, task.verify_many
+    if one is not None and many is None:
+        return [_guarded(partial(one, *each)) for each in asked]
+    if one is not None or many is None:
+        raise ValueError("a task has either `verify` or `verify_many`: give one of them, and None for the other")
+    try:
+        found = list(many(asked))
+        if len(found) != len(asked):
+            raise ValueError(f"verify_many gave {len(found)} results for {len(asked)} completions")
+    except Exception as error:
+        return [_failed(error)] * len(asked)
+    return [_guarded(partial(verdict, each)) for each in found]
+
+
+def _guarded(give: Callable[[], float | Verdict]) -> Verdict:
+    """The Verdict on what `give` returns; "error" where it raises, or that is no reward."""
+    try:
+        return verdict(give())
+    except Exception as error:  # whatever a user's function raises
+        return _failed(error)
+
+
+def _failed(error: Exception) -> Verdict:
+    return Verdict(0.0, ERROR, f"{type(error).__name__}: {error}"[:500])
+
+
+def probe(task: Task) -> None:
+    """Ask the task's verifier once, of the first prompt with its gold answer as the completion.
+
+    Raises ValueError where that fails, before anything is drawn. A verifier that times out is only warned of: the first
+    call may be slow.
+    """
+    question, answer = task.train.questions[0], task.train.answers[0]
+    (found,) = judge(task, [(question, answer, answer)])
+    if found.status == ERROR:
+        raise ValueError(
+            f"the verifier fails on training prompt 0, asked of its gold answer {answer[-60:]!r}: {found.extracted}: "
+            "mend it, or the data"
+        )
+    if found.status == TIMED_OUT:
+        _log.warning("the verifier timed out (%s) on its first call: raise its time limit if it goes on so",
+                     found.extracted)  # fmt: skip
+
+
+def is_judged(verdicts: Sequence[Verdict]) -> np.ndarray:
+    """[R] bool: rows of which the verdict says something; not those that timed out or failed, nor padding."""
+    return np.array([each.status not in ("", *UNJUDGED) for each in verdicts])
+
+
+def on_scale(reward: np.ndarray, verdicts: Sequence[Verdict], lowest: float) -> np.ndarray:
+    """[R] float32 rewards in which what was too long or not judged has the lowest of the scale.
+
+    That is `lowest`, or the lowest reward of the other rows here where that is lower: a wrong answer is never worse
+    than none. reward: [R] float32; padding keeps its 0.
+    """
+    failed = np.array([each.status in (TOO_LONG, *UNJUDGED) for each in verdicts])
+    real = np.array([each.status != "" for each in verdicts])
+    return np.where(failed, min([lowest, *reward[real & ~failed].tolist()]), reward).astype(np.float32)
+
+
+_log = logging.getLogger("cero_jax")
 
 
 class Verification:

@@ -28,13 +28,12 @@ from cero_jax.data import Task, encode_prompts
 from cero_jax.learner import (
     Batch,
     LearnerConfig,
-    Stepper,
-    TrainState,
     completion_log_probs,
-    make_stepper,
+    make_optimizer,
     token_mask,
 )
 from cero_jax.model import ModelConfig, Params
+from cero_jax.optimizer import Stepper, TrainState, make_stepper
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def warm_start(
         raise ValueError(
             f"warm_start.rows_per_step={config.rows_per_step} must be a multiple of data x fsdp = {shards}"
         )
-    stepper = make_stepper(model_config, vocab_size, LearnerConfig(weight_decay=0.0), mesh)
+    stepper = make_stepper(model_config, vocab_size, make_optimizer(LearnerConfig(weight_decay=0.0)), mesh)
     init = jax.jit(lambda: model.init_params(model_config, vocab_size, seed), out_shardings=stepper.shardings.params)
     if config.num_steps == 0:
         return init()
@@ -155,10 +154,16 @@ def _imitate(
     config: WarmStartConfig, step: SupervisedStep, state: TrainState, task: Task, seed: int, max_tokens: int
 ) -> Params:
     rng = np.random.default_rng((seed, 0x5EED))  # a stream of its own, apart from the task's data
+    loss = jnp.float32(0)
     progress = tqdm(range(config.num_steps), desc="warm start", unit="step", mininterval=1.0)
     for number in progress:
         rate = np.float32(config.learning_rate * (1 - number / config.num_steps))
         state, loss = step(state, demonstration_batch(task, rng, config.rows_per_step, max_tokens), rate)
         if number % 50 == 49:  # reading the loss waits for the step, so not at each
             progress.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
+    if not np.isfinite(loss):  # before it is cached: a parameter that is no number makes every later loss none
+        raise ValueError(
+            f"the warm start's loss is {float(loss)} after {config.num_steps} steps: lower warm_start.learning_rate="
+            f"{config.learning_rate}"
+        )
     return state.params

@@ -45,7 +45,11 @@ def with_allocator(**changes):
         ({"mesh": MeshConfig(data=4, tensor=2), "sampler": SamplerConfig(slots=6)}, r"slots=6 must be multiples"),
         ({"model": ModelConfig(max_positions=30)}, r"exceed the model's context of 30 tokens: lower task."),
         (with_allocator(num_epochs=0), r"allocator.num_epochs=0 must be at least 1"),
-        ({"success_threshold": 2.0}, r"success_threshold=2.0 must lie in"),
+        ({"success_threshold": 0.0}, r"success_threshold=0.0 must be above lowest_reward=0.0"),
+        ({"success_threshold": float("nan")}, r"success_threshold=nan must be above lowest_reward=0.0"),
+        ({"lowest_reward": 1.0}, r"success_threshold=0.5 must be above lowest_reward=1.0"),
+        ({"lowest_reward": float("-inf")}, r"lowest_reward=-inf, both within 1e\+12 of 0"),
+        ({"max_unjudged_steps": 0}, r"max_unjudged_steps=0 must be at least 1"),
         ({"task": Dataset(path="nowhere.jsonl")}, r"nowhere.jsonl"),
         (with_allocator(min_group=1), r"min_group=1"),
         (

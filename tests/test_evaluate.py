@@ -143,6 +143,46 @@ def test_each_status_of_a_pool_and_a_cut_completion_is_counted():
     json.dumps(result.metrics())
 
 
+@pytest.mark.parametrize("lowest", [0.0, -1.0])
+@pytest.mark.parametrize(
+    ("right", "wrong", "line"),
+    [
+        (1, -1, "avg@3 -0.3333 (-1 to "),  # 9 of 15 are right, of which 4 are cut
+        (-1, -1, "avg@3    -1 (-1 to 0.04365)"),  # five prompts all wrong: 1 - 0.025^(1/5) of the scale, from -1 to 1
+        (10, 0, "avg@3 3.333 (0 to "),
+    ],
+)
+def test_a_table_holds_on_any_scale_and_what_was_cut_is_no_better_than_wrong(right, wrong, line, lowest):
+    def sample(params, seed, step, batch):  # the first sample of each is cut
+        rollouts = stub_sampler([])(params, seed, step, batch)
+        return rollouts._replace(truncated=batch.row_mask & (batch.rollout_index == 0))
+
+    judge = lambda q, c, a: float(right if verify_table(q, c, a) else wrong)  # noqa: E731
+    result = evaluate(sample, None, make_task(judge), EvaluationConfig(samples=3), 0, lowest_reward=lowest)
+    rewards = np.array([each["reward"] for each in result.samples]).reshape(5, 3)
+    floor = min(wrong, lowest)
+    np.testing.assert_array_equal(rewards[:, 0], floor)
+    assert rewards.min() == floor
+    assert result.accuracy == pytest.approx(rewards.mean())
+    score = result.scores["all"]
+    assert floor <= score.low <= score.accuracy <= score.high <= max(right, 1)
+    table = scores_table(result.scores)
+    assert "nan" not in table
+    if wrong < 0 or lowest == 0:
+        assert line in table.splitlines()[0]
+    assert ("scale" in result.metrics()["scores"]["all"]) == (score.scale != (0, 1))
+    json.dumps(result.metrics(), allow_nan=False)
+
+
+def test_a_policy_that_is_not_a_number_is_not_measured():
+    def sample(params, seed, step, batch):
+        rollouts = stub_sampler([])(params, seed, step, batch)
+        return rollouts._replace(log_probs=np.full_like(rollouts.log_probs, np.nan))
+
+    with pytest.raises(FloatingPointError, match="the policy is not a number: of 15 completions"):
+        evaluate(sample, None, make_task(verify_table), EvaluationConfig(samples=3), 0)
+
+
 def test_samples_are_written_a_line_each(tmp_path):
     samples = evaluate(stub_sampler([]), None, make_task(verify_table), EvaluationConfig(samples=2), 0).samples
     write_samples(tmp_path / "samples.jsonl", samples)

@@ -330,3 +330,15 @@ def test_padding_with_absurd_log_probs_does_not_leak(which, absurd):
     assert metrics == want_metrics
     np.testing.assert_array_equal(gradient, want_gradient)
     assert (np.asarray(gradient)[np.asarray(weights) == 0] == 0).all()
+
+
+def test_a_reward_that_is_no_verdict_makes_no_group_live():
+    """Groups 1 1 (0) | 1 0 (0) | (0) (0), those in brackets not judged: only the second has two rewards."""
+    reward = np.float32([1, 1, 0, 1, 0, 0, 0, 0])
+    groups, mask = np.int32([0, 0, 0, 1, 1, 1, 2, 2]), np.ones(8, bool)
+    judged = np.array([1, 1, 0, 1, 1, 0, 0, 0], bool)
+    got = grpo.advantages(reward, groups, mask, num_groups=8, kind="dr_grpo", judged=judged)
+    np.testing.assert_allclose(got, [0, 0, 0, 2 / 3, -1 / 3, -1 / 3, 0, 0], rtol=1e-6)
+    everything = grpo.advantages(reward, groups, mask, num_groups=8, kind="dr_grpo", judged=mask)
+    np.testing.assert_array_equal(everything, grpo.advantages(reward, groups, mask, num_groups=8, kind="dr_grpo"))
+    assert np.asarray(everything)[:3].any()

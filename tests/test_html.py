@@ -78,7 +78,7 @@ def test_the_replayed_posterior_is_the_allocators(run):
     assert [sum(v.rollouts for v in each) for each in visits] == state.cumulative_rollouts.tolist()
     assert visits[N - 1] == []
     for each in visits[:-1]:
-        assert all(v.timed_out >= 0 and v.correct <= v.rollouts - v.timed_out for v in each)
+        assert all(v.unjudged >= 0 and v.correct <= v.rollouts - v.unjudged for v in each)
         assert [v.spent for v in each] == sorted(v.spent for v in each)
 
 

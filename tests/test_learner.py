@@ -271,6 +271,24 @@ def test_steps_equal_adam_by_hand_whatever_was_left_out_and_compile_at_the_first
         )  # fmt: skip
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), state.params, want)
         assert int(state.step) == step
+        assert not metrics["skipped"]
+    moves_nothing_where_the_gradient_is_no_number(learner, state)
+
+
+def moves_nothing_where_the_gradient_is_no_number(learner, state):
+    """An importance ratio overflows in one row: not a bit changes, and the next step is as if that had not been."""
+    batch, live = make_batch(), live_in(make_batch())
+    far = np.where(np.arange(ROWS)[:, None] == 1, -1e4, batch.log_probs).astype(np.float32)
+
+    def step(state, batch):
+        of_rows = learner.advantages(batch)
+        return learner.step(jax.tree.map(jnp.copy, state), Fixed({}, None), batch, of_rows, np.float32(1e-2), live)
+
+    kept, metrics = step(state, batch._replace(log_probs=far))
+    assert bool(metrics["skipped"])
+    assert not np.isfinite(float(metrics["loss"]) + float(metrics["grad_norm"]))
+    jax.tree.map(np.testing.assert_array_equal, kept, state)
+    jax.tree.map(np.testing.assert_array_equal, step(kept, batch)[0], step(state, batch)[0])
 
 
 def test_with_a_kl_term_no_row_is_left_out():
@@ -302,6 +320,13 @@ def test_a_step_by_the_posterior_s_advantages_is_the_gradient_of_the_whole(kind)
     sure = batch._replace(reward=np.zeros(ROWS, np.float32), alpha=np.full(ROWS, 1e-4, np.float32))
     left = rows_with_gradient(sure, step_advantages(sure, config), config)
     assert not left.any() if kind == "posterior" else left.sum() < 8
+
+
+def test_the_posterior_s_advantages_take_rewards_beyond_0_and_1_for_those():
+    config, batch = dataclasses.replace(PLAIN, advantage="posterior"), by_posterior()
+    want = step_advantages(batch, config).advantage
+    assert len(set(want.tolist())) > 2
+    np.testing.assert_array_equal(step_advantages(by_posterior(reward=2 * batch.reward - 1), config).advantage, want)
 
 
 # --- settings ---

@@ -51,7 +51,7 @@ def test_rewards_keep_their_order(pool):
         ("die", ERROR, "the worker died: exit code -9"),
         ("leave", ERROR, "SystemExit: 0"),
         ("quit", ERROR, "the worker died: exit code 3"),
-        ("nan", ERROR, "it gave nan: a reward must be finite"),
+        ("nan", ERROR, "ValueError: it gave nan: a reward must be finite"),
         ("text", ERROR, "ValueError: it gave 'right': give a number"),
         ("none", ERROR, "ValueError: it gave None: give a number"),
         ("list", ERROR, "ValueError: it gave [1.0]: give a number"),

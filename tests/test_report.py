@@ -191,3 +191,20 @@ def test_a_broken_run_is_named(make_run, tmp_path, change, message):
         picture.draw_report([run], tmp_path / "report.png")
     assert str(run) in str(caught.value)
     assert not (tmp_path / "report.png").exists()
+
+
+def test_a_picture_shows_rewards_of_any_scale(make_run, tmp_path, monkeypatch):
+    """Of -1 to 1 or in thousands: the axis holds all of the curve, in plain numbers."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
+    for scores in ((-0.8, 0.4), (200.0, 3000.0), (0.2, 0.6)):
+        evals = [eval_row(0, 0, scores[0]), eval_row(3, 24, scores[1])]
+        picture.draw_report([make_run([evals[0], *ROWS[1:-1], evals[1]])], tmp_path / "x.png")
+        axes = drawn[-1].subfigs[0].axes[0]
+        low, high = axes.get_ylim()
+        assert low <= min(scores) < max(scores) <= high
+        (legend,) = (text.get_text() for text in axes.get_legend().get_texts())
+        shown = {0.4: "0.4", 3000.0: "3e+03", 0.6: "60 %"}[scores[1]]
+        assert legend.endswith(f": {shown} at the end")

@@ -9,10 +9,10 @@ import pytest
 import cero_jax
 from cero_jax import grpo
 from cero_jax.data import Prompts, Task, encode_prompts
-from cero_jax.dynamic_sampling import Collector, pack_live
+from cero_jax.dynamic_sampling import collect, nothing_held, pack_live
 from cero_jax.learner import Batch, live_rows
 from cero_jax.packing import plan
-from cero_jax.rewards import TIMED_OUT, Verdict
+from cero_jax.rewards import ERROR, TIMED_OUT, TOO_LONG, Verdict
 from cero_jax.rollout import (
     Beliefs,
     observed_tokens,
@@ -25,7 +25,7 @@ from cero_jax.rollout import (
 )
 from cero_jax.sampler import Rollouts
 from cero_jax.tokenizer import AlphabetTokenizer
-from cero_jax.verify import Verification, verify
+from cero_jax.verify import Verification, judge, on_scale, probe, verify
 
 TOKENIZER = AlphabetTokenizer("abcx")
 QUESTIONS, ANSWERS = ("a", "bc", "cab"), ("1", "2", "3")
@@ -61,10 +61,10 @@ REWARD = {"a": 1.0, "b": 0.5, "c": 0.49, "x": 0.0, "aab": 1.0}
 ROLLOUTS = make_rollouts(TEXTS, cut=(3,))
 
 
-def scored_by(verifier, truncated="wrong", threshold=0.5, beliefs=None):
+def scored_by(verifier, truncated="wrong", threshold=0.5, beliefs=None, lowest=0.0):
     task, rows = make_task(verifier), make_rows()
     verified = verify(task, task.train, rows.prompt_ids, ROLLOUTS, rows.row_mask)
-    (step,) = score_steps(task.train, [rows], ROLLOUTS, verified, 0.0, [beliefs], truncated, threshold)
+    (step,) = score_steps(task.train, [rows], ROLLOUTS, verified, 0.0, [beliefs], truncated, threshold, lowest)
     return step
 
 
@@ -233,16 +233,115 @@ def test_the_batch_pairs_each_completion_with_its_prompt():
     np.testing.assert_array_equal(batch.row_weight, 1)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_reward_that_is_not_finite_is_refused_with_its_prompt(bad):
-    with pytest.raises(ValueError, match=f"the verifier gave {bad} to prompt 0: a reward must be finite"):
-        scored_by(lambda q, c, a: bad if q == "a" else 1.0)
+@pytest.mark.parametrize(
+    ("odd", "why"),
+    [
+        (float("nan"), "ValueError: it gave nan: a reward must be finite"),
+        (float("-inf"), "ValueError: it gave -inf: a reward must be finite"),
+        (1e300, "ValueError: it gave 1e+300: a reward must lie within -1e+12 and 1e+12"),
+        (-3.5e38, "ValueError: it gave -3.5e+38: a reward must lie within"),  # finite in float64, not in float32
+        (10**400, "ValueError: it gave 1000"),
+        (Verdict(1e300, "right"), "ValueError: it gave 1e+300: a reward must lie"),
+        (Verdict(float("nan"), "wrong"), "ValueError: it gave nan: a"),
+        (Verdict(None, "right"), "ValueError: it gave Verdict(reward=None"),
+        (Verdict(1.0, "fine"), "ValueError: it gave Verdict(reward=1.0, status='fine'"),
+        (None, "ValueError: it gave None: give a number, or a Verdict whose status is one of 'right', "),
+        ("right", "ValueError: it gave 'right': give a number"),
+        (ZeroDivisionError("of mine"), "ZeroDivisionError: of mine"),
+    ],
+    ids=lambda x: str(x)[:20],
+)
+def test_what_is_no_reward_is_an_error_and_no_evidence_and_the_other_rows_stand(odd, why):
+    """Of prompt 0, rows 4 to 6; whether the verifier is asked one by one or for many at once."""
+
+    def one(question, completion, answer):
+        if question == "a" and isinstance(odd, Exception):
+            raise odd
+        return odd if question == "a" else REWARD[completion]
+
+    step = scored_by(one)
+    assert [each.status for each in step.verdicts[4:7]] == [ERROR] * 3
+    assert step.verdicts[4].extracted.startswith(why)
+    np.testing.assert_array_equal(step.batch.reward, np.float32([1, 0.5, 0.49, 0, 0, 0, 0, 0]))
+    np.testing.assert_array_equal(step.num_evidence, [4, 0])
+    np.testing.assert_array_equal(step.batch.judged, np.arange(ROWS) < 4)
+    np.testing.assert_array_equal(live_rows(step.batch), np.arange(ROWS) < 4)
+    if not isinstance(odd, Exception):
+        many = make_task(None)._replace(verify_many=lambda asked: [one(*each) for each in asked])
+        asked = [("cab", "a", "3"), ("a", "b", "1")]
+        assert judge(many, asked) == judge(make_task(one), asked)
 
 
-@pytest.mark.parametrize("odd", [None, "right", Verdict(1.0, "fine")])
-def test_a_verifier_that_gives_no_number_is_refused_with_its_prompt(odd):
-    with pytest.raises(ValueError, match=r"the verifier on prompt 0: it gave .*: give a number, or a Verdict whose"):
-        scored_by(lambda q, c, a: odd if q == "a" else 1.0)
+def test_a_verifier_of_many_that_raises_or_loses_count_is_an_error_of_each():
+    asked = [("a", "b", "1"), ("bc", "b", "2")]
+
+    def lost(asked):
+        raise ConnectionError("no server")
+
+    for many, why in ((lost, "ConnectionError: no server"), (lambda asked: [1.0], "gave 1 results for 2 completions")):
+        verdicts = judge(make_task(None)._replace(verify_many=many), asked)
+        assert [each.status for each in verdicts] == [ERROR, ERROR]
+        assert why in verdicts[1].extracted
+
+
+def test_a_verifier_is_asked_once_before_any_work(caplog):
+    asked = []
+    probe(make_task(lambda *each: asked.append(each) or 0.0))
+    assert asked == [("a", "1", "1")]
+    with pytest.raises(ValueError, match=r"training prompt 0, asked of its gold answer '1': ValueError: it gave None"):
+        probe(make_task(lambda q, c, a: None))
+    with pytest.raises(ValueError, match=r"KeyError: 'a'.*: mend it, or the data"):
+        probe(make_task(lambda q, c, a: {}[q]))
+    probe(make_task(lambda q, c, a: Verdict(0.0, TIMED_OUT, "after 3 s")))
+    assert "timed out (after 3 s) on its first call" in caplog.text
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_policy_that_is_not_a_number_is_found_by_what_it_draws(bad):
+    task, rows = make_task(lambda q, c, a: 1.0), make_rows()
+    log_probs = ROLLOUTS.log_probs.copy()
+    log_probs[7] = bad  # padding: anything may stand there
+    verify(task, task.train, rows.prompt_ids, ROLLOUTS._replace(log_probs=log_probs), rows.row_mask)
+    log_probs[3, 2] = bad
+    with pytest.raises(FloatingPointError, match=r"the policy is not a number: of 7 completions .* 1 have"):
+        verify(task, task.train, rows.prompt_ids, ROLLOUTS._replace(log_probs=log_probs), rows.row_mask)
+
+
+SCALES = [  # rewards of rows 0 to 2 and 4 to 6, the lowest of the scale as configured; what rows 3 (cut), 5 then have
+    ([1, -1, 1, 1, None, -1], 0.0, -1.0),  # DAPO's, not said: the lowest that was given
+    ([1, -1, 1, 1, None, -1], -1.0, -1.0),
+    ([1, 1, 1, 1, None, 1], -1.0, -1.0),
+    ([1, 1, 1, 1, None, 1], 0.0, 0.0),
+    ([0.7, -0.2, 0.1, 1.3, None, -0.4], 0.0, -0.4),  # a weighted sum
+    ([7, 3, 10, 5, None, 9], 0.0, 0.0),
+    ([-1, -1, -1, -1, None, -1], 0.0, -1.0),
+]
+
+
+@pytest.mark.parametrize(("given", "lowest", "floor"), SCALES)
+def test_no_wrong_answer_is_worse_than_none_on_any_scale(given, lowest, floor):
+    """Row 3 is cut, row 5 fails: both have the lowest reward, and what failed makes no group live."""
+    rewards = iter(given)
+
+    def judge(question, completion, answer):
+        reward = next(rewards)
+        return Verdict(0.0, TIMED_OUT) if reward is None else reward
+
+    step = scored_by(judge, lowest=lowest)
+    reward = step.batch.reward
+    assert reward[3] == reward[5] == np.float32(floor) <= reward[:7].min()
+    np.testing.assert_array_equal(reward[[0, 1, 2, 4, 6]], np.float32([*given[:4], given[5]]))
+    want = [len({*given[:3], floor}) > 1] * 4 + [given[3] != given[5]] * 3 + [False]
+    np.testing.assert_array_equal(live_rows(step.batch), want)
+    advantage = np.asarray(grpo.advantages(reward, step.batch.group_ids, step.batch.row_mask, num_groups=2,
+                                           judged=step.batch.judged))  # fmt: skip
+    assert advantage[3] <= advantage[:3].min()
+    np.testing.assert_array_equal(advantage != 0, want)
+
+
+def test_a_completion_beyond_a_verifiers_bounds_has_the_lowest_reward_too():
+    verdicts = [Verdict(-1.0, "wrong"), Verdict(0.0, TOO_LONG), Verdict(0.0, ""), Verdict(1.0, "right")]
+    np.testing.assert_array_equal(on_scale(np.float32([-1, 0, 0, 1]), verdicts, -2.0), [-1, -2, 0, 1])
 
 
 def test_many_are_verified_at_once_and_a_task_has_one_verifier():
@@ -338,12 +437,18 @@ def test_a_step_is_full_only_where_no_group_fits_any_more():
     assert pack_live([batch(*live, *dead)], 5)[1]  # four places are too few for a group of five
     packed, full = pack_live([batch(*live, *dead), batch(*dead, *live)], 4)
     assert (packed.row_mask.sum(), full) == (8, True)
-    collector = Collector(min_group=4)
-    assert collector.add(batch(*live, *dead)) is None
-    assert len(collector.held) == 1
-    whole = collector.add(batch(*dead, *live))
+    first = batch(*live, *dead)._replace(judged=np.ones(8, bool))
+    held = nothing_held(8, WIDTH, LIMIT)
+    for got, given in zip(jax.tree.leaves(held), jax.tree.leaves(first), strict=True):
+        assert (got.shape, got.dtype) == (given.shape, given.dtype)
+    for _ in range(50):  # batches without a live group take no room
+        held, whole = collect(held, batch(*dead, *dead)._replace(judged=first.judged), 4)
+        assert (whole, held.row_mask.sum(), len(held.reward)) == (None, 0, 8)
+    held, whole = collect(held, first, 4)
+    assert (whole, held.row_mask.sum()) == (None, 4)
+    held, whole = collect(held, batch(*dead, *live)._replace(judged=first.judged), 4)
     np.testing.assert_array_equal(whole.reward, packed.reward)
-    assert collector.held == []
+    assert not held.row_mask.any()
 
 
 def allocation(cumulative, reserved=0):

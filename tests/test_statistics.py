@@ -72,3 +72,16 @@ def test_intervals_are_reproducible_and_narrow_with_more_prompts():
     assert bootstrap_interval(values) == bootstrap_interval(values)
     widths = [np.subtract(*bootstrap_interval(values[:n])[::-1]) for n in (25, 100, 400)]
     assert widths[0] > 1.6 * widths[1] > 1.6**2 * widths[2]
+
+
+def test_an_interval_holds_on_any_scale():
+    """What is so of shares is so of rewards of -1 and +1, or of 0 to 10, by the same linear map."""
+    rng = np.random.default_rng(5)
+    for low, high in ((-1.0, 1.0), (0.0, 10.0), (-1e6, 1e6), (-0.5, 0.25)):
+        for shares in (rng.random(20), np.zeros(30), np.ones(30), np.full(30, 0.5), np.array([0.3])):
+            want = low + (high - low) * np.array(bootstrap_interval(shares))
+            got = bootstrap_interval(low + (high - low) * shares, scale=(low, high))
+            np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-9 * (high - low))
+    # values beyond the scale: it reaches to them, and nothing is nan
+    assert bootstrap_interval(np.full(30, -100.0)) == (-100.0, pytest.approx(-100 + 101 * 0.11570, rel=1e-3))
+    assert bootstrap_interval(np.array([7.0])) == (0.0, 7.0)

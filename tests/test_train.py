@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import train
 from cero_jax import evaluate
 from cero_jax import run as runs
 from cero_jax.allocator.base import AllocatorState
-from cero_jax.dynamic_sampling import Collector
+from cero_jax.checkpoint import is_key
 from cero_jax.learner import LearnerConfig
 from cero_jax.report.read_run import read_run
 from cero_jax.report.summary import summarise
@@ -36,20 +37,10 @@ def settled(config) -> AllocatorState:
     return state.allocator
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"allocator.name": "uniform"},
-        {"allocator.name": "cero_dual"},
-        {"dynamic_sampling": True, "allocator.name": "uniform"},
-        {"learner.steps_per_batch": 2, "learner.kl_coef": 0.1, "truncated": "mask"},
-        {"learner.advantage": "rloo", "learner.aggregation": "sequence", "learner.undo_visit_rate": True},
-        {"learner.advantage": "posterior", "learner.steps_per_batch": 2},
-        {"learner.advantage": "posterior_normalised", "learner.kl_coef": 0.1},
-    ],
-    ids=lambda changes: ",".join(changes),
-)
-def test_ledger_and_metrics_agree(folder, changes):
+DYNAMIC = {"dynamic_sampling": True, "allocator.name": "uniform"}
+
+
+def config_with(folder, changes):
     config = tiny_config(folder / str(abs(hash(str(changes)))))
     for path, value in changes.items():
         *piece, name = path.split(".")
@@ -58,6 +49,24 @@ def test_ledger_and_metrics_agree(folder, changes):
             config = dataclasses.replace(config, **{piece[0]: inner})
         else:
             config = dataclasses.replace(config, **{name: value})
+    return config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"allocator.name": "uniform"},
+        {"allocator.name": "cero_dual"},
+        DYNAMIC,
+        {"learner.steps_per_batch": 2, "learner.kl_coef": 0.1, "truncated": "mask"},
+        {"learner.advantage": "rloo", "learner.aggregation": "sequence", "learner.undo_visit_rate": True},
+        {"learner.advantage": "posterior", "learner.steps_per_batch": 2},
+        {"learner.advantage": "posterior_normalised", "learner.kl_coef": 0.1},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_ledger_and_metrics_agree(folder, changes):
+    config = config_with(folder, changes)
     assert train.main(config) == 0
     rows = rows_of(config.run_dir)
     steps = [row for row in rows if row["kind"] == "step"]
@@ -108,7 +117,7 @@ def test_nothing_compiles_after_the_first_steps(folder):
     seen, stop = [], StopSignal()
     cursor = run.evaluate(state, cursor)
     for epoch in range(4):
-        state, cursor = train.train_epoch(run, state, cursor, stop, Collector(2))
+        state, cursor = train.train_epoch(run, state, cursor, stop)
         seen.append(np.asarray(state.num_rollouts).tolist())
         assert cursor.epoch == epoch + 1
         if epoch == 0:
@@ -156,7 +165,81 @@ def test_rows_of_a_file_through_the_same_loop_and_its_policy_measured_alone(fold
     assert "not the directory of a run" in capsys.readouterr().err
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(folder, monkeypatch):
+def test_dynamic_sampling_stops_while_it_waits_and_goes_on_to_the_bit(folder, monkeypatch):
+    """SIGTERM while live groups wait for others: they are in the checkpoint."""
+    config = config_with(folder, DYNAMIC)
+    if not (config.run_dir / "report.png").exists():  # of the test of its ledger
+        assert train.main(config) == 0
+    cut = dataclasses.replace(config, work_dir=str(folder / "cut"))
+    collect, waiting = train.collect, []
+
+    def collecting(*args):
+        held, full = collect(*args)
+        if held.row_mask.any() and not waiting:
+            waiting.append(held)
+            signal.raise_signal(signal.SIGTERM)
+        return held, full
+
+    def starting(config):
+        run, state, cursor = runs.start(config)
+        waiting.append(state.held)
+        return run, state, cursor
+
+    monkeypatch.setattr(train, "collect", collecting)
+    assert train.main(cut) == 143
+    monkeypatch.setattr(train, "start", starting)
+    assert train.main(cut) == 0
+    jax.tree.map(np.testing.assert_array_equal, *waiting)
+    assert (cut.run_dir / "metrics.jsonl").read_bytes() == (config.run_dir / "metrics.jsonl").read_bytes()
+
+
+def test_what_cannot_be_learned_from_stops_the_run_saved_and_the_same_command_goes_on(folder, monkeypatch, capfd):
+    """First a verifier that fails, then importance ratios that overflow; then both are mended."""
+    config = config_with(folder, {"allocator.total_budget": 120, "allocator.num_epochs": 3, "max_unjudged_steps": 2,
+                                  "learner.max_skipped_steps": 2})  # fmt: skip
+    draw, scored, finish, ends = train.draw, train.verify, runs.Run.finish, []
+
+    def failing(run, *args):
+        return draw(run._replace(task=run.task._replace(verify=lambda *asked: 1 / 0)), *args)
+
+    def overflowing(*args):
+        return [
+            each._replace(batch=each.batch._replace(log_probs=each.batch.log_probs - 1e4)) for each in scored(*args)
+        ]
+
+    def finishing(run, state, *args):
+        ends.append(jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), state))
+        return finish(run, state, *args)
+
+    monkeypatch.setattr(runs.Run, "finish", finishing)
+    with monkeypatch.context() as broken:
+        broken.setattr(train, "draw", failing)
+        assert train.main(config) == 1
+    printed = capfd.readouterr()
+    assert "ZeroDivisionError: division by zero. They are charged and no evidence" in printed.err
+    assert "stopped and saved after 32 rollouts; the verifier judged no rollout of 2 steps in a row" in printed.out
+    assert ends[0].allocator.alpha.sum() + ends[0].allocator.beta.sum() < 2 * 24 * 0.5 + 32  # cut ones are failures
+
+    with monkeypatch.context() as broken:
+        broken.setattr(train, "verify", overflowing)
+        assert train.main(config) == 1
+    printed = capfd.readouterr()
+    assert "the gradient is not a number: the step is left out, 2 in a row" in printed.err
+    assert "the gradient was not a number 2 times in a row (learner.max_skipped_steps)" in printed.out
+    jax.tree.map(np.testing.assert_array_equal, ends[1].policy, ends[0].policy)
+
+    assert train.main(config) == 0
+    rows = [row for row in rows_of(config.run_dir) if row["kind"] == "step"]
+    assert rows[-1]["spent"] == 120
+    assert [row["skipped_steps"] for row in rows if "skipped_steps" in row] == [1, 2]
+    assert all("loss" not in row for row in rows if "skipped_steps" in row)
+    assert rows[0]["status"]["error"] > 0
+    assert sum(rows[0]["num_evidence"]) == rows[0]["status"]["too long"]
+    assert rows[-1]["optimizer_steps"] == sum("loss" in row for row in rows) > 0
+
+
+def test_a_policy_that_is_not_a_number_is_said_and_not_saved(folder):
     config = tiny_config(folder / "nan", learner=LearnerConfig(rows_per_step=16, learning_rate=1e38))
-    with pytest.raises(FloatingPointError, match=r"step \d+: .*lower learner.learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"the policy is not a number: .* lower learner.learning_rate"):
         train.main(config)
+    assert not any((config.run_dir / "checkpoints").iterdir())

@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from test_learner import CONFIG, LIMIT, PLAIN, VOCAB, drawn, log_probs_of, make_batch, one_device, params
 
-from cero_jax.learner import make_stepper
-from cero_jax.warm_start import WarmStartConfig, make_supervised_step
+from cero_jax.learner import make_optimizer
+from cero_jax.optimizer import make_stepper
+from cero_jax.tasks.chain_sum import ChainSum
+from cero_jax.warm_start import WarmStartConfig, _imitate, make_supervised_step
 
 
 def test_supervised_steps_lower_the_mean_negative_log_likelihood():
     batch = make_batch()
-    stepper = make_stepper(CONFIG, VOCAB, PLAIN, one_device())
+    stepper = make_stepper(CONFIG, VOCAB, make_optimizer(PLAIN), one_device())
     step = make_supervised_step(CONFIG, stepper, one_device())
     state = stepper.init(jax.tree.map(jnp.copy, params()))
     log_probs = log_probs_of(params(), CONFIG, batch, temperature=1.0, chunk=LIMIT)
@@ -23,6 +25,13 @@ def test_supervised_steps_lower_the_mean_negative_log_likelihood():
     assert losses[0] == pytest.approx(-np.asarray(log_probs, np.float64)[drawn(batch)].mean(), rel=1e-4)
     assert losses[-1] < 0.5 * losses[0]
     assert step._cache_size() == 1
+
+
+def test_a_loss_that_is_no_number_is_refused_before_it_is_cached():
+    task, config = ChainSum(num_prompts=8, num_heldout=4).build(0), WarmStartConfig(num_steps=2, rows_per_step=4)
+    step = lambda state, batch, rate: (state, jnp.float32(np.nan))  # noqa: E731
+    with pytest.raises(ValueError, match=r"loss is nan after 2 steps: lower warm_start.learning_rate=0.001"):
+        _imitate(config, step, None, task, seed=0, max_tokens=25)
 
 
 @pytest.mark.parametrize("changes", [{"num_steps": -1}, {"rows_per_step": 0}, {"learning_rate": 0.0}])

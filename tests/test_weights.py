@@ -307,3 +307,19 @@ def test_the_folder_sets_the_shape_and_the_run_the_dtypes_and_remat(tmp_path):
 def test_a_folder_that_does_not_fit_the_run_is_refused(tmp_path, changes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         runs.start(folder_config(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_refused_by_name(bad, tmp_path):
+    folder = copy_of("qwen2", tmp_path)
+    tensors = tensors_of(folder)
+    names = ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+    for name in names:
+        tensors[name] = tensors[name].copy()
+        tensors[name].ravel()[-1] = bad
+    for path in folder.glob("*.safetensors"):
+        save_file({name: tensors[name] for name in load_file(path)}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="NaN or infinity in 2 of its tensors: ") as caught:
+        weights.load(folder, one_device())
+    assert all(name in str(caught.value) for name in names)
+    assert "layers.0" not in str(caught.value)

@@ -104,6 +104,7 @@ def load(
         tensors = _open(Path(folder), files)
         _check(Path(folder), tensors, jax.tree.leaves(layout, is_leaf=_is_stored), config)
         params = jax.tree.map(partial(_load_one, tensors), layout, shapes, shardings, is_leaf=_is_stored)
+    _check_numbers(Path(folder), layout, params)
     return config, params
 
 
@@ -154,6 +155,28 @@ def _check(folder: Path, tensors: dict[str, Any], layout: list[Stored], config: 
             f"{folder}: the tensors are not those that config.json describes; {'; '.join(listed)}: is the download "
             "complete, and is config.json this model's own?"
         )
+
+
+def _check_numbers(folder: Path, layout: Any, params: Params) -> None:
+    """Raise ValueError, naming the tensors, where one holds a NaN or an infinity."""
+    finite = jax.device_get(_finite(params))
+    found = zip(jax.tree.leaves(layout, is_leaf=_is_stored), jax.tree.leaves(finite), strict=True)
+    bad = [name for stored, fine in found for name, ok in zip(stored.names, np.atleast_1d(fine), strict=True) if not ok]
+    if bad:
+        raise ValueError(
+            f"{folder}: NaN or infinity in {len(bad)} of its tensors: {', '.join(bad[:8])}"
+            f"{', ...' if len(bad) > 8 else ''}: the weights are broken: download them again, or take others"
+        )
+
+
+@jax.jit
+def _finite(params: Params) -> Params:
+    """Whether each parameter is finite: [L] bool of those that have layers, [] of the others."""
+
+    def one(path: tuple, leaf: Array) -> Array:
+        return jnp.isfinite(leaf).all(axis=tuple(range(path[0].key == "layers", leaf.ndim)))
+
+    return jax.tree_util.tree_map_with_path(one, params)
 
 
 def _load_one(tensors: dict[str, Any], stored: Stored, leaf: Any, where: NamedSharding) -> Array:

@@ -39,7 +39,7 @@ def page_data(run: RunLog) -> dict[str, Any]:
             "rollouts": sum(v.rollouts for v in visits[i]),
             "correct": sum(v.correct for v in visits[i]),
             "mean": round(float(posterior[0, i] / posterior[:, i].sum()), 4),
-            # epoch, spent, rollouts, right, timed out, success rate that the allocator expected, posterior mean after
+            # epoch, spent, rollouts, right, not judged, success rate that the allocator expected, posterior mean after
             "visits": [[*v[:5], round(mean(v.expected), 4), round(mean(v.after), 4)] for v in visits[i]],
             "samples": [
                 {key: _clip(each[key]) for key in ("spent", "status", "length", "extracted", "completion")}

@@ -1,6 +1,6 @@
 """One picture of one run or several: accuracy against rollouts spent, and where the rollouts went."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +26,15 @@ def draw_report(run_dirs: Sequence[Path | str], output_png: Path | str) -> None:
 
     curves, live = top.subplots(1, 2, width_ratios=[5, 3])
     colors = [COLORS[i % len(COLORS)] for i in range(len(groups))]
-    for (name, group), color in zip(groups.items(), colors, strict=True):
-        accuracy = accuracy_curve(group)
-        legend = f"{name}{f', {len(group)} seeds' if len(group) > 1 else ''}: {_percent(accuracy.mean[-1])} at the end"
+    measured = [accuracy_curve(group) for group in groups.values()]
+    figure_of = _percent if all(np.all((c.low >= 0) & (c.high <= 1)) for c in measured) else _plain
+    for (name, group), accuracy, color in zip(groups.items(), measured, colors, strict=True):
+        legend = f"{name}{f', {len(group)} seeds' if len(group) > 1 else ''}: {figure_of(accuracy.mean[-1])} at the end"
         _draw_curve(curves, accuracy, color, legend, marker="o" if len(accuracy.spent) <= 60 else None)
         _draw_curve(live, live_curve(group), color, name)
     band = " (shaded: lowest to highest seed)" if len(runs) > len(groups) else ""
-    _finish(curves, "Held-out accuracy" + band, "mean reward of held-out prompts")
-    _finish(live, "Rollouts that teach", "share of rows in groups with variance")
+    _finish(curves, "Held-out accuracy" + band, "mean reward of held-out prompts", figure_of)
+    _finish(live, "Rollouts that teach", "share of rows in groups with variance", _percent)
     curves.legend(frameon=False, loc="lower right")
 
     panels = np.ravel(below.subplots(map_rows, min(len(shown), 2), squeeze=False))
@@ -56,13 +57,14 @@ def _draw_curve(axes, curve: Curve, color: str, label: str, marker: str | None =
         axes.fill_between(curve.spent, curve.low, curve.high, color=color, alpha=0.18, linewidth=0)
 
 
-def _finish(axes, title: str, what: str) -> None:
+def _finish(axes, title: str, what: str, figure_of: Callable[[float, int | None], str]) -> None:
     axes.set(xlabel="rollouts spent", ylabel=what)
     axes.set_xlim(left=0)
-    axes.set_ylim(0, min(1.02, max(0.05, axes.get_ylim()[1])))
+    if figure_of is _percent:
+        axes.set_ylim(0, min(1.02, max(0.05, axes.get_ylim()[1])))
     axes.set_title(title, loc="left", fontsize=11)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_formatter(_percent)
+    axes.yaxis.set_major_formatter(figure_of)
     axes.grid(color="0.9")
     axes.spines[["top", "right"]].set_visible(False)
 
@@ -87,3 +89,9 @@ def _draw_allocation(axes, where: Allocation, scale: float):
 def _percent(share: float, position: int | None = None) -> str:
     del position  # matplotlib gives a tick's place as well
     return f"{100 * share:.0f} %"
+
+
+def _plain(reward: float, position: int | None = None) -> str:
+    """A reward on a scale other than 0 to 1."""
+    del position
+    return f"{reward:.3g}"

@@ -211,7 +211,7 @@ class EpochLog(NamedTuple):
     prompt_ids: np.ndarray  # [U] int, of the visits in order
     rollouts: np.ndarray  # [U] int
     correct: np.ndarray  # [U] int
-    evidence: np.ndarray  # [U] int, rollouts but those whose verification timed out
+    evidence: np.ndarray  # [U] int, rollouts but those whose verification timed out or failed
     spent: np.ndarray  # [U] int, rollouts of the run at the end of the visit's step
     after: np.ndarray  # [2, U] float64, the prompt's posterior then, under the configured prior
 
@@ -276,7 +276,7 @@ class Visit(NamedTuple):
     spent: int  # rollouts of the run, these included
     rollouts: int
     correct: int
-    timed_out: int  # rollouts that were charged and are no evidence
+    unjudged: int  # rollouts that were charged and are no evidence
     expected: tuple[float, float]
     after: tuple[float, float]
 
@@ -288,8 +288,8 @@ def replay(run: RunLog) -> tuple[list[list[Visit]], np.ndarray]:
     after, spent = np.repeat(prior, len(visits), axis=1), np.zeros(len(visits), int)  # a prompt's last visit
     for epoch in epochs(run):
         expected = epoch.fitted if run.config["allocator"]["name"] == "cero" else epoch.held
-        timed_out = epoch.rollouts - epoch.evidence
-        counts = np.stack([epoch.spent, epoch.rollouts, epoch.correct, timed_out], axis=1).tolist()
+        unjudged = epoch.rollouts - epoch.evidence
+        counts = np.stack([epoch.spent, epoch.rollouts, epoch.correct, unjudged], axis=1).tolist()
         pairs = expected.T.tolist(), epoch.after.T.tolist()
         for prompt, numbers, *pair in zip(epoch.prompt_ids.tolist(), counts, *pairs, strict=True):
             visits[prompt].append(Visit(epoch.number, *numbers, *map(tuple, pair)))
@@ -324,7 +324,7 @@ def prompt_history(run: RunLog, prompt: int, max_samples: int = 4) -> str:
         f"{'epoch':>6} {'spent':>10} {'rollouts':>9} {'right':>6} {'expected':>9} {'posterior after':>16}",
     ]
     for v in visits:
-        late = f"  {v.timed_out} timed out" if v.timed_out else ""
+        late = f"  {v.unjudged} not judged" if v.unjudged else ""
         lines.append(
             f"{v.epoch:>6} {v.spent:>10,} {v.rollouts:>9} {v.correct:>6} {mean(v.expected):>9.2f} "
             f"{mean(v.after):>8.2f} ± {deviation(v.after):.2f}{late}"

@@ -32,14 +32,14 @@ class Summary(NamedTuple):
 def summarise(run: RunLog) -> Summary:
     """The figures of a run, finished or not.
 
-    Raises ValueError where its config lacks what they follow from, or where every verification timed out.
+    Raises ValueError where its config lacks what they follow from, or where no rollout was judged.
     """
     rollouts = np.zeros(len(run.labels), int)
     for row in run.steps:
         rollouts[row["prompt_ids"]] += row["num_rollouts"]
     selection, groups = mechanism.observe(_as_groups(epoch) for epoch in epochs(run))
     if not selection.groups:
-        raise ValueError(f"{run.path / 'metrics.jsonl'}: no rollout whose verification did not time out")
+        raise ValueError(f"{run.path / 'metrics.jsonl'}: no rollout that was judged")
     return Summary(
         selection,
         groups,

@@ -1,5 +1,6 @@
 """Verifiers: plain functions `(question, completion, answer) -> float or Verdict`. No jax here."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -9,8 +10,10 @@ STATUSES = RIGHT, WRONG, NO_ANSWER, TOO_LONG, TIMED_OUT, ERROR = (
     "no answer",  # nothing that could be read as one
     "too long",  # cut at the length limit, or an answer beyond a verifier's bounds
     "timed out",  # the verifier did: no evidence on the answer
-    "error",  # of the verifier: it raised, died or ran out of memory
+    "error",  # of the verifier: it raised, died, ran out of memory, or gave no number that is a reward
 )
+UNJUDGED = TIMED_OUT, ERROR  # the verifier said nothing of the completion: no evidence
+MAX_REWARD = 1e12  # in size: squares of it, and their sums, are far from the end of float32
 
 
 class Verdict(NamedTuple):
@@ -37,11 +40,6 @@ class VerifyMany(Protocol):
         ...
 
 
-def one_by_one(verify: Verifier) -> VerifyMany:
-    """A verifier of one completion as a verifier of many."""
-    return lambda asked: [verify(*each) for each in asked]
-
-
 def verdict(result: float | Verdict) -> Verdict:
     """A verifier's result as a Verdict: a number of at least 1/2 is right. Raises ValueError where it is no reward."""
     own = result if isinstance(result, Verdict) and result.status in STATUSES else None
@@ -50,6 +48,10 @@ def verdict(result: float | Verdict) -> Verdict:
     except (TypeError, ValueError, OverflowError):
         names = ", ".join(map(repr, STATUSES))
         raise ValueError(f"it gave {result!r}: give a number, or a Verdict whose status is one of {names}") from None
+    if not math.isfinite(reward):
+        raise ValueError(f"it gave {reward}: a reward must be finite")
+    if abs(reward) > MAX_REWARD:
+        raise ValueError(f"it gave {reward:g}: a reward must lie within -{MAX_REWARD:g} and {MAX_REWARD:g}")
     if own:
         return own._replace(reward=reward)
     return Verdict(reward, RIGHT if reward >= 0.5 else WRONG)

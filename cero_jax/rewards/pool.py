@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import inspect
 import logging
-import math
 import os
 import resource
 import signal
@@ -251,9 +250,7 @@ def _verify(question: str, completion: str, answer: str) -> Verdict:
     signal.setitimer(signal.ITIMER_REAL, _orphan_seconds)  # the kernel ends it then: SIGALRM has no handler
     try:
         result = verdict(_function(question, completion, answer))
-        if not math.isfinite(result.reward):
-            return Verdict(0.0, ERROR, f"it gave {result.reward}: a reward must be finite")
-        return Verdict(float(result.reward), str(result.status), str(result.extracted)[:500])
+        return Verdict(result.reward, str(result.status), str(result.extracted)[:500])
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
     except BaseException as error:  # SystemExit among them
