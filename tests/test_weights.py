@@ -228,6 +228,24 @@ def test_files_that_are_missing_or_cut_are_named(tmp_path):
         weights.load(folder, one_device())
 
 
+@pytest.mark.parametrize(
+    "name", ["../model-00001-of-00002.safetensors", "/etc/passwd", "..", "", "config.json", 7, None]
+)
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path, name):
+    folder = copy_of("qwen2", tmp_path)
+    shutil.copy(folder / "model-00001-of-00002.safetensors", tmp_path)  # so that it would be found
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index.json: .* is no safetensors file in this folder"):
+        weights.load(folder, one_device())
+    for broken in ({}, {"weight_map": []}, {"weight_map": {}}):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=r"index.json: no weight_map"):
+            weights.load(folder, one_device())
+
+
 def test_no_folder_is_overwritten(tmp_path):
     with pytest.raises(ValueError, match="exists: choose another folder"):
         weights.save(tmp_path, FIXTURES / "llama", *loaded("llama"))
