@@ -13,6 +13,7 @@ from cero_jax.rewards import RIGHT, STATUSES, WRONG
 from cero_jax.sampler import EVAL_STEP, Rollouts, Sampler, SamplingBatch
 from cero_jax.settings import check
 from cero_jax.statistics import bootstrap_interval, pass_at_k
+from cero_jax.terminal import printable
 from cero_jax.verify import verify
 
 
@@ -155,6 +156,7 @@ def scores_table(scores: dict[str, Score]) -> str:
         rest = ", ".join(
             f"{100 * n / total:.1f} % {s}" for s, n in score.status.items() if n and s not in (RIGHT, WRONG)
         )
+        name = printable(name)
         lines.append(
             f"{name:<20} {score.prompts:>6} prompts  avg@{total // score.prompts} {100 * score.accuracy:5.1f} "
             f"({100 * score.low:.1f} to {100 * score.high:.1f})  {passes}  {rest}".rstrip()

@@ -39,6 +39,7 @@ from cero_jax.report.summary import describe
 from cero_jax.rollout import Beliefs, ScoredStep, step_samples
 from cero_jax.run_directory import check_resumable, open_run_dir, write_settings
 from cero_jax.sampler import Sampler, make_sampler
+from cero_jax.terminal import printable
 from cero_jax.warm_start import warm_start
 
 
@@ -153,7 +154,7 @@ class Run(NamedTuple):
             print(f"the trained model, for transformers or vLLM: {folder}")
         picture = self.directory / "report.png"
         draw_report([self.directory], picture)
-        print(describe(read_run(self.directory)))
+        print(printable(describe(read_run(self.directory))))
         spent, accuracy = cursor.spent, cursor.accuracy
         print(f"{spent:,} rollouts spent, held-out accuracy {accuracy:.3f}; who got them, and what for: {picture}")
         return 0
