@@ -4,7 +4,7 @@ import dataclasses
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-LARGEST = 1e30  # of a setting that is no integer: what it meets is float32
+LARGEST = 3e38  # of a setting that is no integer: what it meets is float32
 PLAIN = {int: "a whole number", float: "a finite number", bool: "True or False", str: "text", NoneType: "None"}
 
 

@@ -253,6 +253,16 @@ def test_a_pad_token_outside_the_embeddings_is_the_first_eos(tmp_path, pad):
     assert FolderTokenizer(folder).pad_id == 2
 
 
+def test_merges_that_make_the_library_end_the_process_are_named(tmp_path):
+    folder = folder_of("qwen2", tmp_path)
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    for merges in (saved["model"]["merges"], [7], [["a"]], [None], ["a"]):
+        saved["model"] |= {"continuing_subword_prefix": "##", "merges": merges}
+        (folder / "tokenizer.json").write_text(json.dumps(saved))
+        with pytest.raises(ValueError, match=r"tokenizer.json: merge .* lacks continuing_subword_prefix='##'"):
+            FolderTokenizer(folder)
+
+
 def test_text_that_the_tokenizer_has_no_token_for_is_named(tmp_path):
     folder = folder_of("qwen2", tmp_path)
     words = {"type": "WordLevel", "vocab": {"yes": 0, "<|im_end|>": 2}, "unk_token": "none"}

@@ -3,6 +3,7 @@
 The packages `tokenizers` and `jinja2` are imported when a FolderTokenizer first needs them.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import cached_property
@@ -159,6 +160,7 @@ def _backend(path: Path) -> Any:
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file: the folder must hold a tokenizer in this format")
+    _check_merges(path)
     try:
         backend = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower class
@@ -170,6 +172,22 @@ def _backend(path: Path) -> Any:
     ):  # of merges, at random: no text would have the same ids twice
         backend.model.dropout = None
     return backend
+
+
+def _check_merges(path: Path) -> None:
+    """Raise ValueError at merges without the prefix of what continues a word: the library ends the process at them."""
+    if not re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', path.read_bytes()):
+        return
+    model = read_json(path).get("model")
+    prefix, merges = (
+        (model.get(key) for key in ("continuing_subword_prefix", "merges")) if isinstance(model, dict) else ("", ())
+    )
+    for merge in merges if isinstance(merges, list) else ():
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not (isinstance(parts, list) and len(parts) == 2 and str(parts[1]).startswith(str(prefix))):
+            raise ValueError(
+                f"{path}: merge {merge!r:.80} lacks continuing_subword_prefix={prefix!r:.80}: download it again"
+            )
 
 
 def _is_whole(value: Any) -> bool:
