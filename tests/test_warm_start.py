@@ -27,5 +27,5 @@ def test_supervised_steps_lower_the_mean_negative_log_likelihood():
 
 @pytest.mark.parametrize("changes", [{"num_steps": -1}, {"rows_per_step": 0}, {"learning_rate": 0.0}])
 def test_settings_out_of_range_are_refused(changes):
-    with pytest.raises(ValueError, match=f"warm_start: .*{next(iter(changes))}="):
+    with pytest.raises(ValueError, match=f"WarmStartConfig: {next(iter(changes))}="):
         WarmStartConfig(**changes)
