@@ -27,6 +27,7 @@ class Cursor(NamedTuple):
 
     config: dict  # the settings it runs under
     prompts_hash: str
+    started: str = ""  # when the run began, local time in ISO 8601: what its chat template is told of the date
     step: int = 0  # steps of R rollouts drawn, verified and settled
     spent: int = 0  # rollouts
     optimizer_steps: int = 0

@@ -23,6 +23,7 @@ from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.rewards import MAX_REWARD
 from cero_jax.sampler import SamplerConfig
+from cero_jax.settings import check
 from cero_jax.sharding import MeshConfig
 from cero_jax.warm_start import WarmStartConfig
 
@@ -62,6 +63,9 @@ class AllocatorConfig:
     """Share of an epoch for prompts whose evidence has faded, stalest first (cero)."""
     utility: Literal["exponential", "rational", "capture"] = defaults.UTILITY
     """How utility saturates in a prompt's cumulative rollouts (cero); capture is the paper's."""
+
+    def __post_init__(self):
+        check(self, tau=(1e-3, 1e12), discount=(1e-9, 1), explore=(0, 1))
 
     def build(self, advantage: AdvantageKind = "grpo") -> cero_jax.Allocator:
         """The allocator. Raises ValueError naming what does not fit.
@@ -132,8 +136,8 @@ class Config:
     """Go on with a run under a larger total_budget than it was started with."""
 
     def __post_init__(self):
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must not be negative")
+        check(self)
+        check_seed(self.seed)
         if isinstance(self.task, type) or not (dataclasses.is_dataclass(self.task) and hasattr(self.task, "build")):
             raise ValueError(
                 f"task={self.task!r} must be a dataclass of settings with a method build(seed, tokenizer), which gives "
@@ -195,6 +199,12 @@ class Config:
                 f"warm_start.num_steps={self.warm_start.num_steps} teaches a model from scratch: set it to 0 with a "
                 "model_folder, whose weights are trained already"
             )
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError where it is none: the keys of all draws take 32 bits of it."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed={seed} must not be negative, and below 2^32 = {2**32}")
 
 
 def from_command_line(args: list[str]) -> Config:
@@ -266,6 +276,8 @@ def from_json(plain: dict) -> Config:
 
     Raises ValueError where a class is not found, or a field is unknown, as after a change of version.
     """
+    if not isinstance(plain, dict):
+        raise ValueError(f"{plain!r:.80} is not the config of a run: an object is")
     version = plain.get("version", "an older one")
     try:
         own = {name: _find_class(**plain[name]["class"]) for name in ("task", "allocator")}

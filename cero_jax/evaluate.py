@@ -15,12 +15,13 @@ import jax
 
 from cero_jax import lora, model, sharding
 from cero_jax.checkpoint import Checkpoints
-from cero_jax.config import Config, from_json
+from cero_jax.config import Config, check_seed, from_json
 from cero_jax.data import Task
 from cero_jax.evaluation import evaluate, scores_table
 from cero_jax.model import Params
-from cero_jax.run import build_task, check_same_start, starting_policy
+from cero_jax.run import build_task, check_context, check_rows, check_same_start, starting_policy
 from cero_jax.sampler import Sampler, make_sampler
+from cero_jax.terminal import printable
 
 
 class Checkpointed(NamedTuple):
@@ -33,28 +34,35 @@ class Checkpointed(NamedTuple):
     spent: int  # rollouts, when it was saved
 
 
-def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -> Checkpointed:
+def restore_policy(
+    directory: Path, task_changes: dict, sampler_changes: dict, evaluation_changes: dict | None = None
+) -> Checkpointed:
     """The policy of a run's latest checkpoint; changes nothing there, so that a running one may be measured.
 
-    task_changes, sampler_changes: fields of config.task and config.sampler to replace.
+    task_changes, sampler_changes, evaluation_changes: fields of these parts of the config to replace.
     Raises FileNotFoundError where there is no run, ValueError where it has no checkpoint or a field does not fit.
     """
     path = Path(directory).absolute() / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file: not the directory of a run")
-    saved = from_json(json.loads(path.read_text()))
-    changed = _changed(saved, task_changes, sampler_changes)
+    try:
+        saved = from_json(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    changed = _changed(saved, task_changes, sampler_changes, evaluation_changes or {})
     checkpoints = cursor = None
     if (path.parent / "checkpoints").is_dir():
         checkpoints = Checkpoints(path.parent / "checkpoints", read_only=True)
         cursor = checkpoints.cursor()
     if checkpoints is None or cursor is None:
         raise ValueError(f"{path.parent}: no checkpoint in it yet: let the run go on")
-    config, task = build_task(changed)
+    config, task = build_task(changed, cursor.started)
+    check_context(config, task.heldout)
     try:
         mesh = sharding.make_mesh(config.mesh)
     except ValueError:  # of a run on other devices than those here
         mesh = sharding.make_mesh(sharding.MeshConfig())
+    check_rows(config, mesh)
     _, trained = lora.split(model.abstract_params(config.model, task.tokenizer.vocab_size))
     like = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -70,7 +78,7 @@ def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -
     return Checkpointed(config, task, sample, params, cursor.spent)
 
 
-def _changed(config: Config, task_changes: dict, sampler_changes: dict) -> Config:
+def _changed(config: Config, task_changes: dict, sampler_changes: dict, evaluation_changes: dict) -> Config:
     task: Any = config.task
     unknown = sorted(task_changes.keys() - {field.name for field in dataclasses.fields(task)})
     if unknown:
@@ -79,6 +87,7 @@ def _changed(config: Config, task_changes: dict, sampler_changes: dict) -> Confi
         config,
         task=dataclasses.replace(task, **task_changes),
         sampler=dataclasses.replace(config.sampler, **sampler_changes),
+        evaluation=dataclasses.replace(config.evaluation, **evaluation_changes),
     )
 
 
@@ -105,20 +114,19 @@ def main(args: Sequence[str] | None = None) -> None:
     given = vars(parser.parse_args(args))
     task_changes = {key: given[key] for key in ("question_field", "answer_field", "template", "verifier") if given[key]}
     if given["data"]:
-        # What the run trained on is not read.
-        task_changes |= {"path": given["data"][0], "heldout_paths": tuple(given["data"])}
+        task_changes |= {"path": "", "heldout_paths": tuple(given["data"])}  # what the run trained on is not read
     sampler_changes = {key: given[key] for key in ("temperature", "max_completion_tokens") if given[key] is not None}
+    evaluation_changes = {"samples": given["samples"]} | ({} if given["rows"] is None else {"rows": given["rows"]})
     try:
-        policy = restore_policy(Path(given["run"]), task_changes, sampler_changes)
-        settings = dataclasses.replace(
-            policy.config.evaluation, samples=given["samples"], rows=given["rows"] or policy.config.evaluation.rows
-        )
-        scale = policy.config.success_threshold, policy.config.lowest_reward
-        result = evaluate(policy.sample, policy.params, policy.task, settings, given["seed"], *scale)
+        check_seed(given["seed"])
+        policy = restore_policy(Path(given["run"]), task_changes, sampler_changes, evaluation_changes)
+        config = policy.config
+        scale = config.success_threshold, config.lowest_reward
+        result = evaluate(policy.sample, policy.params, policy.task, config.evaluation, given["seed"], *scale)
         output = given["output"] or Path(given["run"]) / f"samples-{policy.spent}.jsonl"
         write_samples(output, result.samples)
     except (OSError, ValueError, FloatingPointError) as error:
-        parser.error(str(error))
+        parser.error(printable(str(error)))
     print(scores_table(result.scores))
     print(f"{policy.spent:,} rollouts spent; {len(result.samples):,} samples to read in {output}", file=sys.stderr)
 

@@ -11,7 +11,9 @@ from cero_jax.data import Task
 from cero_jax.model import Params
 from cero_jax.rewards import RIGHT, STATUSES, WRONG, Verdict
 from cero_jax.sampler import EVAL_STEP, Rollouts, Sampler, SamplingBatch
+from cero_jax.settings import check
 from cero_jax.statistics import bootstrap_interval, pass_at_k
+from cero_jax.terminal import printable
 from cero_jax.verify import on_scale, verify
 
 
@@ -27,11 +29,7 @@ class EvaluationConfig:
     """Completions drawn at once."""
 
     def __post_init__(self):
-        if min(self.every_rollouts, self.samples, self.rows) < 1:
-            raise ValueError(
-                f"evaluation: every_rollouts={self.every_rollouts}, samples={self.samples} and rows={self.rows} must "
-                "be at least 1"
-            )
+        check(self, every_rollouts=(1, 2**62), samples=(1, 2**24), rows=(1, 2**24))
 
 
 class Score(NamedTuple):
@@ -190,6 +188,7 @@ def scores_table(scores: dict[str, Score]) -> str:
         rest = ", ".join(
             f"{100 * n / total:.1f} % {s}" for s, n in score.status.items() if n and s not in (RIGHT, WRONG)
         )
+        name = printable(name)
         lines.append(
             f"{name:<20} {score.prompts:>6} prompts  avg@{total // score.prompts} {mean(score.accuracy):>5} "
             f"({mean(score.low)} to {mean(score.high)})  {passes}  {rest}".rstrip()

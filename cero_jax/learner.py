@@ -19,6 +19,7 @@ from cero_jax import grpo, lora, model, sharding
 from cero_jax.grpo import BY_POSTERIOR, AdvantageKind, Aggregation
 from cero_jax.model import ModelConfig, Params
 from cero_jax.optimizer import TrainState, adam, kept_unless, make_stepper
+from cero_jax.settings import check
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,8 @@ class LearnerConfig:
     """Completion tokens of a row whose logits are held at once."""
 
     def __post_init__(self):
-        if self.rows_per_step < 2 or self.steps_per_batch < 1:
-            raise ValueError(
-                f"rows_per_step={self.rows_per_step} must be at least 2, "
-                f"steps_per_batch={self.steps_per_batch} at least 1"
-            )
+        sizes = dict.fromkeys(("steps_per_batch", "rows_per_microbatch", "logit_chunk_tokens"), (1, 2**24))
+        check(self, rows_per_step=(2, 2**24), least_advantage=(0, 1e30), **sizes)
         if not (self.learning_rate > 0 and 0 <= self.final_learning_rate_share <= 1 and self.max_grad_norm > 0):
             raise ValueError(
                 f"learner.learning_rate={self.learning_rate} and max_grad_norm={self.max_grad_norm} must be positive, "

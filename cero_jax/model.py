@@ -22,10 +22,13 @@ from jax import Array
 
 from cero_jax import rope
 from cero_jax.lora import Adapter
-from cero_jax.rope import RopeScaling
+from cero_jax.rope import LARGEST_BASE, RopeScaling
+from cero_jax.settings import check
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Params = dict  # a nested dict of arrays; `init_params` makes one, sharding.RULES lists the paths
+MOST_LAYERS = 10_000  # many times what any model has: a number beyond is a slip, and would cost hours before it fails
+LARGEST_SIZE = 2**22  # of any other dimension
 
 
 @dataclass(frozen=True)
@@ -83,17 +86,21 @@ class ModelConfig:
     """Dtype of matrix products; norms, softmax and log-probabilities are always float32."""
 
     def __post_init__(self):
-        if min(self.num_layers, self.width, self.num_heads, self.num_kv_heads, self.mlp_width) < 1:
-            raise ValueError("num_layers, width, num_heads, num_kv_heads and mlp_width of a model must be at least 1")
+        sizes = dict.fromkeys(("width", "num_heads", "num_kv_heads", "head_dim", "mlp_width"), (1, LARGEST_SIZE))
+        bases = dict.fromkeys(("rope_base", "sliding_rope_base"), (1, LARGEST_BASE))
+        rest = {"norm_eps": (1e-30, 1), "query_pre_attn_scalar": (1e-6, LARGEST_SIZE), "max_positions": (1, 2**31 - 1)}
+        check(self, num_layers=(1, MOST_LAYERS), norm_offset=(-1e6, 1e6), **sizes, **bases, **rest)
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn a head's values in pairs")
-        if self.lora_rank is not None and (self.lora_rank < 1 or not self.lora_alpha > 0):
+        if self.lora_rank is not None and (not 1 <= self.lora_rank <= LARGEST_SIZE or not self.lora_alpha > 0):
             raise ValueError(
                 f"lora_rank={self.lora_rank} must be at least 1, or None, and lora_alpha={self.lora_alpha} positive"
             )
-        if any(not 0 <= layer < self.num_layers for layer in self.sliding_layers) or self.sliding_window < 1:
+        if any(not 0 <= layer < self.num_layers for layer in self.sliding_layers) or not (
+            1 <= self.sliding_window < 2**31
+        ):
             raise ValueError(
                 f"sliding_layers={self.sliding_layers} must lie in 0..num_layers-1={self.num_layers - 1}, and "
                 f"sliding_window={self.sliding_window} be at least 1"

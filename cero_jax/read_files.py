@@ -1,15 +1,39 @@
-"""Rows of JSONL, CSV and Parquet files, and the text in their fields.
+"""Rows of JSONL, JSON, CSV and Parquet files, and the text in their fields: of data sets, and of logs.
 
 What is wrong with one is a single line that names the file, the row and the field.
 """
 
 import csv
 import glob
+import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+OTHERS = {  # how a file begins that holds no rows to be read -> what it is, and what to do
+    b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or export it as CSV",
+    b"(\xb5/\xfd": "compressed by zstd: unpack it",
+    b"BZh91AY&SY": "compressed by bzip2: unpack it",
+    b"\xfd7zXZ\x00": "compressed by xz: unpack it",
+    b"7z\xbc\xaf": "a 7z archive: unpack it",
+    b"ARROW1": "an Arrow file: write it as Parquet",
+    b"\xff\xff\xff\xff": "an Arrow stream: write it as Parquet",
+    b"\x80\x04\x95": "a Python pickle, which may run anything when it is read: write its rows as JSONL",
+    b"\x80\x05\x95": "a Python pickle, which may run anything when it is read: write its rows as JSONL",
+    b"\x93NUMPY": "a NumPy array: write its rows as JSONL",
+    b"\x89HDF": "an HDF5 file: write its rows as JSONL",
+    b"SQLite format 3": "an SQLite database: export a table as CSV",
+    b"\xff\xfe": "UTF-16 text: save it as UTF-8",
+    b"\xfe\xff": "UTF-16 text: save it as UTF-8",
+    b"version https://git-lfs": "Git's pointer to a large file, and not the file: fetch it with `git lfs pull`",
+    b"<!doctype html": "a web page: download the file itself, not the page about it",
+    b"<html": "a web page: download the file itself, not the page about it",
+}
+GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 
 
 def find_files(pattern: str) -> list[Path]:
@@ -18,7 +42,8 @@ def find_files(pattern: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.exists():
-        raise ValueError(f"{pattern}: not a regular file: give the path of a file, or a glob of files")
+        mend = f"the files in it, for example {path / '*.jsonl'}" if path.is_dir() else "a file, or a glob of files"
+        raise ValueError(f"{pattern or repr(pattern)}: not a regular file: give the path of {mend}")
     found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
     if not found:
         raise FileNotFoundError(f"{pattern}: no such file: give the path of a JSONL, CSV or Parquet file, or a glob")
@@ -26,36 +51,132 @@ def find_files(pattern: str) -> list[Path]:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("file:row", row) of each row; numbers of JSONL and CSV are text, as they are written.
+    """("file:row", row) of each row, by the line that it begins in; numbers of JSON and CSV are text, as written.
 
-    A file ending in .parquet is Parquet, one ending in .csv is CSV with the fields' names in its first line, others are
-    JSONL, an object a line. Raises ValueError naming what is wrong, and where.
+    A file named .csv is CSV with the fields' names in its first line, one that begins as Parquet or is so named is
+    Parquet, others are JSON: an object a line, or one array of objects. All but Parquet may be compressed by gzip.
+    Raises ValueError naming what is wrong, and where, or what else the file is.
     """
-    reader = {".parquet": _read_parquet, ".csv": _read_csv}.get(path.suffix.lower(), _read_jsonl)
-    return reader(path)
+    begins, name = _beginning(path), path.name.lower()
+    for mark, what in OTHERS.items():
+        if begins.lower().startswith(mark.lower()):
+            raise ValueError(f"{path}: {what}")
+    if begins.startswith(PARQUET) or name.endswith(".parquet"):
+        return _read_parquet(path)
+    return _read_csv(path) if name.removesuffix(".gz").endswith(".csv") else _read_json(path)
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a text file, with their ends; a BOM is dropped. Raises ValueError where it is not UTF-8."""
+def _open(path: Path) -> BinaryIO | gzip.GzipFile:
+    """The file, as it is or unpacked."""
+    with open(path, "rb") as file:
+        packed = file.read(2) == GZIP
+    return gzip.open(path, "rb") if packed else open(path, "rb")
+
+
+def _beginning(path: Path) -> bytes:
+    with _unreadable_named(path), _open(path) as file:
+        begins = file.read(32)
+        if isinstance(file, gzip.GzipFile) and begins.startswith(PARQUET):
+            raise ValueError(f"{path}: Parquet packed by gzip: unpack it, Parquet is compressed inside")
+        return begins
+
+
+@contextmanager
+def _unreadable_named(path: Path) -> Iterator[None]:
     try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                try:
-                    yield line.decode("utf-8")
-                except UnicodeDecodeError as error:
-                    raise ValueError(
-                        f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line: save it as UTF-8"
-                    ) from error
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: broken gzip ({error}): write the file again") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """CRLF and blank lines are fine."""
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip(" \t\n\r\v\f"):
-            yield f"{path}:{number}", _object(f"{path}:{number}", line.rstrip("\r\n"))
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a text file, with their ends; a BOM is dropped. Raises ValueError where it is not UTF-8."""
+    with _unreadable_named(path), _open(path) as file:
+        for number, line in enumerate(file, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line: save it as UTF-8"
+                ) from error
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """JSONL, or an array where the first character says so. CRLF and blank lines are fine."""
+    lines, first = _lines(path), True
+    for number, line in enumerate(lines, 1):
+        if not line.strip(" \t\n\r\v\f"):
+            continue
+        if first and line.lstrip().startswith("["):
+            yield from _elements(path, number, line + "".join(lines))
+            return
+        mend = "mend the line"
+        if first:
+            mend += " (rows are JSONL or a JSON array of objects, or CSV or Parquet in a file so named)"
+        source = f"{path}:{number}"
+        with _broken_json_named(source, path, number, mend):
+            row = _DECODER.decode(line.rstrip("\r\n"))
+        yield source, _object(source, row)
+        first = False
+
+
+def _elements(path: Path, first: int, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON array, each with the line that it begins in. text: the array, from line `first` on."""
+    line, counted, place = first, 0, _behind_space(text, text.index("[") + 1)
+    while not text.startswith("]", place):
+        line, counted = line + text.count("\n", counted, place), place
+        source = f"{path}:{line}"
+        with _broken_json_named(source, path, first, "mend the array"):
+            row, place = _DECODER.raw_decode(text, place)
+        yield source, _object(source, row)
+        place = _behind_space(text, place)
+        if text.startswith(",", place):
+            place = _behind_space(text, place + 1)
+        elif not text.startswith("]", place):
+            raise ValueError(f"{source}: no comma and no end of the array behind this row: mend the array")
+    if text[place + 1 :].strip():
+        raise ValueError(f"{path}: more behind the end of the array: give one array, or an object a line")
+
+
+def _behind_space(text: str, place: int) -> int:
+    while place < len(text) and text[place] in " \t\n\r":
+        place += 1
+    return place
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        key = next(key for i, (key, _) in enumerate(pairs) if key in [k for k, _ in pairs[:i]])
+        raise KeyError(key)
+    return row
+
+
+_DECODER = json.JSONDecoder(parse_float=str, parse_int=str, object_pairs_hook=_once)
+
+
+@contextmanager
+def _broken_json_named(source: str, path: Path, first: int, mend: str) -> Iterator[None]:
+    """Errors of a decoder in one line. source: of the row; first: the line that the decoder's text begins in."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path}:{first + error.lineno - 1}: broken JSON at column {error.colno} ({error.msg}): {mend}"
+        ) from error
+    except RecursionError as error:
+        raise ValueError(f"{source}: JSON nested too deep: mend or drop the row") from error
+    except KeyError as error:
+        raise ValueError(f"{source}: field {error} is there twice in one object: keep one of them") from error
+
+
+def _object(source: str, row: Any) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{source}: not a JSON object: expected {{...}} with the fields by name")
+    return row
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -79,27 +200,6 @@ def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield source, dict(zip(header, cells, strict=True))
     except csv.Error as error:
         raise ValueError(f"{path}:{begin}: broken CSV ({error}): mend the row") from error
-
-
-def _object(source: str, line: str) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        row = dict(pairs)
-        if len(row) < len(pairs):
-            key = next(key for i, (key, _) in enumerate(pairs) if key in [k for k, _ in pairs[:i]])
-            raise KeyError(key)
-        return row
-
-    try:
-        row = json.loads(line, parse_float=str, parse_int=str, object_pairs_hook=once)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{source}: broken JSON at column {error.colno} ({error.msg}): mend the line") from error
-    except RecursionError as error:
-        raise ValueError(f"{source}: JSON nested too deep: mend or drop the line") from error
-    except KeyError as error:
-        raise ValueError(f"{source}: field {error} is there twice in one object: keep one of them") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{source}: not a JSON object: expected {{...}} with the fields by name")
-    return row
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -164,15 +264,50 @@ def text(source: str, field: str, value: Any) -> str:
     return value
 
 
-def messages(source: str, field: str, value: Any) -> list[dict[str, str]]:
-    """A question as the messages of a chat: a list of {"role", "content"} as it is, text as one of the user's."""
+def name(source: str, field: str, value: Any) -> str:
+    """A field's value as what it is known by: text or a number as it is, a list or an object as JSON."""
+    if isinstance(value, list | dict) and value:
+        return json.dumps(value, sort_keys=True, default=repr)
+    return text(source, field, value)
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+def messages(source: str, field: str, value: Any) -> tuple[list[dict[str, str]], int]:
+    """A question as the messages of a chat, each {"role", "content"}, and how many behind it were left out.
+
+    A list of messages is taken up to the user's last: what the assistant says behind it is an answer, and must not be
+    in a prompt. Text is one of the user's. A system message may be empty.
+
+    Raises ValueError at an unknown role, and where another than the user stands last.
+    """
     if not isinstance(value, list):
-        return [{"role": "user", "content": text(source, field, value)}]
+        return [{"role": "user", "content": text(source, field, value)}], 0
     if not value or not all(isinstance(each, dict) and {"role", "content"} <= each.keys() for each in value):
         shown = json.dumps(value, default=repr)[:40]
         raise ValueError(
             f"{source}: field {field!r} is {shown}, neither text nor a number nor a list of messages with role and "
             "content: mend it"
         )
-    return [{key: text(source, f"{field}.{i}.{key}", each[key]) for key in ("role", "content")}
-            for i, each in enumerate(value)]  # fmt: skip
+    for i, each in enumerate(value):
+        if each["role"] not in ROLES:
+            shown = json.dumps(each["role"], default=repr)[:40]
+            raise ValueError(f"{source}: field '{field}.{i}.role' is {shown}, none of {', '.join(ROLES)}: mend it")
+    number = len(value)
+    while number and value[number - 1]["role"] == "assistant":
+        number -= 1
+    if not number or value[number - 1]["role"] != "user":
+        last = f"ends with a message of the {value[number - 1]['role']}" if number else "is all the assistant's"
+        raise ValueError(f"{source}: field {field!r} {last}: the question must be the user's last message: mend it")
+    return [_message(source, f"{field}.{i}", each) for i, each in enumerate(value[:number])], len(value) - number
+
+
+def _message(source: str, field: str, message: dict[str, Any]) -> dict[str, str]:
+    role, content = message["role"], message["content"]
+    if message.get("tool_calls"):
+        raise ValueError(f"{source}: field {field!r} calls tools, which a prompt here cannot hold: drop the row")
+    silent = content is None or (isinstance(content, str) and not content.strip())
+    if role in ("system", "developer") and silent:
+        return {"role": role, "content": content or ""}
+    return {"role": role, "content": text(source, f"{field}.content", content)}

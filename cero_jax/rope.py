@@ -10,6 +10,10 @@ from typing import Literal
 import jax.numpy as jnp
 from jax import Array
 
+from cero_jax.settings import check
+
+LARGEST_BASE = 1e30  # of the angles, in float32
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -24,6 +28,15 @@ class RopeScaling:
     """llama3: frequencies of wavelengths below original_max_positions / high_freq_factor stay as they are."""
     original_max_positions: int = 8192
     """llama3: the context that the model was first trained on, in tokens."""
+
+    def __post_init__(self):
+        factors = dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor"), (1e-6, 1e6))
+        check(self, original_max_positions=(1, 2**31 - 1), **factors)
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"RopeScaling: low_freq_factor={self.low_freq_factor} must be below high_freq_factor="
+                f"{self.high_freq_factor}"
+            )
 
 
 def frequencies(head_dim: int, base: float, scaling: RopeScaling | None = None) -> Array:

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
@@ -19,7 +20,7 @@ from cero_jax.allocator.base import AllocateFn, AllocatorState, UpdateFn
 from cero_jax.allocator.posterior import under_fitted_prior
 from cero_jax.checkpoint import Checkpoints, Cursor
 from cero_jax.config import Config, check_saved_as_it_is, to_json
-from cero_jax.data import Task, epoch_order, prompts_hash
+from cero_jax.data import Prompts, Task, epoch_order, prompts_hash
 from cero_jax.evaluation import evaluate, scores_table
 from cero_jax.grpo import BY_POSTERIOR
 from cero_jax.health import Health
@@ -38,6 +39,7 @@ from cero_jax.report.summary import describe
 from cero_jax.rollout import Beliefs, ScoredStep, step_samples
 from cero_jax.run_directory import check_resumable, open_run_dir, write_settings
 from cero_jax.sampler import Sampler, make_sampler
+from cero_jax.terminal import printable
 from cero_jax.verify import probe
 from cero_jax.warm_start import warm_start
 
@@ -166,7 +168,7 @@ class Run(NamedTuple):
             print(f"the trained model, for transformers or vLLM: {folder}")
         picture = self.directory / "report.png"
         draw_report([self.directory], picture)
-        print(describe(read_run(self.directory)))
+        print(printable(describe(read_run(self.directory))))
         spent, accuracy = cursor.spent, cursor.accuracy
         print(f"{spent:,} rollouts spent, held-out accuracy {accuracy:.3f}; who got them, and what for: {picture}")
         return 0
@@ -178,8 +180,11 @@ class Run(NamedTuple):
         self.progress.close()
 
 
-def build_task(config: Config) -> tuple[Config, Task]:
-    """The task, and the config with what is not named filled in: by the allocator's rule, and from the model folder."""
+def build_task(config: Config, started: str = "") -> tuple[Config, Task]:
+    """The task, and the config with what is not named filled in: by the allocator's rule, and from the model folder.
+
+    started: when the run began, in ISO 8601, for a chat template that tells the date; "": now.
+    """
     config = dataclasses.replace(config, allocator=config.allocator.resolved())
     if config.model_folder is None:
         task = config.task.build(config.seed, None)
@@ -187,7 +192,8 @@ def build_task(config: Config) -> tuple[Config, Task]:
         return config, task
     kept = {name: getattr(config.model, name) for name in ("lora_rank", "lora_alpha", "remat")}
     model_config, _ = read_config(config.model_folder, **_dtypes(config))
-    task = config.task.build(config.seed, FolderTokenizer(config.model_folder))
+    tokenizer = FolderTokenizer(config.model_folder, datetime.fromisoformat(started) if started else None)
+    task = config.task.build(config.seed, tokenizer)
     probe(task)
     return dataclasses.replace(config, model=dataclasses.replace(model_config, **kept)), task
 
@@ -211,9 +217,16 @@ def starting_policy(config: Config, task: Task, mesh: Mesh, cache_dir: Path) -> 
     )
 
 
-def _check_context(config: Config, task: Task) -> None:
-    """Raise ValueError where a prompt and its completion may be longer than the model's context."""
-    longest = int(max(task.train.lengths.max(), task.heldout.lengths.max()))
+def saved_start(run_dir: Path) -> str:
+    """When the run in a directory began, as its checkpoints have it; "" where there are none yet."""
+    folder = run_dir / "checkpoints"
+    cursor = Checkpoints(folder, read_only=True).cursor() if folder.is_dir() else None
+    return cursor.started if cursor else ""
+
+
+def check_context(config: Config, *parts: Prompts) -> None:
+    """Raise ValueError where one of these prompts and its completion may be longer than the model's context."""
+    longest = max(int(part.lengths.max(initial=1)) for part in parts)
     limit, completion = config.model.max_positions, config.sampler.max_completion_tokens
     if limit is not None and longest + completion > limit:
         raise ValueError(
@@ -240,7 +253,7 @@ def fresh_adapters(config: Config, vocab_size: int, learner: Learner) -> Params:
     return jax.jit(adapters, out_shardings=learner.shardings.params)()
 
 
-def _check_rows(config: Config, mesh: Mesh) -> None:
+def check_rows(config: Config, mesh: Mesh) -> None:
     """Raise ValueError where what is drawn at once does not divide over the mesh."""
     rows, slots, shards = config.evaluation.rows, config.sampler.slots, sharding.row_shards(mesh)
     if rows % shards or (slots or 0) % shards:
@@ -252,13 +265,14 @@ def _check_rows(config: Config, mesh: Mesh) -> None:
 def start(config: Config) -> tuple[Run, State, Cursor]:
     """Build, check and restore. Raises ValueError on bad input, before any work is done or lost."""
     check_saved_as_it_is(config)
-    config, task = build_task(config)
+    started = saved_start(config.run_dir) or datetime.now().isoformat(timespec="seconds")
+    config, task = build_task(config, started)
     num_prompts, tokenizer = len(task.train.questions), task.tokenizer
     assert config.allocator.prior is not None  # filled in
     config.check(num_prompts)
-    _check_context(config, task)
+    check_context(config, task.train, task.heldout)
     mesh = sharding.make_mesh(config.mesh)
-    _check_rows(config, mesh)
+    check_rows(config, mesh)
     everywhere = sharding.replicated(mesh)
     allocator = config.allocator.build(config.learner.advantage)
     learner = make_learner(config.model, tokenizer.vocab_size, config.learner, config.sampler.temperature, mesh)
@@ -267,7 +281,7 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     directory, cache_dir = open_run_dir(config)
 
     checkpoints = Checkpoints(directory / "checkpoints")
-    fresh = Cursor(config=to_json(config), prompts_hash=prompts_hash(task.train))
+    fresh = Cursor(config=to_json(config), prompts_hash=prompts_hash(task.train), started=started)
     cursor = checkpoints.cursor() or fresh
     check_resumable(cursor, config, fresh.prompts_hash)
     write_settings(directory, config, task, fresh.prompts_hash)

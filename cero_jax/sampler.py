@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 from cero_jax import model, sharding
 from cero_jax.model import Cache, ModelConfig, Params
 from cero_jax.next_token import draw
+from cero_jax.settings import check
 
 EVAL_STEP = 2**32 - 1  # stands for the step in the keys of an evaluation: training never reaches it
 
@@ -47,15 +48,10 @@ class SamplerConfig:
     """Say that training with top_p < 1 or top_k > 0 is meant: the importance ratio is then biased."""
 
     def __post_init__(self):
-        if min(self.max_completion_tokens, self.window, 1 if self.slots is None else self.slots) < 1:
-            raise ValueError(
-                f"max_completion_tokens={self.max_completion_tokens}, window={self.window} and slots={self.slots} "
-                "must be at least 1"
-            )
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ValueError(
-                f"temperature={self.temperature} must be >= 0, top_p={self.top_p} in (0, 1], top_k={self.top_k} >= 0"
-            )
+        sizes = dict.fromkeys(("max_completion_tokens", "window", "slots"), (1, 2**24))
+        check(self, **sizes, temperature=(0, 1000), top_k=(0, 2**31 - 1), top_p=(1e-9, 1))
+        if 0 < self.temperature < 0.001:
+            raise ValueError(f"temperature={self.temperature} must be 0 or at least 0.001: float32 divides by it")
 
     def check_for_training(self) -> None:
         """Raise ValueError where a policy gradient on these draws would be wrong."""

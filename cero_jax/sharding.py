@@ -11,6 +11,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cero_jax.settings import check
+
 ROWS = P(("data", "fsdp"))
 
 RULES: dict[str, P] = {  # path of the parameter -> for each of its axes, the axis of the mesh that splits it
@@ -52,6 +54,9 @@ class MeshConfig:
     """Rows and parameters are split over this many devices."""
     tensor: int = 1
     """Attention heads and the MLP's hidden units are split over this many devices."""
+
+    def __post_init__(self):
+        check(self)
 
 
 def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:

@@ -3,12 +3,12 @@
     python -m cero_jax.simulate                       all allocators on a policy that learns from what it is given
     python -m cero_jax.simulate --log rollouts.jsonl  its headroom, and what they would have done with that run's budget
 
-A log has one row a rollout, with the fields prompt, epoch and reward (other names: --fields), as JSONL, CSV or Parquet.
-JSONL may instead hold one row a prompt: {"group_size": 8, "num_correct": [0, 3, 8]}, one count a visit.
+A log has one row a rollout, with the fields prompt, epoch and reward (other names: --fields), as JSONL, JSON, CSV or
+Parquet; a prompt may be text, a number or messages, and a row may hold the rewards of several rollouts in a list. JSON
+may instead hold one row a prompt: {"group_size": 8, "num_correct": [0, 3, 8]}, one count a visit.
 """
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -21,12 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from cero_jax import read_files
 from cero_jax.allocator import Allocator, AllocatorState, cero, cero_dual, knapsack, uniform, variance
 from cero_jax.headroom import explain, headroom
+from cero_jax.rollout_log import read_log
+from cero_jax.terminal import printable
 
 ALLOCATORS = (uniform, variance, knapsack, cero_dual, cero)
-SUCCESS_THRESHOLD = 0.5  # a reward from here on counts as a success
 SMOOTHING = 2.0  # visits: width of the Gaussian that turns a prompt's logged counts into a success curve
 CANNOT_KNOW = """\
 What a replay cannot know: the logged policy learned from the logged rollouts. Here every allocator meets the same
@@ -201,66 +201,6 @@ def _over_seeds(allocator: Allocator, world: World, seeds: int, settings: dict, 
     return jax.tree.map(lambda *fields: jnp.stack(fields), *outcomes)
 
 
-def read_log(path: str | Path, fields: tuple[str, str, str] = ("prompt", "epoch", "reward")) -> tuple[np.ndarray, ...]:
-    """(successes, rollouts), both [N, visits] int: of each prompt at its visits, in order; 0 rollouts beyond them.
-
-    path: a file, or a glob of files. Raises FileNotFoundError where there is none, and ValueError naming the file, the
-    row and the field that is wrong.
-    """
-    visits: dict = {}
-    for file in read_files.find_files(str(path)):
-        for source, row in read_files.read_rows(file):
-            if "num_correct" in row and "group_size" in row:
-                visits[source] = _counts(source, row["num_correct"], row["group_size"])
-            else:
-                prompt, epoch, success = _rollout(source, row, fields)
-                of_prompt = visits.setdefault(prompt, {})
-                correct, drawn = of_prompt.get(epoch, (0, 0))
-                of_prompt[epoch] = correct + success, drawn + 1
-    if not visits:
-        raise ValueError(f"{path}: no row in it: expected one row a rollout, or one a prompt")
-    counts = np.zeros((2, len(visits), max(map(len, visits.values()))), np.int64)
-    for i, of_prompt in enumerate(visits.values()):
-        for k, epoch in enumerate(sorted(of_prompt)):
-            counts[:, i, k] = of_prompt[epoch]
-    return counts[0], counts[1]
-
-
-def _rollout(source: str, row: dict, fields: tuple[str, str, str]) -> tuple[str, float, bool]:
-    """(prompt, epoch, success) of a row of one rollout."""
-    try:
-        prompt, *numbers = (read_files.pick(source, row, field) for field in fields)
-    except ValueError as error:
-        raise ValueError(f"{error}, with --fields") from None
-    epoch, reward = (_number(source, field, value) for field, value in zip(fields[1:], numbers, strict=True))
-    prompt = read_files.text(source, fields[0], prompt)
-    return prompt, epoch, reward >= SUCCESS_THRESHOLD
-
-
-def _counts(source: str, num_correct, group_size) -> dict[int, tuple[int, int]]:
-    """{visit: (successes, rollouts)} of a row of one prompt."""
-    size = _number(source, "group_size", group_size)
-    if not isinstance(num_correct, list):
-        raise ValueError(f"{source}: field 'num_correct' is {num_correct!r:.40}: give a list, one count a visit")
-    found = [_number(source, "num_correct", each) for each in num_correct]
-    if not all(0 <= each <= size for each in found):
-        raise ValueError(f"{source}: field 'num_correct' holds a count outside 0..group_size={size:g}: mend it")
-    return {visit: (int(each), int(size)) for visit, each in enumerate(found)}
-
-
-def _number(source: str, field: str, value) -> float:
-    """A field's value as a finite number; JSONL and CSV hold it as text."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(
-            f"{source}: field {field!r} is {value!r:.40}, no number: mend it, or name another with --fields"
-        )
-    return number
-
-
 def success_curves(successes: np.ndarray, rollouts: np.ndarray, num_epochs: int) -> np.ndarray:
     """Success probability [K, N]: each prompt's counts [N, visits] smoothed over them, K epochs spread over them."""
     num_visits = np.maximum((rollouts > 0).sum(1), 1)
@@ -315,12 +255,19 @@ def replay_settings(rollouts: np.ndarray, num_epochs: int, min_group: int) -> di
     return {**sizes, "min_group": min_group, "tau": total / num_prompts}
 
 
+def _at_least_one(text: str) -> int:
+    """A number of the command line, which shows the error in one line."""
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 10**8:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} must be a whole number from 1 to {10**8}")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m cero_jax.simulate", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--log",
-        help="JSONL, CSV or Parquet files (a path or a glob) of (prompt, epoch, reward) rows; default: simulate",
+        help="JSONL, JSON, CSV or Parquet files (a path or a glob) of (prompt, epoch, reward) rows; default: simulate",
     )
     parser.add_argument(
         "--fields",
@@ -330,19 +277,23 @@ def main(argv: list[str] | None = None) -> None:
         help="what these fields are called in the log (default: %(default)s)",
     )
     parser.add_argument(
-        "--epochs", type=int, help="epochs of a run; default 16, or the longest prompt's visits in a log"
+        "--epochs", type=_at_least_one, help="epochs of a run; default 16, or the longest prompt's visits in a log"
     )
-    parser.add_argument("--prompts", type=int, default=1000, help="prompts of the simulated data set")
+    parser.add_argument("--prompts", type=_at_least_one, default=1000, help="prompts of the simulated data set")
     parser.add_argument("--hopeless", type=float, default=0.0, help="share of prompts that can never be solved")
-    parser.add_argument("--min-group", type=int, default=4, help="rollouts of the smallest group")
-    parser.add_argument("--seeds", type=int, default=4, help="runs of each allocator (default: %(default)s)")
+    parser.add_argument("--min-group", type=_at_least_one, default=4, help="rollouts of the smallest group")
+    parser.add_argument("--seeds", type=_at_least_one, default=4, help="runs of each allocator (default: %(default)s)")
     parser.add_argument("--picture", type=Path, default=Path("simulate.png"), help="where the picture goes")
     args = parser.parse_args(argv)
+    if not 0 <= args.hopeless < 1:
+        parser.error(f"--hopeless={args.hopeless} must lie in [0, 1): a share of the prompts")
+    if not args.picture.parent.is_dir():
+        parser.error(f"--picture={args.picture}: no such folder: make it first")
     if args.log:
         try:
             successes, rollouts = read_log(args.log, tuple(args.fields))
         except (FileNotFoundError, ValueError) as error:
-            parser.error(str(error))
+            parser.error(printable(str(error)))
         num_epochs = args.epochs or rollouts.shape[1]
         settings = replay_settings(rollouts, num_epochs, args.min_group)
         wasted = rollouts[(successes == 0) | (successes == rollouts)].sum() / rollouts.sum()
@@ -358,7 +309,10 @@ def main(argv: list[str] | None = None) -> None:
         settings = {**sizes, "min_group": args.min_group, "tau": total / args.prompts}
         world = drifting(args.prompts, hopeless=args.hopeless)
         print(f"{total} rollouts, {args.prompts} prompts, {num_epochs} epochs, {args.seeds} seeds.\n")
-    outcomes = compare(world, seeds=args.seeds, settings=settings, say=partial(print, file=sys.stderr, flush=True))
+    try:
+        outcomes = compare(world, seeds=args.seeds, settings=settings, say=partial(print, file=sys.stderr, flush=True))
+    except ValueError as error:  # of an allocator, to its settings
+        parser.error(str(error))
     print(outcome_table(outcomes))
     if args.log:
         print(f"\n{CANNOT_KNOW}")
@@ -367,6 +321,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\npicture: {args.picture}")
     except ImportError:
         print("\nno picture: it needs matplotlib (pip install matplotlib)")
+    except (OSError, ValueError) as error:
+        print(f"\nno picture: {args.picture}: {error}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from cero_jax.learner import (
 )
 from cero_jax.model import ModelConfig, Params
 from cero_jax.optimizer import Stepper, TrainState, make_stepper
+from cero_jax.settings import check
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,7 @@ class WarmStartConfig:
     """Peak, of Adam; falls linearly to 0."""
 
     def __post_init__(self):
-        if self.num_steps < 0 or self.rows_per_step < 1 or not self.learning_rate > 0:
-            raise ValueError(
-                f"warm_start: num_steps={self.num_steps} must not be negative, rows_per_step={self.rows_per_step} be "
-                f"at least 1, learning_rate={self.learning_rate} be positive"
-            )
+        check(self, num_steps=(0, 2**31 - 1), rows_per_step=(1, 2**24), learning_rate=(1e-30, 1e30))
 
 
 def demonstration_batch(task: Task, rng: np.random.Generator, num_rows: int, max_tokens: int) -> Batch:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import jax
@@ -12,7 +13,8 @@ import pytest
 from tiny_run import tiny_config
 
 from cero_jax import run as runs
-from cero_jax.config import check_saved_as_it_is, from_command_line, from_json, to_json
+from cero_jax.config import AllocatorConfig, check_saved_as_it_is, from_command_line, from_json, to_json
+from cero_jax.evaluation import EvaluationConfig
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.rope import RopeScaling
@@ -21,6 +23,7 @@ from cero_jax.sampler import SamplerConfig
 from cero_jax.sharding import MeshConfig
 from cero_jax.tasks.chain_sum import ChainSum
 from cero_jax.tasks.dataset import Dataset
+from cero_jax.warm_start import WarmStartConfig
 
 ROOT = Path(__file__).parent.parent
 CHAIN_SUM = str(ROOT / "configs/chain_sum.py")
@@ -158,6 +161,72 @@ def test_a_negative_seed_is_refused():
         tiny_config("", seed=-1)
 
 
+def test_a_seed_of_more_than_32_bits_is_refused(tmp_path):
+    assert tiny_config("", seed=2**32 - 1).seed == 2**32 - 1
+    for seed in (2**32, 2**64, 10**400):
+        with pytest.raises(ValueError, match=r"seed=\d+ must (not be negative, and below 2\^32|be a whole number)"):
+            tiny_config("", seed=seed)
+    for seed in (1.0, "3", True, None, float("nan")):
+        with pytest.raises(ValueError, match=r"Config: seed=.* must be a whole number"):
+            tiny_config("", seed=seed)
+
+
+ODD = [float("nan"), float("inf"), -float("inf"), 10**400, 1e300, -1e300, "7", "", b"x", [], {}, (1,), True, 2.5, None]
+MAY_BE = {  # the odd values that a type has among its own; of bytes, lists, objects and what is beyond float32: none
+    int: [], float: [2.5], bool: [True], str: ["7", ""],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["", "allocator", "model", "sampler", "learner", "warm_start", "evaluation", "mesh"])
+def test_a_setting_of_another_type_or_beyond_all_bounds_is_one_line(name):
+    """Each field with each odd value: refused by name, or of the field's own type."""
+    config = tiny_config("")
+    settings = getattr(config, name) if name else config
+    hints, refused = typing.get_type_hints(type(settings)), 0
+    for field in dataclasses.fields(settings):
+        kind = hints[field.name]
+        kinds = [kind, *typing.get_args(kind)]
+        fine = [value for each in kinds for value in MAY_BE.get(each, ())] + [None] * (type(None) in kinds)
+        for value in ODD:
+            if any(type(value) is type(each) and value == each for each in fine):
+                continue
+            if field.name == "sliding_layers" and value == (1,):
+                continue
+            with pytest.raises(ValueError, match=rf"{field.name}.* must be ") as caught:
+                dataclasses.replace(settings, **{field.name: value})
+            assert "\n" not in str(caught.value)
+            refused += 1
+    assert refused > 10 * len(dataclasses.fields(settings))
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "value"),
+    [
+        (ModelConfig, "num_layers", 10**9), (ModelConfig, "width", 2**23), (ModelConfig, "rope_base", 0.0),
+        (ModelConfig, "sliding_rope_base", 0.5), (ModelConfig, "norm_eps", 0.0), (ModelConfig, "max_positions", 0),
+        (ModelConfig, "query_pre_attn_scalar", 0.0), (ModelConfig, "norm_offset", 1e9),
+        (LearnerConfig, "rows_per_microbatch", 0), (LearnerConfig, "least_advantage", -1.0),
+        (LearnerConfig, "rows_per_step", 10**9), (WarmStartConfig, "num_steps", -1), (EvaluationConfig, "rows", 10**9),
+        (WarmStartConfig, "learning_rate", 0), (AllocatorConfig, "tau", 0), (AllocatorConfig, "explore", 1.5),
+        (AllocatorConfig, "discount", 1e-300),
+    ],
+)  # fmt: skip
+def test_a_setting_out_of_its_range_is_named(kind, setting, value):
+    with pytest.raises(ValueError, match=rf"{kind.__name__}: {setting}=\S+ must be >= "):
+        kind(**{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"factor": 0}, "factor=0 must be >= 1e-06"), ({"factor": "8"}, "factor='8' must be a finite number"),
+     ({"factor": 8.0, "low_freq_factor": 4.0}, "low_freq_factor=4.0 must be below high_freq_factor=4.0"),
+     ({"factor": 8.0, "original_max_positions": 0}, "original_max_positions=0 must be >= 1")],
+)  # fmt: skip
+def test_a_rope_scaling_that_divides_by_nothing_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RopeScaling("llama3", **settings)
+
+
 def test_an_unknown_dtype_is_refused():
     done = run_train(CHAIN_SUM, "--model.compute-dtype=bf16")
     assert done.returncode == 2
@@ -197,6 +266,9 @@ def test_a_saved_config_is_read_back(tmp_path, task):
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
     for broken, why in (
         ({}, "not the config of a run of this version"),
+        ([], r"\[\] is not the config of a run"),
+        (to_json(config) | {"learner": {"learning_rate": "high"}}, "learning_rate='high' must be a finite number"),
+        (to_json(config) | {"seed": None}, "seed=None must be a whole number"),
         (to_json(config) | {"no_such": 1}, "not the config of a run of this version"),
         (
             to_json(config) | {"task": {"class": {"name": "Other", "module": "cero_jax.data"}}},

@@ -88,6 +88,76 @@ def test_settings_without_code_are_refused_in_one_message(changes, message, tmp_
         read_config(folder)
 
 
+ODD = [float("nan"), float("inf"), -1, 0, 10**9, 10**400, -1e300, 1e-300, 2.5, "7", "", True, [], {}, [None]]
+NUMBERS = {  # key -> which of the odd values it may have
+    "num_hidden_layers": [], "hidden_size": [], "num_attention_heads": [], "intermediate_size": [], "head_dim": [],
+    "num_key_value_heads": [], "vocab_size": [], "max_position_embeddings": [10**9], "sliding_window": [10**9],
+    "rms_norm_eps": [], "rope_theta": [10**9, 2.5], "tie_word_embeddings": [True], "model_type": [], "layer_types": [],
+    "query_pre_attn_scalar": [2.5], "rope_scaling": [{}], "rope_parameters": [{}], "use_sliding_window": [True],
+    "max_window_layers": [0], "sliding_window_pattern": [], "hidden_act": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_a_value_that_no_model_has_is_one_line(key, tmp_path):
+    """Numbers that are none, of another kind, or without bounds: each is refused at once, before it costs anything."""
+    folder = copy_of("qwen2", tmp_path)
+    (folder / "config.json").write_text(json.dumps(QWEN2_5_7B))
+    for value in ODD:
+        change_config(folder, **{key: value})
+        if value in NUMBERS[key] and isinstance(value, type(next(v for v in NUMBERS[key] if v == value))):
+            read_config(folder)
+            continue
+        with pytest.raises(ValueError, match=rf"config.json: .*{key}") as caught:
+            read_config(folder)
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 700
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_hundreds_of_odd_values_are_one_line_or_a_model(family, tmp_path):
+    """Each key of a folder's config.json, in the objects inside too, with each odd value and null."""
+    folder = copy_of(family, tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    places = [(raw, key) for key in raw]
+    places += [(inner, key) for inner in raw.values() if isinstance(inner, dict) for key in inner]
+    places += [(inner, key) for outer in raw.values() if isinstance(outer, dict)
+               for inner in outer.values() if isinstance(inner, dict) for key in inner]  # fmt: skip
+    for values, key in places:
+        kept = values[key]
+        for value in [*ODD[::2], None]:
+            values[key] = value
+            (folder / "config.json").write_text(json.dumps(raw))
+            message = ""
+            try:
+                config, vocab_size = read_config(folder)
+            except ValueError as error:
+                message = str(error)
+            assert message.isprintable()
+            assert message.startswith(f"{folder / 'config.json'}: ") or config.num_layers * vocab_size < 10**6
+        values[key] = kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_dim": 7}, "head_dim=7 must be even.*is the file this model's own"),
+        ({"num_key_value_heads": 3}, "num_kv_heads=3 must divide num_heads=4: is"),
+        ({"layer_types": ["full_attention"] * 2}, "2 layer_types for num_hidden_layers=3"),
+        ({"layer_types": ["linear_attention"] * 3}, r"layer_types=\['linear.* must be a list of full_att"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 64}, "rope_parameters": None}, "low_freq_factor=4.0 .* is not below"),
+        ({"rope_parameters": {"rope_theta": 0}}, r"rope_parameters.rope_theta=0 must be a number from 1 to 1e\+30"),
+        ({"rope_parameters": {"full_attention": {"factor": "8"}}}, "rope_parameters.full_attention.factor='8' must be"),
+    ],
+)  # fmt: skip
+def test_values_that_do_not_fit_each_other_are_named(changes, message, tmp_path):
+    folder = copy_of("qwen2", tmp_path)
+    change_config(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        read_config(folder)
+
+
 DEEPSEEK_1_5B = {"model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
                  "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "rope_theta": 10000,
                  "use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 21}  # fmt: skip

@@ -351,9 +351,9 @@ def test_a_microbatch_may_be_cut_to_three_lengths():
 
 
 def test_settings_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="rows_per_step=1 must be at least 2"):
+    with pytest.raises(ValueError, match="rows_per_step=1 must be >= 2"):
         LearnerConfig(rows_per_step=1)
-    with pytest.raises(ValueError, match="steps_per_batch=0 at least 1"):
+    with pytest.raises(ValueError, match="steps_per_batch=0 must be >= 1"):
         LearnerConfig(steps_per_batch=0)
     with pytest.raises(ValueError, match=r"rows_per_microbatch=64 in 1\.\.rows_per_step=32"):
         LearnerConfig(rows_per_microbatch=64)

@@ -1,7 +1,9 @@
-"""Rows of CSV files, and what the formats have in common; tests/test_dataset.py has JSONL and Parquet in use."""
+"""Rows of CSV and JSON files, packed and not, and what files are that hold none; tests/test_dataset.py has the rest."""
 
+import gzip
 import importlib.util
 import json
+import pickle
 
 import pytest
 
@@ -57,6 +59,70 @@ def test_the_ending_says_what_a_file_is_whatever_its_case(write):
     if importlib.util.find_spec("pyarrow"):
         with pytest.raises(ValueError, match="broken Parquet"):
             rows(write(b"a\n1\n", "rows.Parquet"))
+
+
+OBJECTS = [{"a": "1", "b": [{"c": "x\u2028"}]}, {"a": "[", "b": None}]
+
+
+def test_a_json_array_is_read_with_the_line_that_each_object_begins_in(write):
+    array = '\ufeff\r\n[\r\n {"a": 1, "b": [\n {"c": "x\u2028"}]}\n , {"a": "[", "b": null}\n]\n\n'.encode()
+    assert rows(write(array, "rows.json")) == [(3, OBJECTS[0]), (5, OBJECTS[1])]
+    assert [row for _, row in rows(write(json.dumps(OBJECTS).encode(), "one_line.jsonl"))] == OBJECTS
+    assert rows(write(b" [ ] \n", "empty.json")) == []
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json.gz", "rows.csv.gz", "rows.jsonl", "rows.CSV"])
+def test_what_gzip_packed_is_read_whatever_its_name(write, name):
+    objects = [{"a": "1", "b": "x"}, {"a": "2", "b": "\u00fc"}]
+    lines = [json.dumps(each) for each in objects]
+    text = {"csv": "a,b\n1,x\n2,\u00fc\n", "json": f"[{','.join(lines)}]"}.get(
+        name.split(".")[1].lower(), "\n".join(lines)
+    )
+    path = write(gzip.compress(text.encode()), name)
+    assert [row for _, row in rows(path)] == objects
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=rf"{name}: broken gzip \(.*\): write the file again"):
+        rows(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04rest", "a zip archive or a spreadsheet"), (b"(\xb5/\xfdrest", "compressed by zstd: unpack it"),
+        (b"\xfd7zXZ\x00", "compressed by xz"), (b"BZh91AY&SY", "compressed by bzip2"), (b"ARROW1\x00", "an Arrow file"),
+        (pickle.dumps([{"a": 1}]), "a Python pickle, which may run anything"), (b"\x93NUMPY", "a NumPy array"),
+        ('[{"a": 1}]'.encode("utf-16"), "UTF-16 text: save"), (b"SQLite format 3\x00", "an SQLite database"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "Git's pointer to a large file.*git lfs pull"),
+        (b"<!DOCTYPE html>\n<html>", "a web page: download the file itself"),
+        (gzip.compress(b"PAR1"), "Parquet packed by gzip: unpack it"),
+        (b"a,b\n1,2\n", r"1: broken JSON at column 1 .*\(rows are JSONL or a JSON array of objects, or CSV or Parquet"),
+        (b'{\n "a": 1}', r"1: broken JSON at column 2 .*: mend the line \(rows are JSONL"),
+        (b'[{"a": 1},\n {"a": ', r"2: broken JSON at column 8 \(Expecting value\): mend the array"),
+        (b'[{"a": 1}\n {"a": 2}]', "1: no comma and no end of the array behind this row"),
+        (b'[{"a": 1}] {"a": 2}', "more behind the end of the array"),
+        (b'[{"a": 1},\n\n 7]', "3: not a JSON object"), (b'[{"a": 1},\n{"a": 1, "a": 2}]', "2: field 'a' is there tw"),
+        (b"[" * 10**5, "1: JSON nested too deep"),
+    ],
+    ids=lambda case: repr(case[:20]),
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_file_that_holds_no_rows_is_named_for_what_it_is(write, name, content, message):
+    path = write(content, name)
+    with pytest.raises(ValueError, match=message) as caught:
+        rows(path)
+    assert str(caught.value).startswith(f"{path}:")
+    assert str(caught.value).isprintable()
+
+
+def test_a_file_that_begins_as_parquet_is_parquet(write):
+    pytest.importorskip("pyarrow")
+    with pytest.raises(ValueError, match="broken Parquet after row 0"):
+        rows(write(b"PAR1 and no more", "rows.jsonl"))
+
+
+def test_a_folder_gets_an_example_of_a_glob(tmp_path):
+    with pytest.raises(ValueError, match=r"not a regular file: give the path of the files in it, .*/\*\.jsonl$"):
+        find_files(str(tmp_path))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):

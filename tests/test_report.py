@@ -3,13 +3,18 @@
 import json
 import subprocess
 import sys
+import warnings
 
+import matplotlib
 import numpy as np
 import pytest
 
+from cero_jax.evaluation import Score, scores_table
 from cero_jax.metrics import MetricsWriter
 from cero_jax.report import picture
 from cero_jax.report import read_run as reading
+from cero_jax.report.__main__ import main as report
+from cero_jax.rewards import STATUSES
 
 LABELS = ["wrong gold", "length 13-18", "length 2-4", "length 2-4"]
 
@@ -139,6 +144,54 @@ def test_a_picture_of_any_number_of_runs(make_run, tmp_path, num_runs):
     assert drawn.shape[1] == 1690
     assert 800 < drawn.shape[0] < 2000
     assert 0.1 < (drawn[..., :3].min(axis=-1) < 0.99).mean() < 0.9  # neither blank nor all ink
+
+
+HOSTILE = "cost $x_{1 \x1b[2J\n\x07 \u202e$"
+
+
+def test_dollars_underscores_and_escape_sequences_are_drawn_as_they_are(make_run, tmp_path):
+    """matplotlib takes text between dollars for mathematics, and hides a curve whose name begins with an underscore."""
+    labels = [HOSTILE, "$", "_b", "\\frac{" + "c" * 5000]
+    paths = [make_run(name=HOSTILE, labels=labels), make_run(name="_$", allocator="$\\x$", labels=["b"] * 4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture.draw_report(paths, tmp_path / "report.png")
+        with matplotlib.rc_context({"text.parse_math": False}):
+            figure = picture._draw([reading.read_run(path) for path in paths])
+    legend = figure.subfigs[0].axes[0].get_legend()
+    names = [text.get_text() for text in legend.get_texts()]
+    assert [name.split(":")[0] for name in names] == [r"cost $x_{1 \x1b[2J \x07 \u202e$, cero", r" _$, $\x$"]
+
+
+def test_escape_sequences_of_questions_answers_and_labels_do_not_reach_the_terminal(make_run, capsys, monkeypatch):
+    monkeypatch.setattr("cero_jax.report.__main__.draw_report", lambda runs, output: None)
+    run = make_run(name=HOSTILE, labels=[HOSTILE] * 4)
+    config = json.loads((run / "config.json").read_text())
+    config["allocator"] |= {"prior": [0.5, 0.5], "discount": 0.9, "total_budget": 24, "num_epochs": 2}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "prompts.json").write_text(
+        json.dumps({"labels": [HOSTILE] * 4, "questions": ["\x1b]0;title\x07é 東"] * 4, "answers": ["\x9b31m\r4"] * 4})
+    )
+    sample = {
+        "kind": "train",
+        "prompt_id": 1,
+        "spent": 8,
+        "status": "\x1b[1mright",
+        "length": 3,
+        "completion": "\x1bc\ta",
+    }
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    report([str(run), "--prompt", "1"])
+    printed = capsys.readouterr().out
+    for shown in (r"\x1b]0;title\x07é 東", r"\x9b31m\r4", r"\x1b[2J", r"\x1b[1mright", "\\x1bc\ta"):
+        assert shown in printed
+    report([str(run), "--output", str(run / "report.png")])
+    with pytest.raises(SystemExit):
+        report(["/none\x1b[2J"])
+    score = Score(1, 0.5, 0.0, 1.0, {"1": 0.5}, dict.fromkeys(STATUSES, 1))
+    printed += "".join(capsys.readouterr()) + scores_table({HOSTILE: score})
+    assert printed.count("\\x1b[2J") >= 4
+    assert all(character.isprintable() or character in "\n\t" for character in printed)
 
 
 def test_command_line(make_run, tmp_path):

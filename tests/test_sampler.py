@@ -240,12 +240,18 @@ def test_a_single_token_is_a_completion():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_completion_tokens": 0}, "max_completion_tokens=0, window=64 and slots=None must be at least 1"),
-        ({"slots": 0}, "slots=0 must be at least 1"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens=0 must be >= 1 and <= 16777216"),
+        ({"max_completion_tokens": 2**24 + 1}, "max_completion_tokens=16777217 must be >= 1"),
+        ({"slots": 0}, "slots=0 must be >= 1"),
+        ({"window": True}, "window=True must be a whole number"),
         ({"temperature": -1.0}, r"temperature=-1\.0 must be >= 0"),
-        ({"top_p": 0.0}, r"top_p=0\.0 in \(0, 1\]"),
-        ({"top_p": 1.1}, r"top_p=1\.1 in \(0, 1\]"),
-        ({"top_k": -1}, "top_k=-1 >= 0"),
+        ({"temperature": float("nan")}, "temperature=nan must be a finite number"),
+        ({"temperature": 1e-30}, r"temperature=1e-30 must be 0 or at least 0\.001"),
+        ({"temperature": 1e6}, r"temperature=1000000\.0 must be >= 0 and <= 1000"),
+        ({"top_p": 0.0}, r"top_p=0\.0 must be >= 1e-09 and <= 1"),
+        ({"top_p": 1.1}, r"top_p=1\.1 must be"),
+        ({"top_p": None}, "top_p=None must be a finite number"),
+        ({"top_k": -1}, "top_k=-1 must be >= 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

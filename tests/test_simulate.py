@@ -104,6 +104,79 @@ def test_a_log_in_several_files_is_one_log(tmp_path):
     np.testing.assert_array_equal(successes, [[0, 2, 4], [4, 4, 0], [0, 0, 0]])
 
 
+CHAT = [{"role": "user", "content": "1 + 1?"}]
+ROW = {"prompt": "p", "epoch": 0, "reward": 1}
+
+
+@pytest.mark.parametrize(
+    ("found", "right", "drawn"),
+    [
+        ([ROW | {"prompt": CHAT}, ROW | {"prompt": CHAT, "reward": 0}], [[1]], [[2]]),  # messages, as TRL writes them
+        ([ROW | {"prompt": {"b": 1, "a": 2}}, ROW | {"prompt": {"a": 2, "b": 1}}], [[2]], [[2]]),
+        ([ROW | {"prompt": 7}, ROW | {"prompt": 8}], [[1], [1]], [[1], [1]]),
+        ([ROW | {"reward": [1.0]}, ROW | {"reward": [1, 0, 0.5], "epoch": 1}], [[1, 2]], [[1, 3]]),
+        ([ROW | {"reward": True}, ROW | {"reward": False}, ROW | {"reward": "True"}], [[2]], [[3]]),
+        ([ROW | {"reward": -1}, ROW | {"reward": 9}], [[1]], [[2]]),
+        ([ROW | {"num_correct": None, "group_size": None}], [[1]], [[1]]),  # columns of the other kind of row
+    ],
+)
+def test_logs_of_other_trainers_are_read(tmp_path, found, right, drawn):
+    """Conversations as prompts, rewards in lists, booleans: as JSONL with a blank end, an array, and Parquet."""
+    paths = [tmp_path / "log.jsonl", tmp_path / "log.json"]
+    paths[0].write_bytes(b"\xef\xbb\xbf" + "\r\n".join(map(json.dumps, found)).encode() + b"\r\n\r\n \n")
+    paths[1].write_text(json.dumps(found, indent=1))
+    if importlib.util.find_spec("pyarrow") and len({type(row["reward"]) for row in found}) == 1:
+        import pyarrow
+        import pyarrow.parquet
+
+        paths.append(tmp_path / "log.parquet")
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(found), paths[-1])
+    for path in paths:
+        successes, rollouts = simulate.read_log(path)
+        np.testing.assert_array_equal(successes, right)
+        np.testing.assert_array_equal(rollouts, drawn)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (ROW | {"prompt": value}, r":1: field 'prompt' is ") for value in (None, True, [], {}, "")
+    ] + [
+        (ROW | {"reward": value}, r":1: field 'reward' is .*") for value in (
+            None, [], [None], [[1]], {"a": 1}, "nan", "1_0", 10**400, [1, float("nan")], "right")
+    ] + [
+        (ROW | {"epoch": value}, r":1: field 'epoch' is .*, no number") for value in (None, [0], True, float("inf"), "")
+    ] + [
+        ({"group_size": size, "num_correct": counts}, message) for size, counts, message in (
+            (4, [9], r":1: field 'num_correct' holds a count outside 0..group_size=4"),
+            (4, [-1], r"outside 0..group_size=4"), (4, [1, None], r":1: field 'num_correct' is None, no number"),
+            (None, [1], r":1: field 'group_size' is None"), (4, None, r":1: field 'num_correct' is None: give a list"),
+            (4, [1.5], "must be whole"), (4.5, [1], "must be whole"), (0, [0], "must be whole, and it positive"),
+            (-4, [], "must be whole"), (True, [1], "no number"), (4, [True], "no number"),
+            (4, [float("nan")], "no number"), (4, [], "log.jsonl: 0 rollouts in it"), (2**31, [1], "fewer than 2\\^31"),
+            (None, None, "no field 'prompt'"))
+    ],
+)  # fmt: skip
+def test_a_log_that_cannot_be_right_is_refused(tmp_path, row, message):
+    (tmp_path / "log.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=message) as caught:
+        simulate.read_log(tmp_path / "log.jsonl")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value).removeprefix(str(tmp_path))) < 300
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--epochs=0"], ["--seeds=-1"], ["--prompts=nan"], ["--min-group=0"], ["--min-group=33"], ["--hopeless=nan"],
+     ["--hopeless=1"], ["--prompts=100000000"], ["--picture=nowhere/x.png"], ["--log=."], ["--seeds=1e3"]],
+)  # fmt: skip
+def test_wrong_settings_are_one_line_before_any_work(wrong, capsys):
+    with pytest.raises(SystemExit) as ended:
+        simulate.main(wrong)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("python -m cero_jax.simulate: error: ")
+
+
 def test_a_missing_log_is_one_line_of_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         simulate.main(["--log", str(tmp_path / "none.jsonl")])

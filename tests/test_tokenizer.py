@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cero_jax.huggingface import chat_template
 from cero_jax.huggingface.tokenizer import FolderTokenizer
 from cero_jax.tokenizer import AlphabetTokenizer, ByteTokenizer
 
@@ -140,12 +142,149 @@ def test_a_template_that_attacks_or_refuses_is_an_error(tmp_path):
         FolderTokenizer(FIXTURES / "qwen2").chat([{"role": "robot", "content": "x"}])
 
 
+def test_truncation_padding_and_dropout_in_the_file_are_off(tmp_path):
+    """What the last user of a tokenizer switched on is saved in its file; every prompt is read whole."""
+    folder = folder_of("qwen2", tmp_path)
+    path, text = folder / "tokenizer.json", "Natalia sold 48 clips in April."
+    saved = json.loads(path.read_text())
+    saved["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    saved["padding"] = {"strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None, "pad_id": 0,
+                        "pad_type_id": 0, "pad_token": "<|endoftext|>"}  # fmt: skip
+    saved["model"]["dropout"] = 0.9
+    path.write_text(json.dumps(saved))
+    tokenizer, want = FolderTokenizer(folder), FolderTokenizer(FIXTURES / "qwen2")
+    assert [tokenizer.encode(text) for _ in range(5)] == [want.encode(text)] * 5
+    assert len(want.encode(text)) > 4
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+ASKED = [{"role": "user", "content": "What is 3 + 4?"}, {"role": "assistant", "content": "7"}]
+
+
+def with_template(tmp_path, template, **more):
+    return folder_of("qwen2", tmp_path, {"chat_template": template} | more)
+
+
+def test_the_generation_tag_renders_as_without_it_and_the_date_is_the_starts(tmp_path):
+    tagged = (
+        "{{ strftime_now('%d %b %Y') }}\n{%- for m in messages %}\n  {%- if m.role == 'assistant' %}\n"
+        "    {% generation %}\n{{ m.content }}!\n    {% endgeneration %}\n  {% else %}<{{ m.content }}>{% endif %}\n"
+        "{%- endfor %}"
+    )
+    plain = tagged.replace("    {% generation %}\n", "").replace("    {% endgeneration %}\n", "")
+    started = datetime(2024, 2, 29, 23, 59)
+    found = [
+        FolderTokenizer(with_template(tmp_path / name, template), started).chat(ASKED)
+        for name, template in (("tagged", tagged), ("plain", plain))
+    ]
+    assert found == ["29 Feb 2024<What is 3 + 4?>7!\n"] * 2
+    assert FolderTokenizer(FIXTURES / "llama").chat(ASKED)  # without a date given, today's
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}\n{{ m.content }", r"line 2: unexpected '}'"),
+        ("\n{% nonsense %}", r"line 2: Encountered unknown tag 'nonsense'"),
+        ("{% generation %}{{ 1 }}", r"line 1: Unexpected end of template"),
+        ("{{ raise_exception('no\n\x1b[31mroom') }}", r"refuses \[.*\]: no \\x1b\[31mroom$"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", r"maximum recursion depth exceeded"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "not ended after 0.2 s of"),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+            "more than 128 MB",
+        ),
+        ("{{ 'x' * 10**10 }}", "more than 128 MB"),
+        ("{{ 'x' * (10**7 + 1) }}", r"a prompt of 10,000,001 characters, more than 10,000,000"),
+    ],
+)
+def test_a_broken_or_boundless_template_is_one_line(tmp_path, monkeypatch, template, message):
+    monkeypatch.setattr(chat_template, "SECONDS", 0.2 if "0.2 s" in message else 5.0)
+    monkeypatch.setattr(chat_template, "MEMORY_MB", 128)
+    tokenizer = FolderTokenizer(with_template(tmp_path, template))
+    with pytest.raises(ValueError, match=message) as caught:
+        tokenizer.chat(ASKED)
+    assert str(caught.value).startswith(f"{tokenizer.folder / 'tokenizer_config.json'}: its chat template refuses ")
+    assert str(caught.value).isprintable()
+
+
+def test_a_template_that_was_ended_renders_the_next_messages(tmp_path):
+    tokenizer = FolderTokenizer(
+        with_template(tmp_path, "{{ messages[0].content }}{% if messages[1] %}{{ 'x' * 10**10 }}{% endif %}")
+    )
+    for _ in range(2):
+        with pytest.raises(ValueError, match="more than 512 MB"):
+            tokenizer.chat(ASKED)
+        assert tokenizer.chat(ASKED[:1]) == "What is 3 + 4?"
+    process = tokenizer._template[1]._process
+    del tokenizer
+    assert process.wait(20) == 0  # it ends with what asked it
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("config", "vocab_size", "320"), ("config", "vocab_size", 0), ("config", "vocab_size", True),
+        ("config", "vocab_size", 320.0), ("config", "vocab_size", None), ("config", "eos_token_id", "2"),
+        ("generation_config", "eos_token_id", [2, "0"]), ("generation_config", "eos_token_id", {"id": 2}),
+        ("generation_config", "eos_token_id", True), ("generation_config", "bos_token_id", 1.0),
+        ("generation_config", "pad_token_id", [0]), ("tokenizer_config", "eos_token", 2),
+        ("tokenizer_config", "eos_token", {"text": "<|im_end|>"}), ("tokenizer_config", "pad_token", ["<|im_end|>"]),
+        ("tokenizer_config", "add_bos_token", "true"), ("tokenizer_config", "chat_template", 7),
+        ("tokenizer_config", "chat_template", {"default": ["x"]}),
+    ],
+)  # fmt: skip
+def test_a_value_of_a_wrong_type_is_named(tmp_path, file, key, value):
+    folder = folder_of("qwen2", tmp_path, **{{"config": "config", "generation_config": "generation"}.get(
+        file, "settings"): {key: value}})  # fmt: skip
+    with pytest.raises(ValueError, match=rf"{file}.json: {key}.*(must be|no text)") as caught:
+        assert FolderTokenizer(folder).chat
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("templates", [[], ["x"], [{"name": "tool_use", "template": "x"}, {"name": ["default"]}], {}])
+def test_a_list_of_templates_without_a_default_is_none(tmp_path, templates):
+    assert FolderTokenizer(with_template(tmp_path, templates)).chat is None
+
+
+@pytest.mark.parametrize("pad", [-1, 320, 2**70])
+def test_a_pad_token_outside_the_embeddings_is_the_first_eos(tmp_path, pad):
+    folder = folder_of("qwen2", tmp_path, {"pad_token": None}, {"pad_token_id": pad})
+    assert FolderTokenizer(folder).pad_id == 2
+
+
+def test_merges_that_make_the_library_end_the_process_are_named(tmp_path):
+    folder = folder_of("qwen2", tmp_path)
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    for merges in (saved["model"]["merges"], [7], [["a"]], [None], ["a"]):
+        saved["model"] |= {"continuing_subword_prefix": "##", "merges": merges}
+        (folder / "tokenizer.json").write_text(json.dumps(saved))
+        with pytest.raises(ValueError, match=r"tokenizer.json: merge .* lacks continuing_subword_prefix='##'"):
+            FolderTokenizer(folder)
+
+
+def test_text_that_the_tokenizer_has_no_token_for_is_named(tmp_path):
+    folder = folder_of("qwen2", tmp_path)
+    words = {"type": "WordLevel", "vocab": {"yes": 0, "<|im_end|>": 2}, "unk_token": "none"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": words}))
+    with pytest.raises(ValueError, match=r"qwen2: its tokenizer cannot read 'no': WordLevel error"):
+        FolderTokenizer(folder).encode("no")
+
+
 def test_damaged_folders_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tokenizer.json: no such file"):
         FolderTokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=r"tokenizer.json: not a tokenizer"):
         FolderTokenizer(tmp_path)
+    folder = folder_of("llama", tmp_path)
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"chat_template.jinja: not UTF-8"):
+        assert FolderTokenizer(folder).chat
+    for broken in (b"\xff", b"[" * 10**5, b"7"):
+        (folder / "generation_config.json").write_bytes(broken)
+        with pytest.raises(ValueError, match=r"generation_config.json: (broken JSON|not a JSON object)"):
+            FolderTokenizer(folder)
 
 
 def test_importing_the_modules_imports_nothing_heavy():

@@ -129,7 +129,7 @@ def test_nothing_compiles_after_the_first_steps(folder):
     assert compiled == []
 
 
-def test_rows_of_a_file_through_the_same_loop_and_its_policy_measured_alone(folder, tmp_path, capsys):
+def test_rows_of_a_file_through_the_same_loop_and_its_policy_measured_alone(folder, tmp_path, capsys, caplog):
     path = tmp_path / "sums.jsonl"
     problems = [{"question": f"What is {a} + {a}?", "answer": f"{a} + {a} = {2 * a}\n#### {2 * a}"} for a in range(20)]
     path.write_text("\n".join(map(json.dumps, problems)))
@@ -139,6 +139,7 @@ def test_rows_of_a_file_through_the_same_loop_and_its_policy_measured_alone(fold
         warm_start=dataclasses.replace(tiny_config("").warm_start, num_steps=0),
         allocator=dataclasses.replace(tiny_config("").allocator, total_budget=64, num_epochs=2),
         sampler=dataclasses.replace(tiny_config("").sampler, max_completion_tokens=8),
+        model=dataclasses.replace(tiny_config("").model, max_positions=64),
     )
     assert train.main(config) == 0
     rows = rows_of(config.run_dir)
@@ -159,10 +160,28 @@ def test_rows_of_a_file_through_the_same_loop_and_its_policy_measured_alone(fold
         ["sums", "20", "prompts", "avg@3"],
     ]
     assert len(written) == 21 * 3
+    told = [record.getMessage() for record in caplog.records if record.name == "cero_jax"]
+    assert told == []  # the files to measure on are not taken for those that were trained on
+    for wrong, message in (
+        ("--max-completion-tokens=60", r"max_completion_tokens=60 exceed the model's context of 64 tokens"),
+        ("--rows=15", "evaluation.rows=15 and sampler.slots=None must be multiples of data x fsdp = 8"),
+        ("--seed=4294967296", "seed=4294967296 must not be negative, and below 2^32"),
+        ("--temperature=nan", "temperature=nan must be a finite number"),
+        ("--samples=0", "samples=0 must be >= 1"),
+        (f"--data={path}.gz", "sums.jsonl.gz: no such file"),
+    ):
+        with pytest.raises(SystemExit):
+            evaluate.main([str(config.run_dir), wrong, f"--output={output}"])
+        assert message in capsys.readouterr().err.splitlines()[-1]
     assert {path: path.read_bytes() for path in config.run_dir.rglob("*") if path.is_file()} == before
     with pytest.raises(SystemExit):
         evaluate.main([str(tmp_path)])
     assert "not the directory of a run" in capsys.readouterr().err
+    for broken in ("{", "[1]", '{"version": 1}', '{"task": {"class": []}, "allocator": 3}'):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(SystemExit):
+            evaluate.main([str(tmp_path)])
+        assert f"error: {tmp_path / 'config.json'}: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_dynamic_sampling_stops_while_it_waits_and_goes_on_to_the_bit(folder, monkeypatch):

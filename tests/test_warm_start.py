@@ -36,5 +36,5 @@ def test_a_loss_that_is_no_number_is_refused_before_it_is_cached():
 
 @pytest.mark.parametrize("changes", [{"num_steps": -1}, {"rows_per_step": 0}, {"learning_rate": 0.0}])
 def test_settings_out_of_range_are_refused(changes):
-    with pytest.raises(ValueError, match=f"warm_start: .*{next(iter(changes))}="):
+    with pytest.raises(ValueError, match=f"WarmStartConfig: {next(iter(changes))}="):
         WarmStartConfig(**changes)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from functools import cache, partial
 from pathlib import Path
 
@@ -19,11 +20,13 @@ import train
 from cero_jax import model, sharding
 from cero_jax import run as runs
 from cero_jax.config import AllocatorConfig
+from cero_jax.evaluate import restore_policy
 from cero_jax.evaluation import EvaluationConfig
 from cero_jax.huggingface import weights
 from cero_jax.huggingface.tokenizer import FolderTokenizer
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
+from cero_jax.run import saved_start
 from cero_jax.sampler import SamplerConfig, SamplingBatch, make_sampler
 from cero_jax.sharding import MeshConfig
 from cero_jax.tasks.chain_sum import ChainSum
@@ -228,6 +231,24 @@ def test_files_that_are_missing_or_cut_are_named(tmp_path):
         weights.load(folder, one_device())
 
 
+@pytest.mark.parametrize(
+    "name", ["../model-00001-of-00002.safetensors", "/etc/passwd", "..", "", "config.json", 7, None]
+)
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path, name):
+    folder = copy_of("qwen2", tmp_path)
+    shutil.copy(folder / "model-00001-of-00002.safetensors", tmp_path)  # so that it would be found
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.norm.weight"] = name
+    path.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=r"index.json: .* is no safetensors file in this folder"):
+        weights.load(folder, one_device())
+    for broken in ({}, {"weight_map": []}, {"weight_map": {}}):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match=r"index.json: no weight_map"):
+            weights.load(folder, one_device())
+
+
 def test_no_folder_is_overwritten(tmp_path):
     with pytest.raises(ValueError, match="exists: choose another folder"):
         weights.save(tmp_path, FIXTURES / "llama", *loaded("llama"))
@@ -269,8 +290,20 @@ def folder_config(tmp_path, **changes):
 
 
 def test_a_run_starts_from_a_folder_and_ends_with_one(tmp_path):
-    config = folder_config(tmp_path)
+    """Its prompts hold the time of its start, to the second: on resume and in an evaluation, too."""
+    folder = copy_of("qwen2", tmp_path)
+    path = folder / "tokenizer_config.json"
+    template = "{{ strftime_now('%y%m%d%H%M%S') }} {{ messages[0].content }}"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    task = dataclasses.replace(folder_config(tmp_path).task, chat=True, max_prompt_tokens=40)
+    config = folder_config(tmp_path, model_folder=str(folder), task=task)
     assert train.main(config) == 0
+    started = datetime.fromisoformat(saved_start(config.run_dir))
+    prompts = json.loads((config.run_dir / "prompts.json").read_text())["questions"]
+    assert {prompt.partition(" ")[0] for prompt in prompts} == {started.strftime("%y%m%d%H%M%S")}
+    measured = restore_policy(config.run_dir, {}, {}).task.heldout.questions
+    assert {prompt.partition(" ")[0] for prompt in measured} == {started.strftime("%y%m%d%H%M%S")}
+    assert datetime.now() - started >= timedelta(seconds=1)  # else this would prove nothing
     exported = tmp_path / "run" / "export-64"
     run, state, cursor = runs.start(config)
     run.close()

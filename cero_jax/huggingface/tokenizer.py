@@ -3,40 +3,40 @@
 The packages `tokenizers` and `jinja2` are imported when a FolderTokenizer first needs them.
 """
 
-import json
+import re
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from cero_jax.huggingface.families import read_json
+from cero_jax.huggingface.chat_template import ChatTemplate
+from cero_jax.huggingface.families import read_json, what_it_must_be
+from cero_jax.terminal import one_line
 from cero_jax.tokenizer import text_ids
 
 
 class FolderTokenizer:
     """The tokenizer of a Hugging Face model folder: its tokenizer.json, run by the `tokenizers` library.
 
-    Raises FileNotFoundError where tokenizer.json or config.json is missing, ValueError where a file is broken or no
-    end-of-sequence token is named.
+    started: what a chat template that asks for the time is told; None: now. A resumed run gives that of its start, or
+    its prompts would be others tomorrow.
+
+    Raises FileNotFoundError where tokenizer.json or config.json is missing, ValueError where a file is broken, a value
+    in it is of a wrong type, or no end-of-sequence token is named.
     """
 
-    def __init__(self, folder: str | Path):
-        from tokenizers import Tokenizer as Backend
-
+    def __init__(self, folder: str | Path, started: datetime | None = None):
         self.folder = Path(folder)
-        path = self.folder / "tokenizer.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file: the folder must hold a tokenizer in this format")
-        try:
-            self._backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises no narrower class
-            raise ValueError(f"{path}: not a tokenizer ({error}): download it again") from error
-        model = read_json(self.folder / "config.json")
-        stops, self._settings = (
-            read_json(self.folder / name) if (self.folder / name).is_file() else {}
-            for name in ("generation_config.json", "tokenizer_config.json")
-        )
-        self.vocab_size: int = model["vocab_size"]  # rows of the embedding table: often more than there are tokens
+        self._started = started or datetime.now()
+        self._backend = _backend(self.folder / "tokenizer.json")
+        model = self._read("config.json")
+        self.vocab_size: int = model.get("vocab_size")  # type: ignore[assignment] (checked now)
+        """Rows of the embedding table: often more than there are tokens."""
+        if must_be := what_it_must_be("vocab_size", self.vocab_size):
+            raise ValueError(f"{self.folder / 'config.json'}: vocab_size={self.vocab_size!r:.80} must be {must_be}")
+        stops = self._read("generation_config.json", optional=True)
+        self._settings = self._read("tokenizer_config.json", optional=True)
         self._bos = self._special("bos_token", stops.get("bos_token_id", model.get("bos_token_id")))
         adds_bos = self._backend.encode("").ids[:1] == [self._bos]
         self._adds_bos = self._bos is not None and (adds_bos or self._settings.get("add_bos_token") is True)
@@ -50,20 +50,26 @@ class FolderTokenizer:
                 f"{self.vocab_size}, must be in generation_config.json, config.json or tokenizer_config.json: add it"
             )
         pad = self._special("pad_token", stops.get("pad_token_id", model.get("pad_token_id")))
-        self.pad_id: int = self.eos_ids[0] if pad is None else pad
+        # Some folders name a pad token that was added after the embedding table, and some say -1 for none.
+        self.pad_id: int = self.eos_ids[0] if pad is None or not 0 <= pad < self.vocab_size else pad
         """The first eos where the folder names no pad token; padding is known by lengths, never by this id."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, after a BOS if the folder's tokenizer adds one and `text` does not already begin with it.
 
-        Raises ValueError for a token whose id is not below vocab_size.
+        Raises ValueError for text that the tokenizer has no tokens for, or one whose id is not below vocab_size.
         """
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids = self._backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the library raises no narrower class
+            raise ValueError(
+                f"{self.folder}: its tokenizer cannot read {text[:80]!r}: {one_line(str(error))}"
+            ) from error
         if self._adds_bos and ids[:1] != [self._bos]:
             ids = [self._bos, *ids]
         if max(ids, default=0) >= self.vocab_size:
             raise ValueError(
-                f"{text!r} holds a token of id {max(ids)}, but the model has vocab_size={self.vocab_size}: take "
+                f"{text[:200]!r} holds a token of id {max(ids)}, but the model has vocab_size={self.vocab_size}: take "
                 "tokenizer.json and config.json from the same model"
             )
         return ids
@@ -76,51 +82,113 @@ class FolderTokenizer:
     def chat(self) -> Callable[[list[dict[str, str]]], str] | None:
         """Renders messages, each {"role": ..., "content": ...}, by the folder's chat template; None: it has none.
 
-        The function raises ValueError where the template refuses the messages.
+        Raises ValueError where what is there is no template; the function where it is broken, refuses the messages, or
+        takes too long or too much memory.
         """
         return None if self._template is None else self._render
 
     def _render(self, messages: list[dict[str, str]]) -> str:
-        tokens = {name: self._token(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        tokens = {name: token for name, token in tokens.items() if token is not None}
         assert self._template is not None
+        source, template = self._template
         try:
-            return self._template(messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokens)
-        except Exception as error:  # a template is a program: it may raise anything
-            raise ValueError(f"{self.folder}: its chat template refuses {messages!r}: {error}") from error
+            return template(messages)
+        except ValueError as error:
+            shown = one_line(repr(messages), 200)
+            raise ValueError(f"{source}: its chat template refuses {shown}: {one_line(str(error))}") from None
 
     @cached_property
-    def _template(self) -> Callable[..., str] | None:
-        """The template's render function, None without one. A template is untrusted, so it runs in Jinja's sandbox.
-
-        Whitespace, filters and functions are set as transformers sets them.
-        """
-        from jinja2 import TemplateError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+    def _template(self) -> tuple[Path, ChatTemplate] | None:
+        """The file that holds the folder's chat template, and what renders it; None without one."""
         path = self.folder / "chat_template.jinja"
-        source = path.read_text(encoding="utf-8") if path.is_file() else self._settings.get("chat_template")
+        if path.is_file():
+            try:
+                source = path.read_text(encoding="utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: not UTF-8 ({error}): download it again") from error
+        else:
+            path, source = self.folder / "tokenizer_config.json", self._settings.get("chat_template")
         if isinstance(source, list):  # several templates, each with a name
-            source = {each["name"]: each["template"] for each in source}.get("default")
+            named = [each for each in source if isinstance(each, dict)]
+            source = {each.get("name"): each.get("template") for each in named if isinstance(each.get("name"), str)}
+        if isinstance(source, dict):
+            source = source.get("default")
         if source is None:
             return None
+        if not isinstance(source, str):
+            raise ValueError(f"{path}: chat_template is {source!r:.80}, no text: download it again")
+        names = ("bos_token", "eos_token", "pad_token", "unk_token")
+        tokens = {name: token for name in names if (token := self._token(name)) is not None}
+        return path, ChatTemplate(source, tokens, self._started)
 
-        def raise_exception(message: str):
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        return environment.from_string(source).render
+    def _read(self, name: str, optional: bool = False) -> dict[str, Any]:
+        """The object in a file of the folder; {} where it need not be there. Raises ValueError where an id is none."""
+        path = self.folder / name
+        if optional and not path.is_file():
+            return {}
+        content = read_json(path)
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = content.get(key)
+            ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
+            if not all(each is None or _is_whole(each) for each in ids):
+                raise ValueError(f"{path}: {key}={value!r:.80} must be the id of a token, a whole number: correct it")
+        if not isinstance(content.get("add_bos_token", False), bool | None):
+            raise ValueError(
+                f"{path}: add_bos_token={content['add_bos_token']!r:.80} must be true or false: correct it"
+            )
+        return content
 
     def _token(self, name: str) -> str | None:
         """The text of a token that tokenizer_config.json names, as a string or as an object with key "content"."""
         token = self._settings.get(name)
-        return token["content"] if isinstance(token, dict) else token
+        text = token.get("content") if isinstance(token, dict) else token
+        if token is None or isinstance(text, str):
+            return text
+        raise ValueError(
+            f"{self.folder / 'tokenizer_config.json'}: {name}={token!r:.80} must be text, or an object that "
+            "holds it as content: correct it"
+        )
 
     def _special(self, name: str, otherwise: int | None) -> int | None:
         """The id of a token that tokenizer_config.json names; `otherwise` where it names none."""
         token = self._token(name)
         return otherwise if token is None else self._backend.token_to_id(token)
+
+
+def _backend(path: Path) -> Any:
+    """The tokenizer in a tokenizer.json, without what its last user had switched on: every prompt whole and alike."""
+    from tokenizers import Tokenizer
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file: the folder must hold a tokenizer in this format")
+    _check_merges(path)
+    try:
+        backend = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no narrower class
+        raise ValueError(f"{path}: not a tokenizer ({one_line(str(error))}): download it again") from error
+    backend.no_truncation()
+    backend.no_padding()
+    if (
+        getattr(backend.model, "dropout", None) is not None
+    ):  # of merges, at random: no text would have the same ids twice
+        backend.model.dropout = None
+    return backend
+
+
+def _check_merges(path: Path) -> None:
+    """Raise ValueError at merges without the prefix of what continues a word: the library ends the process at them."""
+    if not re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', path.read_bytes()):
+        return
+    model = read_json(path).get("model")
+    prefix, merges = (
+        (model.get(key) for key in ("continuing_subword_prefix", "merges")) if isinstance(model, dict) else ("", ())
+    )
+    for merge in merges if isinstance(merges, list) else ():
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        if not (isinstance(parts, list) and len(parts) == 2 and str(parts[1]).startswith(str(prefix))):
+            raise ValueError(
+                f"{path}: merge {merge!r:.80} lacks continuing_subword_prefix={prefix!r:.80}: download it again"
+            )
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

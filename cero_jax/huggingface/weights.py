@@ -117,7 +117,7 @@ def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = _listed_files(index) if index.exists() else ["model.safetensors"]
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise FileNotFoundError(f"{folder}: no {', '.join(absent)}: download all of the model's safetensors files")
@@ -131,6 +131,17 @@ def _open(folder: Path, files: ExitStack) -> dict[str, Any]:
             ) from error
         tensors |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
     return tensors
+
+
+def _listed_files(index: Path) -> list[str]:
+    """The files that an index names. Raises ValueError at one outside its folder: anyone may have written it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: no weight_map, an object of tensors and their files, in it: download it again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name:
+            raise ValueError(f"{index}: {name!r:.200} is no safetensors file in this folder: download it again")
+    return sorted(set(weight_map.values()))
 
 
 def _check(folder: Path, tensors: dict[str, Any], layout: list[Stored], config: ModelConfig) -> None:

@@ -12,6 +12,7 @@ from cero_jax.report.html import write_page
 from cero_jax.report.picture import draw_report
 from cero_jax.report.read_run import prompt_history, read_run
 from cero_jax.report.summary import describe
+from cero_jax.terminal import printable
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -29,14 +30,14 @@ def main(args: Sequence[str] | None = None) -> None:
             print(prompt_history(read_run(parsed.runs[0]), parsed.prompt))
         elif parsed.html:
             write_page(read_run(parsed.runs[0]), parsed.html)
-            print(parsed.html)
+            print(printable(parsed.html))
         else:
             draw_report(parsed.runs, parsed.output)
             for run in parsed.runs:
-                print(describe(read_run(run)), end="\n\n")
-            print(parsed.output)
+                print(printable(describe(read_run(run))), end="\n\n")
+            print(printable(parsed.output))
     except (OSError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(printable(str(error)))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,17 @@ from pathlib import Path
 
 import numpy as np
 
-from cero_jax.report.read_run import Allocation, Curve, accuracy_curve, allocation, group_runs, live_curve, read_run
+from cero_jax.report.read_run import (
+    Allocation,
+    Curve,
+    RunLog,
+    accuracy_curve,
+    allocation,
+    group_runs,
+    live_curve,
+    read_run,
+)
+from cero_jax.terminal import one_line
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # of Okabe and Ito
 MAX_MAPS = 4  # heat maps of the first settings; the others have curves only
@@ -13,11 +23,18 @@ MAX_MAPS = 4  # heat maps of the first settings; the others have curves only
 
 def draw_report(run_dirs: Sequence[Path | str], output_png: Path | str) -> None:
     """Draw the runs into a PNG. Runs of one setting with several seeds share a curve. Raises what `read_run` raises."""
-    from matplotlib.figure import Figure
+    import matplotlib
 
     runs = [read_run(path) for path in run_dirs]
-    groups = group_runs(runs)
-    shown = list(groups.items())[:MAX_MAPS]
+    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
+        _draw(runs).savefig(output_png)
+
+
+def _draw(runs: list[RunLog]):
+    from matplotlib.figure import Figure
+
+    groups = [(_shown(name), group) for name, group in group_runs(runs).items()]
+    shown = groups[:MAX_MAPS]
     allocations = [allocation(group[0]) for _, group in shown]
     map_rows = (len(shown) + 1) // 2
     map_height = 0.9 + 0.42 * max(len(a.labels) for a in allocations)
@@ -26,9 +43,9 @@ def draw_report(run_dirs: Sequence[Path | str], output_png: Path | str) -> None:
 
     curves, live = top.subplots(1, 2, width_ratios=[5, 3])
     colors = [COLORS[i % len(COLORS)] for i in range(len(groups))]
-    measured = [accuracy_curve(group) for group in groups.values()]
+    measured = [accuracy_curve(group) for _, group in groups]
     figure_of = _percent if all(np.all((c.low >= 0) & (c.high <= 1)) for c in measured) else _plain
-    for (name, group), accuracy, color in zip(groups.items(), measured, colors, strict=True):
+    for (name, group), accuracy, color in zip(groups, measured, colors, strict=True):
         legend = f"{name}{f', {len(group)} seeds' if len(group) > 1 else ''}: {figure_of(accuracy.mean[-1])} at the end"
         _draw_curve(curves, accuracy, color, legend, marker="o" if len(accuracy.spent) <= 60 else None)
         _draw_curve(live, live_curve(group), color, name)
@@ -47,8 +64,13 @@ def draw_report(run_dirs: Sequence[Path | str], output_png: Path | str) -> None:
     below.colorbar(image, ax=list(panels), format=_percent, label="share of the rollouts", aspect=30, pad=0.01)
     names = ", ".join(dict.fromkeys(run.config["name"] for run in runs))
     spent = max(run.steps[-1]["spent"] for run in runs)
-    figure.suptitle(f"{names}: {spent:,} rollouts", fontsize=14, fontweight="bold")
-    figure.savefig(output_png)
+    figure.suptitle(f"{one_line(names, 120)}: {spent:,} rollouts", fontsize=14, fontweight="bold")
+    return figure
+
+
+def _shown(name: str) -> str:
+    """A name as a legend takes it: on a line, and not beginning with the underscore that hides it."""
+    return f"{' ' * name.startswith('_')}{one_line(name, 100)}"
 
 
 def _draw_curve(axes, curve: Curve, color: str, label: str, marker: str | None = None) -> None:
@@ -75,7 +97,7 @@ def _draw_allocation(axes, where: Allocation, scale: float):
     axes.invert_yaxis()
     axes.hlines(rows[1:-1], 0, where.first_epoch[-1], color="white", linewidth=2)
     ticks = [
-        f"{label}\n{_percent(prompts)} of prompts, {_percent(rollouts)} of rollouts"
+        f"{one_line(label, 60)}\n{_percent(prompts)} of prompts, {_percent(rollouts)} of rollouts"
         for label, prompts, rollouts in zip(where.labels, where.of_prompts, where.of_rollouts, strict=True)
     ]
     axes.set_yticks(rows[:-1] + 0.5, ticks, fontsize=8)

@@ -16,6 +16,7 @@ import numpy as np
 
 from cero_jax.allocator.posterior import FIT_SAMPLE, ROLLOUTS_PER_PASS, fitted_prior
 from cero_jax.report.mechanism import spaced
+from cero_jax.terminal import printable
 
 MAX_COLUMNS = 60  # of a heat map
 MAX_STRETCHES = 30  # of steps, each a point of a curve: one step alone is noise
@@ -331,8 +332,8 @@ def prompt_history(run: RunLog, prompt: int, max_samples: int = 4) -> str:
         )
     for sample in samples[-max_samples:]:
         lines.append(f"--- after {sample['spent']:,} rollouts, {sample['status']}, {sample['length']} tokens")
-        lines.append("".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in sample["completion"]))
-    return "\n".join(line for line in lines if line)
+        lines.append(sample["completion"])
+    return printable("\n".join(line for line in lines if line))
 
 
 def mean(posterior: tuple[float, float]) -> float:

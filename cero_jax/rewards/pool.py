@@ -26,6 +26,7 @@ from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
 from cero_jax.rewards import ERROR, TIMED_OUT, Verdict, Verifier, verdict
+from cero_jax.terminal import printable
 
 MAX_WORKERS = 16  # where nobody says: they share one pipe
 RENEWALS = 3  # times that a broken pool is made anew for the same batch
@@ -149,7 +150,9 @@ class Pool:
             if each.status == ERROR and not self._logged:
                 self._logged = True
                 logging.getLogger("cero_jax").warning(
-                    "verifier %s: %s (reward 0; later errors are only counted)", self.function, each.extracted
+                    "verifier %s: %s (reward 0; later errors are only counted)",
+                    self.function,
+                    printable(each.extracted),
                 )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from cero_jax.data import Prompts, Task, encode_prompts
 from cero_jax.rewards.exact import exact
+from cero_jax.settings import check
 from cero_jax.tokenizer import AlphabetTokenizer, Tokenizer
 
 EASY = (2, 4)  # digits of the shortest and longest row
@@ -76,12 +77,13 @@ class ChainSum:
         )
 
     def _check(self):
+        check(self)
         for name in ("easy_share", "wrong_share", "demonstration_error_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in 0..1")
         for name in ("num_prompts", "num_heldout"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            if not 1 <= getattr(self, name) <= 10**7:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1, and at most {10**7}")
         easy = round(self.easy_share * self.num_prompts) + self.num_heldout // 2
         there_are = sum(10**length for length in range(EASY[0], EASY[1] + 1))
         if easy > there_are:

@@ -16,6 +16,7 @@ from cero_jax.rewards.choice import choice
 from cero_jax.rewards.exact import exact
 from cero_jax.rewards.final_number import final_number
 from cero_jax.rewards.pool import Pool
+from cero_jax.settings import check
 from cero_jax.tokenizer import ByteTokenizer, Tokenizer
 
 INLINE = {"final_number": final_number, "exact": exact, "choice": choice}  # cheap and linear: no process of their own
@@ -39,7 +40,8 @@ class Dataset:
     """Prompts and gold answers from files of rows."""
 
     path: str
-    """The training file or a glob of files: CSV or Parquet where the name ends so, else JSONL."""
+    """The training file or a glob of files: JSONL, a JSON array, CSV or Parquet. Empty: no training prompts, as for an
+    evaluation, which reads the held-out files alone."""
     question_field: str = "question"
     """Field of the question, text or messages; "reward_model.ground_truth" looks inside, "problem|question" at both."""
     answer_field: str = "answer"
@@ -64,6 +66,9 @@ class Dataset:
     num_heldout: int = 256
     """Rows of `path` held out, drawn by the seed, where there is no held-out file."""
 
+    def __post_init__(self):
+        check(self, max_prompt_tokens=(1, 2**24), verifier_memory_mb=(256, 2**30), verifier_seconds=(0.001, 86_400))
+
     def build(self, seed: int, tokenizer: Tokenizer | None = None) -> Task:
         """Read the task: a function of the files, these settings, `seed` and the tokenizer (None: bytes).
 
@@ -76,7 +81,7 @@ class Dataset:
         if render is None:
             raise ValueError("chat=True needs a tokenizer with a chat template: give an instruction-tuned model_folder")
         inline, pooled = self._verifier()
-        rows = self._read(self.path, "all")
+        rows = self._read(self.path, "all") if self.path or not self.heldout_paths else []
         if self.heldout_paths:
             names = _names(self.heldout_paths) if len(self.heldout_paths) > 1 else ["all"]
             heldout = [
@@ -110,16 +115,20 @@ class Dataset:
         return None, pool.many
 
     def _read(self, pattern: str, label: str) -> list[Row]:
-        rows = []
+        rows, answered = [], 0
         for file in read_files.find_files(pattern):
             for source, row in read_files.read_rows(file):
-                question = read_files.messages(
+                question, left_out = read_files.messages(
                     source, self.question_field, read_files.pick(source, row, self.question_field)
                 )
                 answer = read_files.text(source, self.answer_field, read_files.pick(source, row, self.answer_field))
                 rows.append(Row(source, question, answer, label))
+                answered += left_out > 0
         if not rows:
             raise ValueError(f"{pattern}: no row in it: expected one JSON object a line")
+        if answered:
+            _log.warning("%s: in %d of %d rows the messages end with the assistant's own, which are left out of the "
+                         "prompt", pattern, answered, len(rows))  # fmt: skip
         return rows
 
     def _check_gold(self, rows: list[Row], inline: Verifier | None, pooled: VerifyMany | None) -> None:
@@ -152,7 +161,7 @@ class Dataset:
             drop_long=True,
         )
         dropped = len(rows) - len(prompts.questions)
-        if not prompts.questions:
+        if rows and not prompts.questions:
             raise ValueError(
                 f"all {dropped} {name} prompts are longer than max_prompt_tokens={self.max_prompt_tokens}: raise it"
             )
@@ -172,7 +181,7 @@ class Dataset:
 
 def _paragraphs(messages: list[dict[str, str]]) -> str:
     """The messages' texts, a paragraph each: the prompt where there is no chat template."""
-    return "\n\n".join(message["content"] for message in messages)
+    return "\n\n".join(message["content"] for message in messages if message["content"].strip())
 
 
 def _report_duplicates(train: Prompts, heldout: Prompts) -> None:
