@@ -14,7 +14,6 @@ from cero_jax import evaluate
 from cero_jax import run as runs
 from cero_jax.allocator.base import AllocatorState
 from cero_jax.checkpoint import is_key
-from cero_jax.learner import LearnerConfig
 from cero_jax.report.read_run import read_run
 from cero_jax.report.summary import summarise
 from cero_jax.stop_signal import StopSignal
@@ -257,8 +256,16 @@ def test_what_cannot_be_learned_from_stops_the_run_saved_and_the_same_command_go
     assert rows[-1]["optimizer_steps"] == sum("loss" in row for row in rows) > 0
 
 
-def test_a_policy_that_is_not_a_number_is_said_and_not_saved(folder):
-    config = tiny_config(folder / "nan", learner=LearnerConfig(rows_per_step=16, learning_rate=1e38))
+def test_a_policy_that_is_not_a_number_is_said_before_a_rollout_is_spent(folder, monkeypatch):
+    start = runs.starting_policy
+
+    def broken(*args):
+        params = start(*args)
+        return params | {"final_norm": jax.numpy.full_like(params["final_norm"], np.nan)}
+
+    monkeypatch.setattr(runs, "starting_policy", broken)
+    config = tiny_config(folder / "nan")
     with pytest.raises(FloatingPointError, match=r"the policy is not a number: .* lower learner.learning_rate"):
         train.main(config)
+    assert rows_of(config.run_dir) == []
     assert not any((config.run_dir / "checkpoints").iterdir())
