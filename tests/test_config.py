@@ -227,6 +227,17 @@ def test_a_rope_scaling_that_divides_by_nothing_is_refused(settings, message):
         RopeScaling("llama3", **settings)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_prompt_tokens": 0}, {"max_prompt_tokens": 10**9}, {"max_prompt_tokens": 12.0}, {"num_heldout": "3"},
+     {"heldout_paths": ["a"]}, {"heldout_paths": "a"}, {"path": None}, {"verifier_seconds": float("nan")},
+     {"verifier_seconds": float("inf")}, {"verifier_memory_mb": 10**12}, {"chat": "yes"}, {"system": 7}],
+)  # fmt: skip
+def test_a_setting_of_a_data_set_that_cannot_be_is_named(wrong):
+    with pytest.raises(ValueError, match=rf"Dataset: {next(iter(wrong))}=.* must be "):
+        Dataset(**{"path": "rows.jsonl"} | wrong)
+
+
 def test_an_unknown_dtype_is_refused():
     done = run_train(CHAIN_SUM, "--model.compute-dtype=bf16")
     assert done.returncode == 2

@@ -313,52 +313,12 @@ def test_the_answer_behind_a_question_stays_out_of_the_prompt_and_is_counted(wri
         assert task.train.questions == ("2 + 2?", *["2 + 2?\n\nIt is 4.\n\n2 + 2?"] * 2, "2 + 2?", "2 + 2?")
 
 
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([SAID], "is all the assistant's: the question must be the user's last message"),
-        ([SYSTEM, SAID], "ends with a message of the system"),
-        ([USER, {"role": "tool", "content": "4"}], "ends with a message of the tool"),
-        (
-            [{"role": "human", "content": "x"}],
-            r"'question.0.role' is \"human\", none of system, developer, user, assist",
-        ),
-        ([USER, {"role": 7, "content": "x"}], "'question.1.role' is \"7\", none of"),
-        ([{"role": None, "content": "x"}], "'question.0.role' is null, none of"),
-        ([{"role": ["user"], "content": "x"}], "'question.0.role' is .*, none of"),
-        ([{"role": "user", "content": " "}], "'question.0.content' is empty"),
-        ([USER, SAID | {"content": None}, USER], "'question.1.content' is null, neither text nor a number"),
-        (
-            [USER, SAID | {"tool_calls": [{"name": "f"}]}, USER],
-            "'question.1' calls tools, which a prompt here cannot hold",
-        ),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "'question.0.content' is .*, neither text"),
-    ],
-)
-def test_messages_that_ask_nothing_are_named(write, messages, message):
-    path = write(row(), {"question": messages, "answer": "4"}, row())
-    with pytest.raises(ValueError, match=rf"rows.jsonl:2: field .*{message}") as caught:
-        Dataset(path, num_heldout=1).build(0)
-    assert "\n" not in str(caught.value)
-
-
 def test_without_a_path_there_are_held_out_prompts_alone(write, caplog):
     held = write(row("a"), row("b"))
     task = Dataset("", heldout_paths=(held,)).build(0)
     assert (len(task.train.questions), task.heldout.questions, caplog.records) == (0, ("a", "b"), [])
     with pytest.raises(ValueError, match="'': not a regular file"):
         Dataset("").build(0)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"max_prompt_tokens": 0}, {"max_prompt_tokens": 10**9}, {"max_prompt_tokens": 12.0}, {"num_heldout": "3"},
-     {"heldout_paths": ["a"]}, {"heldout_paths": "a"}, {"path": None}, {"verifier_seconds": float("nan")},
-     {"verifier_seconds": float("inf")}, {"verifier_memory_mb": 10**12}, {"chat": "yes"}, {"system": 7}],
-)  # fmt: skip
-def test_a_setting_that_cannot_be_is_named(wrong):
-    with pytest.raises(ValueError, match=rf"Dataset: {next(iter(wrong))}=.* must be "):
-        Dataset(**{"path": "rows.jsonl"} | wrong)
 
 
 def test_a_verifier_of_the_users_own(write):

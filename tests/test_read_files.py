@@ -8,6 +8,7 @@ import pickle
 import pytest
 
 from cero_jax.read_files import find_files, read_rows
+from cero_jax.read_files import messages as read_messages
 
 
 @pytest.fixture
@@ -123,6 +124,38 @@ def test_a_file_that_begins_as_parquet_is_parquet(write):
 def test_a_folder_gets_an_example_of_a_glob(tmp_path):
     with pytest.raises(ValueError, match=r"not a regular file: give the path of the files in it, .*/\*\.jsonl$"):
         find_files(str(tmp_path))
+
+
+USER, SAID = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "It is 4."}
+SYSTEM = {"role": "system", "content": ""}
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([SAID], "is all the assistant's: the question must be the user's last message"),
+        ([SYSTEM, SAID], "ends with a message of the system"),
+        ([USER, {"role": "tool", "content": "4"}], "ends with a message of the tool"),
+        (
+            [{"role": "human", "content": "x"}],
+            r"'question.0.role' is \"human\", none of system, developer, user, assist",
+        ),
+        ([USER, {"role": 7, "content": "x"}], "'question.1.role' is 7, none of"),
+        ([{"role": None, "content": "x"}], "'question.0.role' is null, none of"),
+        ([{"role": ["user"], "content": "x"}], "'question.0.role' is .*, none of"),
+        ([{"role": "user", "content": " "}], "'question.0.content' is empty"),
+        ([USER, SAID | {"content": None}, USER], "'question.1.content' is null, neither text nor a number"),
+        (
+            [USER, SAID | {"tool_calls": [{"name": "f"}]}, USER],
+            "'question.1' calls tools, which a prompt here cannot hold",
+        ),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "'question.0.content' is .*, neither text"),
+    ],
+)
+def test_messages_that_ask_nothing_are_named(messages, message):
+    with pytest.raises(ValueError, match=rf"^rows.jsonl:2: field .*{message}") as caught:
+        read_messages("rows.jsonl:2", "question", messages)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
