@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import quick_jit
 
 import cero_jax
 
@@ -154,7 +155,7 @@ def test_padding_gets_nothing_and_changes_nothing(make):
 def test_shares_of_a_stream_of_batches_sum_to_an_epochs_budget(make):
     num_prompts, total, epochs = 50, 7777, 10
     allocator = make(total_budget=total, num_epochs=epochs, min_group=2)
-    allocate = jax.jit(allocator.allocate)
+    allocate = quick_jit(allocator.allocate)
     state = allocator.init(num_prompts)
     for _ in range(3):
         before = int(state.ledger.left)
@@ -170,12 +171,13 @@ def test_shares_of_a_stream_of_batches_sum_to_an_epochs_budget(make):
 def test_groups_are_multiples_and_a_run_loses_nothing_by_it(make, multiple_of):
     total, epochs = 3001, 23  # epochs of 130.5 rollouts
     allocator = make(total_budget=total, num_epochs=epochs, min_group=4, max_group=16, multiple_of=multiple_of)
+    allocate, update = quick_jit(allocator.allocate), quick_jit(allocator.update)
     state, sums = allocator.init(PROMPTS), []
     for _ in range(epochs + 1):
-        n, state = allocator.allocate(state)
+        n, state = allocate(state)
         check_groups(n, 4, 16, multiple_of)
         sums.append(int(n.sum()))
-        state = allocator.update(state, n, n // 3)
+        state = update(state, n, n // 3)
         check_ledger(state, total)
     if make in SPEND_ALL:
         assert sums[-1] == 0
@@ -183,7 +185,7 @@ def test_groups_are_multiples_and_a_run_loses_nothing_by_it(make, multiple_of):
         assert sum(sums) == total - total % multiple_of
     state = allocator.init(PROMPTS)
     for start in range(0, multiple_of * PROMPTS, 20):  # a stream of batches: a whole number of each comes round
-        n, state = allocator.allocate(state, np.arange(start, start + 20) % PROMPTS)
+        n, state = allocate(state, np.arange(start, start + 20) % PROMPTS)
         check_groups(n, 4, 16, multiple_of)
     assert make not in SPEND_ALL or int(state.ledger.reserved) == multiple_of * (total // epochs)
 
@@ -198,17 +200,17 @@ def test_groups_of_one_size_lose_nothing_and_need_no_more_epochs(make, group, to
     own = {} if make in (GREEDY, cero_jax.cero) else {"group_size": group}
     own |= {"units_per_group": 1} if make is cero_jax.cero_dual else {}
     allocator = make(total_budget=total, num_epochs=epochs, min_group=group, max_group=group, **own)
-    num_prompts = 100
-    state, sums = allocator.init(num_prompts), []
+    allocate, update = quick_jit(allocator.allocate), quick_jit(allocator.update)
+    state, sums = allocator.init(100), []
     for _ in range(epochs):
-        n, state = allocator.allocate(state)
+        n, state = allocate(state)
         check_groups(n, group, group)
         sums.append(int(n.sum()))
-        state = allocator.update(state, n, n // 3)
+        state = update(state, n, n // 3)
     if make in SPEND_ALL:
         assert int(state.ledger.left) == total % group
         assert max(sums) - min(sums) <= group
-        assert not allocator.allocate(state)[0].any()
+        assert not allocate(state)[0].any()
 
 
 def test_structure_is_stable_under_cond_scan_vmap_and_eval_shape(make):
