@@ -97,6 +97,11 @@ READ = [
     ("- 5", None),  # a bullet or a sign
     (r"\boxed{- 5}", -5),
     ("x = - 5", -5),
+    (r"\boxed{\text{negative } 5}", -5),
+    (r"\boxed{\text{minus } 5}", None),
+    ("The answer is the square root of 5.", None),
+    ("The answer is 5 if n is even and 7 otherwise.", None),
+    ("The answer is 5, but it may be 7.", None),
     (r"\boxed{3 \times 10^{5}}", 300000),
     ("3 x 10^5", 300000),
     (r"\boxed{5\,\mathrm{cm}}", 5),

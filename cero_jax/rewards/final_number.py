@@ -35,6 +35,7 @@ _MADE_PLAIN = (  # what is written -> tokens between blanks; in this order
     (re.compile(r"(?<=[0-9])\s?(?=\\frac\{[0-9])"), "&"),
     (re.compile(r"(?<![0-9A-Za-z.,/])([0-9]{1,20}) (?=[0-9]{1,20}/[0-9])"), r"\1&"),
     (re.compile(r"\\frac\{(-?[0-9]+)\}\{([0-9]+)\}(?![0-9{])"), r"\1/\2"),
+    (re.compile(r"\bnegative\s+(?=\$?\.?[0-9])", re.IGNORECASE), "-"),
     (re.compile(r"[!<>]=|=[<>]"), " < "),
     (re.compile(r"(?<=[A-Za-z])[:=]|[=\u2248]|\\approx(?![a-z])"), " = "),
     (re.compile(r"(?<=\.[0-9])([0-9]*)(?:\.\.+|\u2026)"), r"\1\\dots"),
@@ -47,7 +48,8 @@ _SIGN_APART = re.compile(r"^\s*([-+])\s+(?=\$?\.?[0-9])")
 _OPERATOR = re.compile(r"[-+*/^<>|~x]+")  # before a number, after something: the number is an operand
 _LARGER = re.compile(r"[*/^|_(\[]+|.*\\.*|[xyznkibejqruvw]|pi|sqrt|squared|cubed|factorial")  # after a number
 _RELATION = re.compile(
-    r"[+*/^<>|~]+|.*\\.*|or|not|than|least|most|except|over|under|above|below|ln|log|sin|cos|tan|sqrt|pi", re.IGNORECASE
+    r"[+*/^<>|~]+|.*\\.*|or|not|than|least|most|except|over|under|above|below|ln|log|sin|cos|tan|sqrt|pi|minus|plus|root|half|twice|double|triple",
+    re.IGNORECASE,
 )
 
 

@@ -31,8 +31,8 @@ _PHRASE = re.compile(
 _DISPLAY = re.compile(r"\$\$.*?\$\$|\\\[.*?\\\]|\\\(.*?\\\)[^\n]*", re.DOTALL)
 # What begins the words after an answer that are no part of it.
 _REST = re.compile(
-    r"(?<!\\)[.!?](?=\s|\*|$)|[,;]?\s\(?(?:because|since|as|so|where|which|when|if|for|given|thus|therefore|hence|due|not|but|rather"
-    r"|instead)\b|\s[\u2013\u2014-]+\s+[A-Za-z]{2}",
+    r"(?<!\\)[.!?](?=\s|\*|$)|[,;]?\s\(?(?:because|since|as|so|where|which|when|given|thus|therefore|hence|due|not)\b"
+    r"|\s[\u2013\u2014-]+\s+[A-Za-z]{2}",
     re.IGNORECASE,
 )
 _NOT = re.compile(r"(?:\s*(?:not|never|neither|nor|no)\b|n['\u2019]t)", re.IGNORECASE)

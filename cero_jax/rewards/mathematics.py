@@ -9,7 +9,8 @@ within the limits still take forever, so this verifier must run in a `Pool`, whi
 own time limits are off: they work by signals, and call an answer that takes too long wrong.
 
 Math-verify is lenient, and accepts: 50 % as 50 and as 0.5; 0.333333 as 1/3 (six decimals, where one side is a decimal
-and the other is not); 5 cm, y = 5 and 8 = 5 as 5 (the right-hand side counts); 5, 5 as 5; and 1, 2 in either order.
+and the other is not); 5 cm, y = 5 and 8 = 5 as 5 (the right-hand side counts, and no unit); 40 as 40_9 where the gold
+answer names the base; 5, 5 as 5; and 1, 2 in either order.
 """
 
 import logging
@@ -43,7 +44,7 @@ _MATHS = re.compile(
 )
 _FORMULA = re.compile(r"\s*(?:\$|\\\(|\\\[)")
 _BEGUN = re.compile(r"[^$\\]*[0-9=]")  # an answer before the first formula: "5 and $x = 3$"
-_WORDS = re.compile(r"[A-Za-z][A-Za-z' -]*[A-Za-z]")
+_WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z]+(?:[ '][A-Za-z]+)*")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
 _NO_WORDS = re.compile(_TEXT.pattern + r"|\\(?:begin|end)\{[a-z]+\}")
 _PLAIN_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
@@ -53,6 +54,7 @@ _BRACKET = re.compile(r"^\s*(?:\\left)?\s*(\\\{|[(\[])")
 _BASE = re.compile(r"[0-9]_\{?([0-9]{1,3})\}?$")
 _SIDE_BY_SIDE = re.compile(r"(?<![_^0-9.])[0-9.]+ +[0-9]")  # a product to math-verify: "12 00" would be 0
 _DECIMAL = re.compile(r"-?[0-9]*\.[0-9]{6,}")
+_IRRATIONAL = re.compile(r"\\(?:pi|sqrt|ln|log|sin|cos|tan)|e\^")
 _FOR_MATH_VERIFY = (  # what it would not read, or not as it is meant
     (re.compile(r"(?<=[0-9])[eE]([-+]?[0-9]+)(?![0-9A-Za-z])"), r" \\cdot 10^{\1}"),
     (re.compile(r"(?<![0-9./])([0-9]+) +([0-9]+)/([0-9]+)(?![0-9./])"), r"\1\\frac{\2}{\3}"),
@@ -132,7 +134,9 @@ def equal(gold: str, given: str) -> bool:
     words, others = _words(gold), _words(given)
     if words and others and max(len(words), len(others)) > 3:
         return words == others
-    if any(_differ(pattern.search(gold), pattern.search(given)) for pattern in (_BRACKET, _BASE)):
+    if _differ(_BRACKET.match(gold), _BRACKET.match(given)) or _differ(_BASE.search(gold), _BASE.search(given)):
+        return False
+    if (_BASE.search(given) and not _BASE.search(gold)) or (_IRRATIONAL.search(gold) and _few_digits(given, other)):
         return False
     if _TIME.match(gold) or _TIME.match(given):
         one, other = sorted((_time(gold), _time(given)), key=len)
@@ -214,6 +218,11 @@ def _rounds(written: str, rounded: Fraction, exact: Fraction) -> bool:
     places = len(written.strip().partition(".")[2]) if _DECIMAL.fullmatch(written.strip()) else 0
     endless = exact.denominator // math.gcd(exact.denominator, 10 ** exact.denominator.bit_length()) > 1
     return bool(places) and endless and abs(rounded) >= Fraction(1, 10) and round(exact, places) == rounded
+
+
+def _few_digits(written: str, value: Fraction | None) -> bool:
+    """Whether a decimal is so small and short that math-verify, which compares six places, would see few digits."""
+    return value is not None and "." in written and abs(value) < Fraction(1, 10) and (value * 10**6).denominator == 1
 
 
 def _words(answer: str) -> str:
