@@ -114,6 +114,11 @@ READ = [
     ("The answer is 5 because 3 + 2 are.", 5),
     ("The answer is:\n\n**5**\n\nThere were 7.", 5),
     ("The answer is 5. There were 7", 5),
+    ("\\textbf{Answer: 5} apples", 5),
+    ("<b>Answer:</b> <b>5</b>", 5),
+    ("Ans = 5", 5),
+    ("The answer should be 5", 5),
+    ("so \u20145", -5),
     ("## Final Answer\n\n5", 5),
     ("#### Step 3\nadd\n#### Final Answer\n5", 5),
     ("<think>\\boxed{3}</think><answer>5</answer> or 7", 5),
@@ -169,7 +174,7 @@ GOLDS = [  # not marked: one number and no more
     ("5 apples and 3 pears", None),
     ("3 hours 20 minutes", None),
     ("1, 2", None),
-    ("2 + 3 = 5, so 5", None),
+    ("2 + 3 = 5, so 5", 5),
     (r"2\pi", None),
     (r"\frac{\pi}{4}", None),
     ("10^6", None),
@@ -177,6 +182,10 @@ GOLDS = [  # not marked: one number and no more
     ("40_9", None),
     (r"\boxed{3} and \boxed{5}", None),
     ("five", None),
+    (r"so x is \boxed{3}. Then y is \boxed{5}", None),
+    (r"so it is \boxed{\frac{1}{2}}, which is \boxed{0.5}", Fraction(1, 2)),
+    (r"\boxed{15\frac{39}{40}} \boxed{\frac{639}{40}}", Fraction(639, 40)),
+    ("x is $\\boxed{3}$\n#### 5", 5),
 ]
 
 FOUND = [
@@ -382,6 +391,6 @@ def test_a_gold_choice(gold):
     assert choice("", "Answer: C", gold).status == "wrong"
 
 
-@pytest.mark.parametrize("gold", ["twelve", "A or B", "A, B", "12", "Because"])
+@pytest.mark.parametrize("gold", ["twelve", "A or B", "A, B", "12", "Because", r"\boxed{A}. Then \boxed{B}"])
 def test_a_gold_choice_that_is_not_one_letter_is_an_error(gold):
     assert choice("", f"Answer: {gold}", gold).status == "error"

@@ -9,7 +9,7 @@ B. 6") are no answer. The time it takes grows linearly with the text.
 import re
 
 from cero_jax.rewards import ERROR, NO_ANSWER, Verdict, compared
-from cero_jax.rewards.find import find, last_line, without_reason
+from cero_jax.rewards.find import boxes, find, last_line, without_reason
 from cero_jax.rewards.plain import plain
 
 MAX_LINE = 16  # characters of a last line that is nothing but a letter, with signs around it: (**B**)
@@ -32,7 +32,7 @@ def choice(question: str, completion: str, answer: str) -> Verdict:
     """Right where the completion's letter is the gold answer's; an error where that has none."""
     del question
     gold, given = read_choice(answer) or _letter(answer), read_choice(completion)
-    if gold is None:
+    if gold is None or len({_letter(box) for box in boxes(answer)}) > 1:
         return Verdict(0.0, ERROR, "the gold answer is not one letter: write it as B or (B)")
     if given is None:
         return Verdict(0.0, NO_ANSWER)

@@ -12,7 +12,7 @@ import re
 from fractions import Fraction
 
 from cero_jax.rewards import ERROR, NO_ANSWER, Verdict, compared
-from cero_jax.rewards.find import after_thought, find, without_reason
+from cero_jax.rewards.find import after_thought, boxes, find, without_reason
 from cero_jax.rewards.plain import plain
 
 MAX_CHARS = 4096  # characters that are searched where nothing is marked
@@ -26,7 +26,7 @@ _NUMBER = re.compile(  # of a token, without the punctuation around it
 )
 _MADE_PLAIN = (  # what is written -> tokens between blanks; in this order
     (re.compile(r"\s+"), " "),
-    (re.compile(r"<<[^<>\n]*>>|</?[A-Za-z]+>"), " "),  # GSM8K's notes of its calculator; HTML
+    (re.compile(r"<<[^<>\n]*>>"), " "),  # GSM8K's notes of its calculator
     (re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}(?:\^(?:[0-9]|\{-?[0-9]\}))?"), r" \1 "),
     (re.compile(r"\\(?:left|right)(?![A-Za-z])|\\[()\[\]]|\^\s*(?:\\circ(?![a-z])|\{\s*\\circ\s*\})"), " "),
     (re.compile(r"\\([$%])"), r"\1"),
@@ -58,7 +58,7 @@ def final_number(question: str, completion: str, answer: str) -> Verdict:
     del question
     gold, given = read_gold(answer), read_final_number(completion)
     if gold is None:
-        return Verdict(0.0, ERROR, "the gold answer is not one number: mark it, as in #### 72")
+        return Verdict(0.0, ERROR, "the gold answer is not one number: give that alone, or mark it as in #### 72")
     if given is None:
         return Verdict(0.0, NO_ANSWER)
     return compared(given == gold, _text(given))
@@ -76,18 +76,19 @@ def read_final_number(text: str) -> Fraction | None:
 
 
 def read_gold(answer: str) -> Fraction | None:
-    """The number of a gold answer: the one that is marked, else the only one; None where there is none, or another."""
+    """The number of a gold answer: the one that is marked, else the only one; None for none, or for different boxes."""
+    if "####" not in answer and len({one_number(box) for box in boxes(answer)}) > 1:
+        return None
     return read_final_number(answer) if find(answer) else one_number(answer)
 
 
 def one_number(place: str) -> Fraction | None:
-    """The number of a place that holds one, behind its last "=", and nothing else but words; None where it does not."""
+    """The number of a place, behind its last "="; None where it holds another one, or more than numbers and words."""
     text = _made_plain(place[:MAX_CHARS]).rpartition(" = ")[2]
     tokens = _tokens(_SIGN_APART.sub(r"\1", text))
     at = [i for i, token in enumerate(tokens) if not _WORD.fullmatch(token)]
-    if len(at) != 1 or _is_part(tokens, at[0]) or any(map(_RELATION.fullmatch, tokens)) or "!" in text:
-        return None
-    return _value(tokens[at[0]])
+    values = {None if _is_part(tokens, i) else _value(tokens[i]) for i in at}
+    return values.pop() if len(values) == 1 and "!" not in text and not any(map(_RELATION.fullmatch, tokens)) else None
 
 
 def _last_number(text: str) -> Fraction | None:

@@ -23,8 +23,8 @@ _BETWEEN = re.compile(
 )
 _HEADING = re.compile(r"[\s*_]*(?!\\)[A-Za-z]{2}[^\n]*\n\s*\S")
 _PHRASE = re.compile(
-    r"\b(?:answer[ *_:#]*\n|(?:answer|choice|option) ?"
-    r"(?:\**:\**|(?:(?:to|for|of) [^\n.:?]{1,60}? )?(?:is|would be|must be)\b:?"
+    r"\b(?:answer[ *_:#]*\n|(?:answers?|ans|choice|option) ?"
+    r"(?:\**[:=]\**|(?:(?:to|for|of) [^\n.:?]{1,60}? )?(?:is|are|equals|(?:would|must|should|will) be)\b:?"
     r"(?!\s+(?:in)?(?:right|correct|wrong|valid|reasonable|consistent|verified|confirmed)\b)))",
     re.IGNORECASE,
 )
@@ -48,14 +48,25 @@ class Place(NamedTuple):
 def find(text: str) -> Place | None:
     """Where the answer of `text` is marked; None where no mark is."""
     text = after_thought(text)
-    boxes = [-1, *(found.start() for found in _BOX.finditer(text))]
-    box, hashes, tag = boxes[-1], _hashes_at(text), text.rfind("<answer>")
+    box, hashes, tag = [-1, *_box_starts(text)][-1], _hashes_at(text), text.rfind("<answer>")
     if box > max(hashes, tag):
-        return Place(_list_of_boxes(text, boxes[-MAX_BOXES:]), False)
+        return Place(boxes(text)[-1], False)
     if max(hashes, tag) >= 0:
         return Place(_line(text, hashes) if hashes > tag else _tag(text, tag), False)
     ends = [found.end() for found in _PHRASE.finditer(text)]
     return Place(_after(text[ends[-1] : ends[-1] + MAX_PLACE]), True) if ends else None
+
+
+def boxes(text: str) -> list[str]:
+    """What stands in the last 16 boxes of `text`, those of one list as one; "" for a box that holds nothing."""
+    lists, ends = [], -1
+    for start in _box_starts(text)[-MAX_BOXES:]:
+        inside, end = _box(text, start)
+        if not (inside and 0 <= ends <= start and between(text[ends:start])):
+            lists.append([])
+        lists[-1].append(inside)
+        ends = end if inside else -1
+    return [joined(each) for each in lists]
 
 
 def after_thought(text: str) -> str:
@@ -96,22 +107,12 @@ def _hashes_at(text: str) -> int:
     return -1
 
 
-def _list_of_boxes(text: str, starts: list[int]) -> str:
-    """What stands in the box that begins last, and in those before it that are of one list with it."""
-    parts, begin = [], len(text)
-    for start in reversed(starts):
-        inside, end = _box(text, start) if start >= 0 else ("", 0)
-        if parts and not (0 < end <= begin and between(text[end:begin])):
-            break
-        if not inside.strip():
-            return ""
-        parts.append(inside.strip())
-        begin = start
-    return joined(parts[::-1])
+def _box_starts(text: str) -> list[int]:
+    return [found.start() for found in _BOX.finditer(text)]
 
 
 def _box(text: str, start: int) -> tuple[str, int]:
-    """(what stands in the box that begins at `start`, where it ends); ("", 0) where a brace is missing."""
+    """(what stands in the box that begins at `start`, where it ends); "" where a brace is missing."""
     found = _BOX.match(text, start)
     assert found
     if text[found.end() : found.end() + 1] != "{":
@@ -122,8 +123,8 @@ def _box(text: str, start: int) -> tuple[str, int]:
     for end in range(found.end(), min(len(text), found.end() + MAX_PLACE)):
         depth += (text[end] == "{") - (text[end] == "}")
         if depth == 0:
-            return text[found.end() + 1 : end], end + 1
-    return "", 0
+            return text[found.end() + 1 : end].strip(), end + 1
+    return "", len(text)
 
 
 def _line(text: str, at: int) -> str:
@@ -136,6 +137,6 @@ def _tag(text: str, at: int) -> str:
 
 def _after(text: str) -> str:
     """The first line of `text`, or the whole of a formula that stands apart."""
-    text = text.lstrip(" \t\n\r:#*_")
+    text = text.lstrip(" \t\n\r:#*_}")
     display = _DISPLAY.match(text)
     return display[0] if display else text.partition("\n")[0].strip()

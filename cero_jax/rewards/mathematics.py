@@ -22,7 +22,7 @@ from itertools import pairwise
 
 from cero_jax.rewards import ERROR, NO_ANSWER, TOO_LONG, Verdict, compared
 from cero_jax.rewards.final_number import one_number
-from cero_jax.rewards.find import after_thought, between, find, joined, last_line, without_reason
+from cero_jax.rewards.find import after_thought, between, boxes, find, joined, last_line, without_reason
 from cero_jax.rewards.plain import plain
 
 try:
@@ -83,7 +83,10 @@ def mathematics(question: str, completion: str, answer: str) -> Verdict:
     """
     del question
     gold = read_gold(answer)
-    if why := unreadable(gold):
+    why = unreadable(gold)
+    if not why and "####" not in answer and not all(equal(gold, _bare(box)) for box in boxes(answer)):
+        why = "stands in boxes that differ: leave one of them"
+    if why:
         return Verdict(0.0, ERROR, f"the gold answer {why}")
     given = read_answer(completion)
     if not given:
@@ -244,5 +247,7 @@ def _differ(one: re.Match[str] | None, other: re.Match[str] | None) -> bool:
 def _bare(answer: str) -> str:
     """The answer in plain writing, without the white space, punctuation, dollar signs and stars around it."""
     bare = plain(answer).strip().rstrip(".,;:").strip("*`").strip().strip("$").strip().rstrip(".,;:\\")
-    bare = re.sub(r"^\\[(\[]|\\[)\]]$", "", bare).strip()
+    bare = re.sub(r"^(?:\\[(\[]|=|\\therefore(?![a-z]))|\\[)\]]$", "", bare).strip()
+    if bare.endswith("}") and bare.count("}") > bare.count("{"):  # of \textbf{Answer: 5}
+        bare = bare[:-1].strip()
     return bare[1:-1].strip() if re.fullmatch(r"\{[^{}]*\}", bare) else bare

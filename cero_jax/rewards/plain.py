@@ -21,6 +21,8 @@ _SIGNS = {  # code point -> ASCII or LaTeX
 _RAISED = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b", "0123456789+-")
 _OTHER = re.compile(r"[^\x00-\x7f]")
 _LATEX = (  # what is written -> how it is read; in this order
+    (re.compile(r"</?(?:b|i|u|p|br|em|strong|code|span|div)\s?/?>"), " "),
+    (re.compile("(^|[\\s$(=])\u2014(?=[0-9])"), r"\1-"),
     (re.compile("([\u2070\u00b9\u00b2\u00b3\u2074-\u207b]+)"), lambda found: f"^{{{found[1].translate(_RAISED)}}}"),
     (re.compile("((?:[0-9]\u0305)+)"), lambda found: rf"\overline{{{found[1]}}}".replace("\u0305", "")),
     (re.compile(r"\\!\s*|\\(?:displaystyle|textstyle|pounds|euro|texteuro)(?![A-Za-z])"), ""),
