@@ -125,6 +125,7 @@ READ = [
     ("The answer is 5.\nThe answer is correct.", 5),
     # one of two, or none of them
     ("The answer is not 5", None),
+    ("I get 72, not 73.", None),
     ("The answer is 5 or 7.", None),
     (r"\boxed{5} or \boxed{7}", None),
     (r"\boxed{5}, \boxed{5}", 5),

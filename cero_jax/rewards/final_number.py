@@ -124,8 +124,8 @@ def _is_part(tokens: list[str], at: int) -> bool:
         return True
     if before == "or":
         return not all(map(_WORD.fullmatch, tokens[:at]))
-    if before == "-" and len(tokens) == 2:
-        return True  # a bullet or a sign
+    if before == "not" or (before == "-" and len(tokens) == 2):  # alone, "-" may be a bullet or a sign
+        return True
     return at >= 2 and _OPERATOR.fullmatch(before) is not None  # a sign that begins a longer line is a bullet
 
 

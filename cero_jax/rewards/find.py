@@ -35,7 +35,7 @@ _REST = re.compile(
     r"|\s[\u2013\u2014-]+\s+[A-Za-z]{2}",
     re.IGNORECASE,
 )
-_NOT = re.compile(r"(?:\s*(?:not|never|neither|nor|no)\b|n['\u2019]t)", re.IGNORECASE)
+_NOT = re.compile(r"(?:\s*(?:not|never|neither|nor)\b|n['\u2019]t)", re.IGNORECASE)
 
 
 class Place(NamedTuple):

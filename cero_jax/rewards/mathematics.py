@@ -46,7 +46,7 @@ _FORMULA = re.compile(r"\s*(?:\$|\\\(|\\\[)")
 _BEGUN = re.compile(r"[^$\\]*[0-9=]")  # an answer before the first formula: "5 and $x = 3$"
 _WORDS = re.compile(r"(?=.*[A-Za-z]{3})[A-Za-z]+(?:[ '][A-Za-z]+)*")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
-_NO_WORDS = re.compile(_TEXT.pattern + r"|\\(?:begin|end)\{[a-z]+\}")
+_NO_WORDS = re.compile(_TEXT.pattern + r"|\\(?:begin|end)\{[a-z]+\}|\b(?:and|or)\b")
 _PLAIN_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _INDIAN = re.compile(r"[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}")
 _TIME = re.compile(r"[0-9]{1,2}:[0-9]{2}(?![0-9])")  # a ratio to math-verify
@@ -63,7 +63,9 @@ _FOR_MATH_VERIFY = (  # what it would not read, or not as it is meant
     (re.compile(r"(?<=[0-9])\s*\\frac\{\\text\{[^{}]*\}\}\{\\text\{[^{}]*\}\}$"), ""),
     (re.compile(r"(?<![\\A-Za-z{])(pi|ln|log|sin|cos|tan)(?![A-Za-z])"), r"\\\1"),
 )
-_NOT_A_NUMBER = re.compile(r"[=%(\[<>]|\b(?:hundred|thousand|million|billion|trillion|dozen)")
+_NOT_A_NUMBER = re.compile(r"[=%(\[<>]")
+_SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SCALE = re.compile(rf"\b({'|'.join(_SCALES)})s?\b", re.IGNORECASE)
 # Short to write and huge to compute: long exponents, towers of powers, factorials and binomials of large numbers.
 _EXPLOSIVE = re.compile(
     r"\^\s*\{?\s*[-+]?[0-9]{5,}"
@@ -212,8 +214,9 @@ def _parsed(answer: str) -> list:
 
 
 def _number(answer: str) -> Fraction | None:
-    """The value of an answer that is one plain number, perhaps with a unit; None for any other."""
-    return None if _NOT_A_NUMBER.search(answer) else one_number(answer)
+    """The value of an answer that is one plain number, perhaps with a unit, or in millions; None for any other."""
+    value = None if _NOT_A_NUMBER.search(answer) else one_number(answer)
+    return None if value is None else value * math.prod(_SCALES[word.lower()] for word in _SCALE.findall(answer))
 
 
 def _rounds(written: str, rounded: Fraction, exact: Fraction) -> bool:

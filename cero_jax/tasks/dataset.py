@@ -11,7 +11,7 @@ import numpy as np
 
 from cero_jax import read_files
 from cero_jax.data import Prompts, Task, encode_prompts
-from cero_jax.rewards import ERROR, RIGHT, Verifier, VerifyMany, verdict
+from cero_jax.rewards import ERROR, RIGHT, TIMED_OUT, Verifier, VerifyMany, verdict
 from cero_jax.rewards.choice import choice
 from cero_jax.rewards.exact import exact
 from cero_jax.rewards.final_number import final_number
@@ -131,7 +131,9 @@ class Dataset:
         asked = [("", self._as_completion(answer), answer) for answer in answers]
         found = pooled(asked) if pooled else [inline(*each) for each in asked] if inline else []
         why = {
-            answer: each.extracted if each.status == ERROR else each.status
+            answer: {ERROR: each.extracted, TIMED_OUT: f"{TIMED_OUT} {each.extracted}: raise verifier_seconds"}.get(
+                each.status, each.status
+            )
             for answer, each in zip(answers, map(verdict, found), strict=True)
             if each.status != RIGHT
         }
