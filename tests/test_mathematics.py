@@ -201,6 +201,7 @@ def test_what_is_close_is_not_equal(pool):
         (r"\{4, 6\}", "(4, 6)"),
         ("(4, 6)", r"\{4, 6\}"),
         ("1, -2", "1"),
+        (r"15\mbox{ cm}^2", r"15\mbox{ cm}^3"),
         ("5", "5 million"),
         ("5", r"5 \text{ million}"),
         (r"5 \text{ million}", "5"),

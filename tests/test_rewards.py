@@ -352,6 +352,8 @@ CHOICES = [
     ("The answer is A or B", None),
     ("The answer is (A) 5 or (B) 6", None),
     ("Answer: A. 5, B. 6", None),
+    ("Answer: [B] twelve", "B"),
+    (r"\boxed{B]~,47T)$Y5X}", None),
     ("Answer: A/B", None),
     ("Answer: A B C D", None),
     (r"\boxed{A} or \boxed{B}", None),

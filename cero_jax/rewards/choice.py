@@ -18,8 +18,8 @@ MAX_CHARS = 400  # of a place that are looked at
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathit|mathbf|mbox|bf|rm)\s*\{([^{}]*)\}")
 _SIGNS = re.compile(r"\\[()\[\]]|\\(?:bf|rm)(?![A-Za-z])|[*$`\"{}\u201c\u201d]|(?<![A-Za-z])_|_(?![A-Za-z])")
 _LETTER = re.compile(
-    r"[\s(\[:]*(?:(?:option|choice|letter)\s+\(?)?([A-Za-z])(?![A-Za-z0-9'])"
-    r"(?:\s*[)\].:!?]+(?=\s|$)|,(?=\s[A-Za-z]{3})|\s*$|\s*\n|(?=\s+\()|(?=\s+(?:because|since|as|is|[-\u2014])\s))(.*)",
+    r"[\s(:]*(?:(?:option|choice|letter)\s+\(?)?([A-Za-z])(?![A-Za-z0-9'])"
+    r"(?:\s*[).:!?]+(?=\s|$)|,(?=\s[A-Za-z]{3})|\s*$|\s*\n|(?=\s+\()|(?=\s+(?:because|since|as|is|[-\u2014])\s))(.*)",
     re.DOTALL | re.IGNORECASE,
 )
 _ANOTHER = re.compile(  # right behind the letter, on a line of its own, or further on in brackets or before a full stop
@@ -51,6 +51,7 @@ def read_choice(text: str) -> str | None:
 def _letter(place: str, prose: bool = False) -> str | None:
     """The one letter with which `place` begins, in upper case."""
     bare = _SIGNS.sub("", _WRAPPED.sub(r"\1", plain(place[:MAX_CHARS])))
+    bare = re.sub(r"^\s*\[([A-Za-z])\]", r"(\1)", bare)
     found = _LETTER.match(bare)
     if not found or _ANOTHER.match(without_reason(found[2]) if prose else found[2]):
         return None

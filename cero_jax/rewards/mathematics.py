@@ -49,6 +49,7 @@ _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}"
 _NO_WORDS = re.compile(_TEXT.pattern + r"|\\(?:begin|end)\{[a-z]+\}|\b(?:and|or)\b")
 _PLAIN_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 _INDIAN = re.compile(r"[0-9]{1,2}(?:,[0-9]{2})+,[0-9]{3}")
+_UNIT_POWER = re.compile(r"(?:\\(?:text|mbox|mathrm)\{[^{}]*\}|[0-9] ?[a-z]{2,})\s*\^\s*\{?([0-9])\}?$")  # cm^2
 _TIME = re.compile(r"[0-9]{1,2}:[0-9]{2}(?![0-9])")  # a ratio to math-verify
 _BRACKET = re.compile(r"^\s*(?:\\left)?\s*(\\\{|[(\[])")
 _BASE = re.compile(r"[0-9]_\{?([0-9]{1,3})\}?$")
@@ -133,14 +134,14 @@ def equal(gold: str, given: str) -> bool:
     """Whether two answers are equal: as text, as numbers, as words, or as mathematics."""
     if gold == given:
         return True
+    if any(_differ(sign.search(gold), sign.search(given)) for sign in (_BRACKET, _BASE, _UNIT_POWER)):
+        return False
     one, other = _number(gold), _number(given)
     if one is not None and other is not None:
         return one == other or _rounds(gold, one, other) or _rounds(given, other, one)
     words, others = _words(gold), _words(given)
     if words and others and max(len(words), len(others)) > 3:
         return words == others
-    if _differ(_BRACKET.match(gold), _BRACKET.match(given)) or _differ(_BASE.search(gold), _BASE.search(given)):
-        return False
     if (_BASE.search(given) and not _BASE.search(gold)) or (_IRRATIONAL.search(gold) and _few_digits(given, other)):
         return False
     if _TIME.match(gold) or _TIME.match(given):
