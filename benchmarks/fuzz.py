@@ -9,15 +9,19 @@ an hour where other work runs as well.
 
 import argparse
 import json
+import math
 import os
 import random
+import re
 import resource
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 from cero_jax.rewards import RIGHT, STATUSES, Verdict, verdict
 from cero_jax.rewards.choice import choice
@@ -53,6 +57,27 @@ CODE = [
     "import os; os.abort()", "x.__class__", "Symbol('x').subs", "{0.__class__}", "%(x)s %n",
     "'; drop table rewards; --", "<script>alert(1)</script>",
 ]  # fmt: skip
+WAYS = {  # in which models write an answer
+    "boxed": r"so $3 + 4$ is \boxed{@}.",
+    "boxed display": "\\[\n\\boxed{@}\n\\]",
+    "answer is": "With 3 and 4, the answer is @.",
+    "answer is: $": "The final answer is: $@$. I hope it is correct.",
+    r"answer is \(": r"So the answer is \( @ \).",
+    "next line": "The answer is:\n\n@",
+    "next line display": "The answer is:\n\n\\[\n@\n\\]\n",
+    "next line $$": "**Final answer:**\n$$\n@\n$$",
+    "bold": "Therefore, the answer is **@**.",
+    "bold label": "**Answer:** @",
+    "bold line": "I add 3 and 4.\n\n**@**",
+    "bold all": "**Answer: @**",
+    "heading": "### Final Answer\n\n@",
+    "own line": "I add 3 and 4.\n@",
+    "own line $": "I add 3 and 4.\n\n$@$",
+    r"own line \[": "I add 3 and 4.\n\n\\[ @ \\]",
+    "hashes": "3 + 4\n#### @",
+    "reason": "The answer is @ because $x = 3$ and 4 are given.",
+    "tag": "<think>3 or 4?</think>\n<answer>@</answer>",
+}
 DRESSES = [
     "{}",
     r"\boxed{{{}}}",
@@ -140,34 +165,76 @@ def fuzz(verifier: str, pool: Pool, count: int, seed: int = 0) -> tuple[Counter,
     return status, accepted, longest
 
 
-def read_golds(folder: Path) -> dict[str, list[str]]:
+class Gold(NamedTuple):
+    """A gold answer as its file has it, and the solution that comes with it: "" where there is none."""
+
+    answer: str
+    solution: str
+
+    @property
+    def final(self) -> str:
+        """The answer without its solution."""
+        return self.answer.rpartition("####")[2].strip()
+
+
+def read_golds(folder: Path) -> dict[str, list[Gold]]:
     """The gold answers of each file in the folder, by its name."""
     golds = {}
     for name in ("gsm8k_train", "gsm8k_test", "math500", "aime24", "amc23"):
         if (path := folder / f"{name}.jsonl").is_file():
             rows = [json.loads(line, parse_float=str, parse_int=str) for line in path.read_text().splitlines()]
-            golds[name] = [row["answer"] for row in rows]
+            golds[name] = [Gold(row["answer"], row.get("solution", row["answer"])) for row in rows]
     return golds
 
 
-def check_golds(verifier: str, pool: Pool, golds: list[str]) -> tuple[list[str], list[tuple[str, str]], float]:
-    """Judge each gold answer as a completion against itself, and the next gold answer against it.
+def near_misses(gold: Gold, neighbour: Gold) -> list[str]:
+    """Answers that are not the gold one: its neighbour, one digit or its sign changed, five numbers of the solution."""
+    own = gold.final
+    digits = [found.start() for found in re.finditer("[0-9]", own)][:4]
+    wrong = [own[:i] + str((int(own[i]) + 1) % 10) + own[i + 1 :] for i in digits]
+    if re.fullmatch(r"[0-9.,]*[1-9][0-9.,]*", own):
+        wrong.append("-" + own)
+    numbers = dict.fromkeys(re.findall(r"[0-9]+(?:\.[0-9]+)?", gold.solution[-2000:]))
+    wrong += [each for each in numbers if not _same(each, own)][-5:]
+    if neighbour.final != own and not _same(neighbour.final, own):
+        wrong.append(neighbour.final)
+    return wrong
 
-    Returns (golds not accepted against themselves, accepted pairs (gold, neighbour) of different texts, seconds).
+
+def _same(one: str, other: str) -> bool:
+    """Whether two answers are one as far as a plain reading goes."""
+    fraction = re.compile(r"\\frac\{?([0-9]+)\}?\{?([0-9]+)\}?")
+    try:
+        return math.isclose(*(float(Fraction(fraction.sub(r"\1/\2", each).replace(",", ""))) for each in (one, other)))
+    except ValueError:
+        return re.sub(r"[\s,]|\\[!,;]", "", one) in re.sub(r"[\s,]|\\[!,;]", "", other)  # 40 for 40_9, 5 for x=5
+
+
+def check_golds(verifier: str, pool: Pool, golds: list[Gold]) -> tuple[Counter, list, list, int, int]:
+    """Each gold answer in each of the WAYS against itself, and near misses in three of them against it.
+
+    Returns (how many were not accepted, by way; those (way, gold); near misses accepted (way, gold, given); how many
+    right ones and how many near misses were asked).
     """
-
-    def dressed(gold: str) -> str:
-        return gold if "####" in gold else rf"\boxed{{{gold}}}"
-
-    final = [gold.rpartition("####")[2].strip() for gold in golds]
-    neighbours = [*range(1, len(golds)), 0]
-    began = time.perf_counter()
-    own = judge(verifier, pool, [("q", dressed(gold), gold) for gold in golds])
-    other = judge(verifier, pool, [("q", dressed(golds[j]), gold) for gold, j in zip(golds, neighbours, strict=True)])
-    seconds = time.perf_counter() - began
-    failed = [gold for gold, each in zip(golds, own, strict=True) if each.status != RIGHT]
-    passed = [(final[i], final[j]) for i, j in enumerate(neighbours) if other[i].reward and final[i] != final[j]]
-    return failed, passed, seconds
+    right = [(way, gold, gold.final) for gold in golds for way in WAYS]
+    wrong = [
+        (way, gold, given)
+        for i, gold in enumerate(golds)
+        for given in near_misses(gold, golds[(i + 1) % len(golds)])
+        for way in ("boxed", "answer is", "own line")
+    ]
+    found = judge(
+        verifier, pool, [("q", WAYS[way].replace("@", given), gold.answer) for way, gold, given in right + wrong]
+    )
+    missed = [each for each, of in zip(right, found, strict=False) if of.status != RIGHT]
+    passed = [each for each, of in zip(wrong, found[len(right) :], strict=True) if of.reward]
+    return (
+        Counter(way for way, _, _ in missed),
+        [(way, given) for way, _, given in missed],
+        [(way, gold.final, given) for way, gold, given in passed],
+        len(right),
+        len(wrong),
+    )
 
 
 def main() -> None:
@@ -193,11 +260,14 @@ def main() -> None:
         for name, answers in golds.items():
             if verifier not in (("final_number", "math") if name != "math500" else ("math",)):
                 continue
-            failed, passed, seconds = check_golds(verifier, pool, answers)
+            began = time.perf_counter()
+            ways, missed, passed, right, wrong = check_golds(verifier, pool, answers)
+            seconds = time.perf_counter() - began
             cores = pool.workers if verifier == "math" else 1
-            print(f"  {name}: {len(answers):,} gold answers; not accepted against themselves: {failed or 'none'};")
-            print(f"    accepted against another: {passed or 'none'};")
-            print(f"    {2 * len(answers) / seconds / cores:,.0f} verified answers a second on each core")
+            print(f"  {name}: {len(answers):,} gold answers in {len(WAYS)} ways, {right:,} asked")
+            print(f"    not accepted: {len(missed):,} {dict(ways)} {missed[:8]}")
+            print(f"    near misses accepted: {len(passed):,} of {wrong:,}: {passed[:40]}")
+            print(f"    {(right + wrong) / seconds / cores:,.0f} verified answers a second on each core")
     made = os.listdir()
     print(f"files made by a string: {made or 'none'}")
     pool.close()

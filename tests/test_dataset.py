@@ -201,7 +201,7 @@ def test_dapo_rows(write, tmp_path, kind):
     task = dataset.build(seed=0)
     found = dict(zip(questions(task), task.train.answers + task.heldout.answers, strict=True))
     assert found == {f"Reason.\n\nSolve: what is {n} + {n}?": str(2 * n) for n in range(6)}
-    verdicts = task.verify_many([("", r"\boxed{4}", "4"), ("", r"\boxed{\frac{8}{2}}", "4"), ("", "4", "4")])
+    verdicts = task.verify_many([("", r"\boxed{4}", "4"), ("", r"\boxed{\frac{8}{2}}", "4"), ("", "it is 4", "4")])
     assert [each.status for each in verdicts] == ["right", "right", "no answer"]
     task.verify_many.__self__.close()
 

@@ -49,10 +49,13 @@ def test_hostile_strings_earn_nothing_and_none_is_executed(pool, folder, verifie
 
 
 @pytest.mark.parametrize("verifier", GOLDS)
-def test_gold_answers_verify_against_themselves_and_not_their_neighbours(pool, verifier):
-    failed, passed, _ = fuzz.check_golds(verifier, pool, GOLDS[verifier])
-    assert failed == []
+def test_gold_answers_are_right_in_every_way_of_writing_them_and_near_misses_in_none(pool, verifier):
+    golds = [fuzz.Gold(answer, answer) for answer in GOLDS[verifier]]
+    ways, _, passed, right, wrong = fuzz.check_golds(verifier, pool, golds)
+    assert not ways
     assert passed == []
+    assert right == len(golds) * len(fuzz.WAYS)
+    assert wrong > 3 * len(golds)
 
 
 def test_the_same_seed_gives_the_same_strings():

@@ -10,6 +10,7 @@ import pytest
 from cero_jax.rewards import STATUSES
 from cero_jax.rewards.mathematics import beyond_bounds, read_answer, read_gold
 from cero_jax.rewards.pool import Pool
+from cero_jax.tasks.dataset import Dataset, Row
 
 READ = [
     (r"so \boxed{\frac{1}{2}}", r"\frac{1}{2}"),
@@ -21,13 +22,41 @@ READ = [
     ("The final answer is $x=5$. I hope it is right.", "x=5"),
     ("The answer is 42.", "42"),
     ("**Answer:** 42", "42"),
-    ("thus $1$ and $n^2$ it is", "n^2"),
+    ("thus $1$ or $n^2$ it is", "1, n^2"),
+    ("thus $1$ is less than $n^2$", "n^2"),
+    ("The answer is:\n\n5\n", "5"),
+    ("**Answer:**\n\n**5**", "5"),
+    ("Answer:\n\\[\nx = 5\n\\]", "x = 5"),
+    ("The answer is\n$$\n5\n$$", "5"),
+    (r"The answer is \( 5 \).", "5"),
+    ("The answer is 5 because $x=3$", "5"),
+    ("The answer is 5 and $x=3$", "5 and $x=3"),
+    ("The answer is $5$, since $x=3$", "5"),
+    ("The answer is $2x$ or $5$.", "2x, 5"),
+    ("The answer is the number $5$.", "5"),
+    ("The answer is not $5$", None),
+    (r"The answer is $\$36$.", r"\$36"),
+    (r"\boxed{1}, \boxed{2} and \boxed{3}", "1, 2, 3"),
+    (r"\boxed 2", "2"),
+    (r"\textbf{Answer: 5}", "5"),
+    (r"\textbf{Answer:} 5", "5"),
+    (r"\boxed{= 5}", "5"),
+    ("The answers are $5$ and $7$.", "5, 7"),
+    ("so\n5", "5"),
+    ("so\n**5 cm**", "5 cm"),
+    ("so\n5 cm", "5 cm"),
+    ("so\n**no solution**", "no solution"),
+    ("so\n(-1, 3]", "(-1, 3]"),
+    ("so it has no solution", None),
+    ("so\nx = 1 or x = 2", "x = 1 or x = 2"),
+    ("The answer is no solution.", "no solution"),
     (r"\boxed{7", None),
     (r"\boxed{}", None),
     (r"\boxed{7} and \boxed{", None),
     ("it is 7", None),
     ("", None),
-    (r"\boxed{1}" + " " * 5000, None),  # too far from the end to be searched
+    (r"\boxed{1}" + " " * 70_000, None),  # too far from the end to be searched
+    ("$5$" + " and" * 2000, None),
 ]
 
 RIGHT = [
@@ -45,12 +74,33 @@ RIGHT = [
     (r"10,\!080", ["10080", "10,080"]),
     (r"\$32,\!348", ["32348", r"\$32,348"]),
     (r"\text{(C)}", ["C"]),
-    ("p - q", ["-q+p"]),
+    ("p - q", ["-q+p", "p-q", "p  -  q"]),
+    ("x = 0.05", ["0.05", r"5\%"]),
+    (r"5 \text{ million}", ["5000000", "5 million people"]),
     ("#### 18", ["18", "18.00", r"\$18"]),
     ("27.0", ["27"]),
     (r"\text{Evelyn}", ["Evelyn", r"\textbf{Evelyn}"]),
     (r"x \ge 2", [r"[2, \infty)", r"2 \le x"]),
-]
+    (r"(2, \infty)", ["x > 2", "(2, \u221e)"]),
+    (r"\frac{1}{3}", [r"0.\overline{3}", r"0.\bar3", "0.(3)", "0.333333"]),
+    (r"\emptyset", [r"\varnothing", "\u2205", r"\{\}"]),
+    ("12000", [r"12\,000", "12\u2009000", "12\u00a0000", "12 000", "12,000", "1.2e4", r"1.2 \times 10^4"]),
+    (r"\frac{5}{2}", ["2 1/2", r"2\frac12", "2\u00bd", "2.5"]),
+    ("-5", ["\u22125", "- 5", "-5."]),
+    ("55^\\circ", ["55\u00b0", "55", r"55 \text{ degrees}"]),
+    ("5", [r"5\,\mathrm{cm}", r"5~\text{m/s}", r"5 \frac{\text{m}}{\text{s}}", "5 widgets", r"\mathbf{5}", "{5}",
+           "\uff15", "\u20ac5", r"5\ "]),
+    ("0", ["-0", "0.0"]),
+    ("3e5", ["300000", r"3 \times 10^5"]),
+    (r"7\pi", ["7\u03c0", "7 pi"]),
+    (r"\sqrt{5}", [r"\sqrt5", "\u221a5"]),
+    ("x^2", ["x\u00b2"]),
+    ("(1, 2)", [r"\langle 1, 2 \rangle"]),
+    ("3, 5, 7", [r"\{7, 5, 3\}", r"3, 5 \text{ and } 7"]),
+    ("no solution", [r"\text{No solution}"]),
+    ("40_9", ["40_{9}", "40"]),
+    ("12:30", [r"12:30 \text{ p.m.}"]),
+]  # fmt: skip
 
 # What a policy that does not know the answer might try.
 CHEATS = [
@@ -94,6 +144,30 @@ def test_a_gold_answer_is_read_where_it_is_marked_and_else_whole():
     assert read_gold(r"$\frac{1}{2}$.") == r"\frac{1}{2}"
 
 
+UNREADABLE = [
+    "", "$$", "Mary has 1/2 of 3 apples", r"\frac{1}{2", r"\frac{a}", r"\left( 3, \frac{\pi}{2}", r"\unknown{5}", "x^",
+    "1 2", "12 00", "12,34,567", r"\frac{1}{0}", "0/0", "?", "9^9^9", "9" * 50, r"\boxed{}", "#### ", "[1,2",
+    r"\begin{pmatrix} 1", r"x is \boxed{3}. Then y is \boxed{5}",
+]  # fmt: skip
+
+
+def test_a_gold_answer_that_cannot_be_read_is_an_error_even_for_itself(pool):
+    found = pool.many([("", given, gold) for gold in UNREADABLE for given in (gold, r"\boxed{5}")])
+    assert {each.status for each in found} == {"error"}
+    assert all("the gold answer " in each.extracted for each in found)
+
+
+def test_a_data_set_names_the_row_of_a_gold_answer_that_cannot_be_read(pool):
+    data = Dataset("rows.jsonl", verifier="math")
+    rows = [Row(f"rows.jsonl:{i}", [], gold, "all") for i, gold in enumerate([r"\boxed 2", "5", "x^", "5", "x^"])]
+    data._check_gold(rows[:2], None, pool.many)
+    message = (
+        r"rows.jsonl:2, and 1 others: .* fails verifier='math' itself \(the gold answer cannot be parsed as LaTeX\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        data._check_gold(rows, None, pool.many)
+
+
 def boxed(pool, pairs):
     return pool.many([("", rf"\boxed{{{given}}}", gold) for gold, given in pairs])
 
@@ -113,6 +187,29 @@ def test_what_is_close_is_not_equal(pool):
         ("1,234", "1.234"),
         ("1,234", "1,235"),
         (r"\frac13", "0.3334"),
+        (r"\frac13", "0.333334"),
+        ("0", r"12\,000"),  # a product to math-verify
+        ("12000", "0"),
+        ("2", "1 2"),
+        (r"\frac32", "2 1/2"),  # 2 * 1/2 or 2 + 1/2
+        (".0000672", ".0000671"),
+        ("40_9", "40_8"),
+        ("east", "seat"),
+        ("40", "40_9"),
+        ("5", "minus 5"),
+        (r"\frac{\pi}{10^6}", "0.000003"),
+        (r"\{4, 6\}", "(4, 6)"),
+        ("(4, 6)", r"\{4, 6\}"),
+        ("1, -2", "1"),
+        (r"15\mbox{ cm}^2", r"15\mbox{ cm}^3"),
+        ("5", "5 million"),
+        ("5", r"5 \text{ million}"),
+        (r"5 \text{ million}", "5"),
+        ("5", "5!"),
+        ("2", "ln 2"),
+        ("12:30", "2/5"),
+        ("(1,234)", "1234"),
+        (r"1 \pm \sqrt{19}", r"1 + \sqrt{19}"),
     ]
     assert [pair for pair, found in zip(pairs, boxed(pool, pairs), strict=True) if found.reward] == []
 

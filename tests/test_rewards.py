@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from cero_jax.rewards import Verdict
 from cero_jax.rewards.choice import choice, read_choice
 from cero_jax.rewards.exact import exact
-from cero_jax.rewards.final_number import final_number, read_final_number
+from cero_jax.rewards.final_number import final_number, read_final_number, read_gold
+from cero_jax.rewards.find import Place, find
 
 # By hand: what a reader would call the final number; None where a reader could not be sure.
 READ = [
@@ -63,7 +64,91 @@ READ = [
     ("####", None),
     (r"\boxed{7", None),  # cut short
     (r"\boxed{}", None),
+    # digits in groups
+    (r"12\,000", 12000),
+    ("12\u2009000", 12000),
+    ("12\u00a0000 \u20ac", 12000),
+    ("12\u202f000", 12000),
+    ("12~000", 12000),
+    ("12 000", 12000),
+    ("12'000", 12000),
+    (r"\boxed{12{\,}345{\,}678}", 12345678),
+    (r"\boxed{11,\! 111,\! 111}", 11111111),
+    ("12,34,567", 1234567),
+    ("1,00,000.50", Fraction(200001, 2)),
+    ("1,23", None),  # a decimal, or two numbers
+    ("1.234,56", None),
+    ("1.234.567", None),
+    ("1_000", None),
+    # other scripts, currencies, units, fractions
+    ("\uff0b\uff15", 5),
+    ("\u0663\u0664", 34),
+    ("\u22125\u00b0", -5),
+    ("\u20ac5", 5),
+    ("5 \u00a3", 5),
+    ("3\u00bd", Fraction(7, 2)),
+    (r"\boxed{\dfrac43}", Fraction(4, 3)),
+    (r"\boxed{\frac 9{19}}", Fraction(9, 19)),
+    (r"\boxed{137 \frac{1}{2}}", Fraction(275, 2)),
+    (r"\boxed{0.1\overline{6}}", Fraction(1, 6)),
+    ("0.(3)", Fraction(1, 3)),
+    ("0.333...", None),
+    ("-0", 0),
+    ("- 5", None),  # a bullet or a sign
+    (r"\boxed{- 5}", -5),
+    ("x = - 5", -5),
+    (r"\boxed{\text{negative } 5}", -5),
+    (r"\boxed{\text{minus } 5}", None),
+    ("The answer is the square root of 5.", None),
+    ("The answer is 5 if n is even and 7 otherwise.", None),
+    ("The answer is 5, but it may be 7.", None),
+    (r"\boxed{3 \times 10^{5}}", 300000),
+    ("3 x 10^5", 300000),
+    (r"\boxed{5\,\mathrm{cm}}", 5),
+    ("5m/s", 5),
+    ("72-inch", 72),
+    ("**Answer: 72**", 72),
+    ("<<60+12=72>>", None),
+    ("60 + 12 = <<60+12=72>>72", 72),
+    # marked, with a reason behind
+    ("The answer is 5 because 3 + 2 are.", 5),
+    ("The answer is:\n\n**5**\n\nThere were 7.", 5),
+    ("The answer is 5. There were 7", 5),
+    ("\\textbf{Answer: 5} apples", 5),
+    ("<b>Answer:</b> <b>5</b>", 5),
+    ("Ans = 5", 5),
+    ("The answer should be 5", 5),
+    ("so \u20145", -5),
+    ("## Final Answer\n\n5", 5),
+    ("#### Step 3\nadd\n#### Final Answer\n5", 5),
+    ("<think>\\boxed{3}</think><answer>5</answer> or 7", 5),
+    ("The answer is 5.\nThe answer is correct.", 5),
+    # one of two, or none of them
+    ("The answer is not 5", None),
+    ("I get 72, not 73.", None),
+    ("The answer is 5 or 7.", None),
+    (r"\boxed{5} or \boxed{7}", None),
+    (r"\boxed{5}, \boxed{5}", 5),
+    ("5 or 7", None),
+    (r"\boxed{1, 200}", None),
+    (r"\boxed{(1,2)}", None),
+    (r"\boxed{3 \text{ hours } 20 \text{ minutes}}", None),
     # operands are no answers
+    (r"\boxed{10 - 7}", None),
+    ("10 - 7", None),
+    (r"\boxed{5 - x}", None),
+    (r"\boxed{x^2 + 5}", None),
+    (r"\boxed{5x}", None),
+    (r"\boxed{2\pi}", None),
+    ("2\u03c0", None),
+    (r"\boxed{\pm 5}", None),
+    (r"\boxed{x \ge 5}", None),
+    ("x != 5", None),
+    (r"\boxed{5!}", None),
+    (r"\boxed{\text{at least } 5}", None),
+    (r"\boxed{40_9}", None),
+    (r"\boxed{\frac{ x }{ 4 }}", None),
+    (r"\boxed{\ln 5}", None),
     ("10-7", None),
     ("2^10", None),
     ("2^{10}", None),
@@ -79,6 +164,47 @@ READ = [
     ("3/0", None),
     ("1e9999", None),
     ("1" * 101, None),
+]
+
+GOLDS = [  # not marked: one number and no more
+    ("204", 204),
+    ("1,234 apples", 1234),
+    (r"\$36", 36),
+    ("x = 5", 5),
+    ("1331 and 1728", None),
+    ("5 apples and 3 pears", None),
+    ("3 hours 20 minutes", None),
+    ("1, 2", None),
+    ("2 + 3 = 5, so 5", 5),
+    (r"2\pi", None),
+    (r"\frac{\pi}{4}", None),
+    ("10^6", None),
+    ("12:30", None),
+    ("40_9", None),
+    (r"\boxed{3} and \boxed{5}", None),
+    ("five", None),
+    (r"so x is \boxed{3}. Then y is \boxed{5}", None),
+    (r"so it is \boxed{\frac{1}{2}}, which is \boxed{0.5}", Fraction(1, 2)),
+    (r"\boxed{15\frac{39}{40}} \boxed{\frac{639}{40}}", Fraction(639, 40)),
+    ("x is $\\boxed{3}$\n#### 5", 5),
+]
+
+FOUND = [
+    (r"\boxed{1}, $\boxed{2}$, and \(\boxed{3}\)", Place("1, 2, 3", False)),
+    (r"$x = \boxed{1}$ and $y = \boxed{2}$", Place("1, 2", False)),
+    (r"\boxed{1}\text{ or }\boxed{2}", Place("1, 2", False)),
+    (r"\boxed{1}, no: \boxed{2}", Place("2", False)),
+    (r"\boxed{\boxed{2}}", Place("2", False)),
+    (r"\boxed 2", Place("2", False)),
+    (r"\boxed{1} and \boxed{2", Place("", False)),
+    ("#### Sum of both\nThe answer is 5", Place("5", True)),
+    ("<answer>\n5\n</answer>", Place("5", False)),
+    (r"<answer>\boxed{5}</answer>", Place("5", False)),
+    (r"<think>\boxed{3}</think>", None),
+    ("the answer to the question would be: 5", Place("5", True)),
+    ("**Final Answer**\n\n$$\n5\n$$", Place("$$\n5\n$$", True)),
+    ("so the answer is", Place("", True)),
+    ("it is 5", None),
 ]
 
 HOSTILE = [
@@ -104,12 +230,34 @@ HOSTILE = [
     "\x00" * 1000,
     "\ud800",
     "__import__('os').abort()",
+    r"\boxed{1}, " * 20000,
+    r"\boxed1" + "1" * 10**6,
+    "answer is" + " " * 10**6,
+    "{" + " " * 10**6 + "^",
+    "100 " * 10**5,
+    "#### a\n" * 10**5,
+    "0." + "\u0305" * 10**5,
+    r"\mathbf{" * 10**5,
+    "<answer>" * 10**5,
 ]
 
 
 @pytest.mark.parametrize(("text", "number"), READ)
 def test_read(text, number):
     assert read_final_number(text) == number
+
+
+@pytest.mark.parametrize(("gold", "number"), GOLDS)
+def test_a_gold_answer_is_one_number_or_an_error(gold, number):
+    assert read_gold(gold) == number
+    assert final_number("", "#### 5", gold).status == (
+        "error" if number is None else "right" if number == 5 else "wrong"
+    )
+
+
+@pytest.mark.parametrize(("text", "place"), FOUND)
+def test_find(text, place):
+    assert find(text) == place
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:12]))
@@ -128,7 +276,7 @@ def test_any_strings_give_a_reward(completion, answer):
 @given(st.text("0123456789.,/$%-+^*eE{}\\ #\nfracboxed", max_size=40))
 def test_strings_of_number_characters_give_a_reward(text):
     value = read_final_number(text)
-    assert final_number("", text, text).reward == float(value is not None)
+    assert final_number("", text, f"#### {value}").reward == float(value is not None and len(str(value)) < 100)
     assert final_number("", text, "72").reward == float(value == 72)
 
 
@@ -186,7 +334,31 @@ CHOICES = [
     ("**B**", "B"),
     ("The answer is B because it is larger.", "B"),
     ("Answer: B - it is larger", "B"),
+    ("The answer is:\nB", "B"),
+    ("The answer is:\n\n**B**", "B"),
+    ("The answer is **B**.", "B"),
+    (r"The answer is \( B \).", "B"),
+    (r"Answer: \[ \text{(B)} \]", "B"),
+    ("**Answer: (B)** 12", "B"),
+    ("### Final Answer\n\nB) twelve", "B"),
+    ("The correct option is B.", "B"),
+    ("The answer is option (B).", "B"),
+    (r"\boxed{\textbf{(B)}\ 12}", "B"),
+    ("<answer>B</answer>", "B"),
+    ("Answer: \uff22", "B"),
+    ("The answer is B because A and C are wrong.", "B"),
+    ("The answer is B, not C.", "B"),
+    ("Answer: B is correct", "B"),
     ("The answer is A or B", None),
+    ("The answer is (A) 5 or (B) 6", None),
+    ("Answer: A. 5, B. 6", None),
+    ("Answer: [B] twelve", "B"),
+    (r"\boxed{B]~,47T)$Y5X}", None),
+    ("Answer: A/B", None),
+    ("Answer: A B C D", None),
+    (r"\boxed{A} or \boxed{B}", None),
+    ("The answer is not B", None),
+    ("Answer: none of them", None),
     (r"\boxed{A, B}", None),
     ("The answer is a number", None),
     ("The answer is Apple", None),
@@ -214,3 +386,14 @@ def test_hostile_strings_end_at_once_and_choose_nothing(text):
 @given(st.text(), st.text())
 def test_any_strings_give_a_choice_or_none(completion, answer):
     assert choice("", completion, answer).reward in (0.0, 1.0)
+
+
+@pytest.mark.parametrize("gold", ["B", "(b)", "B. twelve", "#### B", r"\text{(B)}"])
+def test_a_gold_choice(gold):
+    assert choice("", "Answer: B", gold).status == "right"
+    assert choice("", "Answer: C", gold).status == "wrong"
+
+
+@pytest.mark.parametrize("gold", ["twelve", "A or B", "A, B", "12", "Because", r"\boxed{A}. Then \boxed{B}"])
+def test_a_gold_choice_that_is_not_one_letter_is_an_error(gold):
+    assert choice("", f"Answer: {gold}", gold).status == "error"

@@ -1,33 +1,39 @@
 r"""Reward 1 for the right letter of a multiple choice, A to Z.
 
-The letter is looked for inside the last \boxed{}; without one, after the last "####"; without that, after the last
-"answer is", "answer:" or "choice is"; without that, in the last line, if it holds nothing but a letter. These forms are
-read: B  (B)  **B**  \text{B}  B. 12 apples. Two letters in one place ("A or B") are no answer. The time it takes grows
-linearly with the text.
+The letter is looked for where an answer is marked (`cero_jax.rewards.find`: a box, "####", "answer is", "choice is");
+without a mark in the last line, if it holds nothing but a letter. It must come first there. These forms are read: B
+(B)  **B**  \text{B}  \( B \)  option B  B. 12 apples  (B) 12  B because. Two letters in one place ("A or B", "A. 5 or
+B. 6") are no answer. The time it takes grows linearly with the text.
 """
 
 import re
 
-from cero_jax.rewards import NO_ANSWER, Verdict, compared
+from cero_jax.rewards import ERROR, NO_ANSWER, Verdict, compared
+from cero_jax.rewards.find import boxes, find, last_line, without_reason
+from cero_jax.rewards.plain import plain
 
-MAX_CHARS = 4096  # only the end of the text, this long, is searched
-MAX_LINE = 8  # characters of a last line that is nothing but a letter, with signs around it: (**B**)
+MAX_LINE = 16  # characters of a last line that is nothing but a letter, with signs around it: (**B**)
+MAX_CHARS = 400  # of a place that are looked at
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)?)\}")
-_PHRASE = re.compile(r"(?:answer|choice)(?: is|:|\*\*:|:\*\*)[ \t]*([^\n]{0,80})", re.IGNORECASE)
-_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")
+_WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathit|mathbf|mbox|bf|rm)\s*\{([^{}]*)\}")
+_SIGNS = re.compile(r"\\[()\[\]]|\\(?:bf|rm)(?![A-Za-z])|[*$`\"{}\u201c\u201d]|(?<![A-Za-z])_|_(?![A-Za-z])")
 _LETTER = re.compile(
-    r"[\s(\[*$:]*([A-Za-z])(?![A-Za-z0-9'’])(?:[)\].:*$]+(?=\s|$)|,(?=\s[A-Za-z]{3})|\s*$|\s*\n"
-    r"|(?=\s+(?:because|since|as|[-\u2013\u2014])\s))(.*)",
-    re.DOTALL,
+    r"[\s(:]*(?:(?:option|choice|letter)\s+\(?)?([A-Za-z])(?![A-Za-z0-9'])"
+    r"(?:\s*[).:!?]+(?=\s|$)|,(?=\s[A-Za-z]{3})|\s*$|\s*\n|(?=\s+\()|(?=\s+(?:because|since|as|is|[-\u2014])\s))(.*)",
+    re.DOTALL | re.IGNORECASE,
 )
-_ANOTHER = re.compile(r"[\s*]*(?:or|and|,|/|&)[\s(\[*]*[A-Za-z](?![A-Za-z0-9])")
+_ANOTHER = re.compile(  # right behind the letter, on a line of its own, or further on in brackets or before a full stop
+    r"[\s*]*(?:or|and|,|/|&|;)[\s(\[]*[A-Za-z](?![A-Za-z0-9'])|\s*\n\s*\(?[A-Za-z][).]?\s*(?:\n|$)"
+    r"|[^\n]*(?:\b(?:or|and)|[,/&;])\s*(?:\([A-Za-z]\)|[A-Z](?=[).:]|\s*$))"
+)
 
 
 def choice(question: str, completion: str, answer: str) -> Verdict:
-    """Right where the completion's letter is the gold answer's."""
+    """Right where the completion's letter is the gold answer's; an error where that has none."""
     del question
-    given, gold = read_choice(completion), read_choice(answer)
+    gold, given = read_choice(answer) or _letter(answer), read_choice(completion)
+    if gold is None or len({_letter(box) for box in boxes(answer)}) > 1:
+        return Verdict(0.0, ERROR, "the gold answer is not one letter: write it as B or (B)")
     if given is None:
         return Verdict(0.0, NO_ANSWER)
     return compared(given == gold, given)
@@ -35,22 +41,18 @@ def choice(question: str, completion: str, answer: str) -> Verdict:
 
 def read_choice(text: str) -> str | None:
     """The letter that the module's rule finds in `text`, in upper case; None where it finds none."""
-    tail = text[-MAX_CHARS:]
-    boxes = _BOX.findall(tail)
-    if boxes:
-        return _letter(boxes[-1])
-    if "####" in tail:
-        return _letter(tail.rpartition("####")[2].strip().partition("\n")[0])
-    phrases = _PHRASE.findall(tail)
-    if phrases:
-        return _letter(phrases[-1])
-    last = tail.strip().rpartition("\n")[2]
+    place = find(text)
+    if place:
+        return _letter(place.text, place.prose)
+    last = last_line(text)
     return _letter(last) if len(last) <= MAX_LINE else None
 
 
-def _letter(place: str) -> str | None:
+def _letter(place: str, prose: bool = False) -> str | None:
     """The one letter with which `place` begins, in upper case."""
-    found = _LETTER.match(_WRAPPED.sub(r"\1", place))
-    if not found or _ANOTHER.match(found[2]):
+    bare = _SIGNS.sub("", _WRAPPED.sub(r"\1", plain(place[:MAX_CHARS])))
+    bare = re.sub(r"^\s*\[([A-Za-z])\]", r"(\1)", bare)
+    found = _LETTER.match(bare)
+    if not found or _ANOTHER.match(without_reason(found[2]) if prose else found[2]):
         return None
     return found[1].upper()

@@ -11,10 +11,11 @@ import numpy as np
 
 from cero_jax import read_files
 from cero_jax.data import Prompts, Task, encode_prompts
-from cero_jax.rewards import RIGHT, Verifier, VerifyMany, verdict
+from cero_jax.rewards import ERROR, RIGHT, TIMED_OUT, Verifier, VerifyMany, verdict
 from cero_jax.rewards.choice import choice
 from cero_jax.rewards.exact import exact
 from cero_jax.rewards.final_number import final_number
+from cero_jax.rewards.find import find
 from cero_jax.rewards.pool import Pool
 from cero_jax.settings import check
 from cero_jax.tokenizer import ByteTokenizer, Tokenizer
@@ -132,23 +133,30 @@ class Dataset:
         return rows
 
     def _check_gold(self, rows: list[Row], inline: Verifier | None, pooled: VerifyMany | None) -> None:
-        """Each gold answer passes its verifier; a function of the user's may want more than the bare answer."""
+        """Each gold answer is read by its verifier, and right; a user's function may want more than the answer."""
         if self.verifier not in INLINE and self.verifier not in POOLED:
             return
-        asked = [
-            ("", rf"\boxed{{{row.answer}}}" if self._is_bare(row.answer) else row.answer, row.answer) for row in rows
-        ]
+        answers = list(dict.fromkeys(row.answer for row in rows))
+        asked = [("", self._as_completion(answer), answer) for answer in answers]
         found = pooled(asked) if pooled else [inline(*each) for each in asked] if inline else []
-        for row, each in zip(rows, map(verdict, found), strict=True):
-            if each.status != RIGHT:
-                raise ValueError(
-                    f"{row.source}: the gold answer in {self.answer_field!r} fails verifier={self.verifier!r} itself "
-                    f"({each.status}): {row.answer[-60:]!r}: name another verifier, or mend or drop the row"
-                )
+        why = {
+            answer: {ERROR: each.extracted, TIMED_OUT: f"{TIMED_OUT} {each.extracted}: raise verifier_seconds"}.get(
+                each.status, each.status
+            )
+            for answer, each in zip(answers, map(verdict, found), strict=True)
+            if each.status != RIGHT
+        }
+        failed = [row for row in rows if row.answer in why]
+        if failed:
+            row, others = failed[0], f", and {len(failed) - 1} others" if failed[1:] else ""
+            raise ValueError(
+                f"{row.source}{others}: the gold answer in {self.answer_field!r} fails verifier={self.verifier!r} "
+                f"itself ({why[row.answer]}): {row.answer[-60:]!r}: name another verifier, or mend or drop the row"
+            )
 
-    def _is_bare(self, answer: str) -> bool:
-        """Whether `math` would not find the answer in this text, which is nothing else."""
-        return self.verifier == "math" and "\\boxed{" not in answer and "####" not in answer
+    def _as_completion(self, answer: str) -> str:
+        """A completion with this gold answer, which may stand at the end of a solution."""
+        return answer if self.verifier == "exact" or find(answer) else rf"\boxed{{{answer}}}"
 
     def _encode(self, rows: list[Row], tokenizer: Tokenizer, render: Render, name: str) -> Prompts:
         prompts = encode_prompts(
