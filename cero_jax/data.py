@@ -86,7 +86,7 @@ def prompts_hash(prompts: Prompts) -> str:
         # the length keeps "ab", "c" apart from "a", "bc"
         digest.update(b"".join(part for each in encoded for part in (len(each).to_bytes(8, "little"), each)))
     digest.update(repr(prompts.tokens.shape).encode())
-    digest.update(np.ascontiguousarray(prompts.tokens, "<i4"))
+    digest.update(np.ascontiguousarray(prompts.tokens, "<i4").data)
     return digest.hexdigest()
 
 
