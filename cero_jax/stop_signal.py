@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 from cero_jax.metrics import say
 
@@ -26,7 +27,7 @@ class StopSignal:
     def __init__(self):
         self.number = 0  # of the signal that came; 0: none
         self._heard = 0
-        self._before = {int(number): signal.getsignal(number) for number in STOPPING}
+        self._before: dict[int, Any] = {number: signal.getsignal(number) for number in STOPPING}
         self._give_back = _listen(STOPPING, self._on_signal, self._note)
 
     def close(self) -> None:
