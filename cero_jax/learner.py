@@ -146,9 +146,11 @@ def completion_log_probs(params: Params, config: ModelConfig, batch: Batch, *, t
     hidden, _ = model.forward(params, config, tokens[:, :-1], positions[:, :-1], model.causal_mask(valid[:, :-1]))
     hidden = hidden[:, width - 1 :]  # [R, T, D], each predicts the completion token at its place
 
+    logits_of = model.chunked_logits(params, config)
+
     @jax.checkpoint
     def log_probs(hidden: Array, tokens: Array) -> Array:
-        logits = model.logits(params, config, hidden) / temperature
+        logits = logits_of(hidden) / temperature
         return jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), tokens[..., None], axis=-1)[..., 0]
 
     chunk = min(chunk, limit)
@@ -301,7 +303,7 @@ def make_learner(
     stepper = make_stepper(model_config, vocab_size, make_optimizer(config), mesh)
     row_sharding = sharding.rows(mesh)
     of_params = stepper.shardings.params
-    loss = partial(grpo_loss, model_config=model_config, config=config, temperature=temperature)
+    loss = sharding.on(mesh, partial(grpo_loss, model_config=model_config, config=config, temperature=temperature))
 
     @partial(jax.jit, out_shardings=(of_params, None))
     def nothing(params: Params):

@@ -6,6 +6,7 @@ figures for a step.
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,19 +25,22 @@ class Estimate(NamedTuple):
     """Bytes on each device, by what they hold."""
 
     parameters: int
-    sampling_copy: int  # the parameters in compute_dtype, where param_dtype is another
+    sampling_copy: int  # the parameters in compute_dtype, split over tensor alone, where they are stored otherwise
     optimizer: int  # Adam's two moments, float32; no second copy of parameters in fewer bits: see optimizer.moved
     gradients: int  # float32: the sum over micro-batches, and that of one micro-batch
     reference: int  # the frozen policy that a KL term compares with
     cache: int  # keys and values of all slots at full length, and of each prompt of the batch once
     activations: int  # of one micro-batch
     logits: int  # of one chunk of tokens, with softmax and gradient
+    gathered: int  # of fsdp: two layers' parameters, and the output projection with its gradient
 
     @property
     def total(self) -> int:
         """Bytes held at the worst moment, which is in an optimiser step or while completions are drawn."""
         held = self.parameters + self.optimizer + self.reference
-        return held + max(self.gradients + self.activations + self.logits, self.sampling_copy + self.cache)
+        return held + max(
+            self.gradients + self.activations + self.logits + self.gathered, self.sampling_copy + self.cache
+        )
 
 
 def estimate(
@@ -52,8 +56,8 @@ def estimate(
     """The estimate for prompts of up to `prompt_tokens` tokens that get at least `min_group` rollouts each."""
     c, shards = model_config, sharding.row_shards(mesh)
     abstract = model.abstract_params(c, vocab_size)
-    layout = sharding.shard_params(abstract, mesh)
-    number = jax.tree.map(lambda p, s: math.prod(s.shard_shape(p.shape)), abstract, layout)
+    number = _numbers(abstract, sharding.shard_params, mesh)
+    whole = _numbers(abstract, sharding.shard_copy, mesh)  # as sampling has them, and a layer where it is gathered
     stored = jax.tree.map(lambda n, p: n * p.dtype.itemsize, number, abstract)
     size, same = jnp.dtype(c.compute_dtype).itemsize, c.param_dtype == c.compute_dtype
     tensor, length = mesh.shape["tensor"], prompt_tokens + sampler.max_completion_tokens
@@ -62,7 +66,7 @@ def estimate(
     in_cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size  # bytes a token
     if c.num_kv_heads % tensor == 0:
         in_cache //= tensor
-    slots = min(sampler.slots or rows, rows) // shards
+    slots, prompts = min(sampler.slots or rows, rows) // shards, -(-rows // min_group // shards)
 
     here = microbatch_rows(learner, shards) // shards
     inner = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 3 * c.mlp_width
@@ -72,14 +76,22 @@ def estimate(
     chunk = min(learner.logit_chunk_tokens, sampler.max_completion_tokens)
     return Estimate(
         parameters=_sum(stored),
-        sampling_copy=0 if same else size * _sum(number),
+        sampling_copy=0 if same and mesh.shape["fsdp"] == 1 else size * _sum(whole),
         optimizer=2 * 4 * _sum(lora.split(number)[1]),
         gradients=2 * 4 * _sum(lora.split(number)[1]),
         reference=_sum(lora.split(stored)[1]) if learner.kl_coef else 0,
-        cache=in_cache * (slots * length + rows // min_group * prompt_tokens),
+        cache=in_cache * (slots * length + prompts * prompt_tokens),
         activations=int(kept),
         logits=3 * here * chunk * vocab_size * 4 // tensor,
+        gathered=0
+        if mesh.shape["fsdp"] == 1
+        else 2 * size * _sum(whole["layers"]) // c.num_layers + (size + 4) * vocab_size * c.width // tensor,
     )
+
+
+def _numbers(params: Any, layout: Callable, mesh: Mesh) -> Any:
+    """How many values of each parameter a device holds in that layout."""
+    return jax.tree.map(lambda p, s: math.prod(s.shard_shape(p.shape)), params, layout(params, mesh))
 
 
 def _sum(tree: Any) -> int:
@@ -102,13 +114,13 @@ def memory_report(needed: Estimate, available: int) -> str:
         return line
     advice = {
         "parameters": "raise mesh.fsdp or mesh.tensor, or train adapters (model.lora_rank) of a bfloat16 model",
-        "sampling_copy": "set model.param_dtype to model.compute_dtype (updates are then rounded at random: right on "
-        "average, at no cost in memory, with a noise that float32 has not)",
+        "sampling_copy": "raise mesh.tensor",
         "optimizer": "raise mesh.fsdp",
         "gradients": "raise mesh.fsdp",
         "reference": "set learner.kl_coef=0, or raise mesh.fsdp",
         "cache": "lower sampler.slots",
         "activations": "lower learner.rows_per_microbatch, or set model.remat=True",
+        "gathered": "raise mesh.tensor",
         "logits": "lower learner.logit_chunk_tokens or learner.rows_per_microbatch",
     }
     largest = sorted(advice, key=lambda name: -getattr(needed, name))[:2]

@@ -11,6 +11,7 @@ F hidden size of the MLP.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +21,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from cero_jax import rope
+from cero_jax import rope, sharding
+from cero_jax.attention import attend, write
 from cero_jax.lora import Adapter
 from cero_jax.rope import LARGEST_BASE, RopeScaling
 from cero_jax.settings import check
@@ -173,34 +175,15 @@ class Attention(nnx.Module):
         v = self._heads(x, "v")
         if cache is not None:
             # The cache is the scan's carry, which XLA updates in place: it is never copied whole.
-            rows = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
             places = start[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
-            at = (layer, rows, places)
-            cache = Cache(*(c.at[at].set(n, mode="drop") for c, n in zip(cache, (k, v), strict=True)))
+            cache = Cache(*(write(c, new, layer, places) for c, new in zip(cache, (k, v), strict=True)))
             k, v = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
         scale = (self.config.query_pre_attn_scalar or self.config.head_dim) ** -0.5
-        if x.shape[1] == 1:
-            out = _attend_one(q, k, v, view.mask, scale)
-        else:
-            out = jax.nn.dot_product_attention(q, k, v, mask=view.mask[:, None], scale=scale)
+        out = attend(q, k, v, view.mask, scale)
         half = jnp.einsum("bthk,hkd->btd", out, self.o[...].astype(x.dtype))
         if self.config.lora_rank:
             half = half + self.o_lora(out.reshape(*out.shape[:2], -1))
         return half, cache
-
-
-def _attend_one(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:
-    """Attention of one token a row: q [B, 1, H, Dh] to k, v [B, C, Hkv, Dh] where mask [B, 1, C]; [B, 1, H, Dh].
-
-    The same as jax.nn.dot_product_attention, but with the keys as the product's left operand: on a CPU, XLA then does
-    not transpose keys and values, which made attention alone 1.2 to 2.3 times as fast.
-    """
-    grouped = q.reshape(q.shape[0], k.shape[2], -1, q.shape[3])  # [B, Hkv, H/Hkv, Dh]
-    dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-    scores = dot(k, grouped, (((3,), (3,)), ((0, 2), (0, 1)))).swapaxes(2, 3) * scale  # [B, Hkv, H/Hkv, C]
-    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    probability = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return dot(probability, v, (((3,), (1,)), ((0, 1), (0, 2)))).reshape(q.shape).astype(v.dtype)
 
 
 class GatedMLP(nnx.Module):
@@ -246,7 +229,7 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """Embedding, L scanned blocks, a last norm. The output projection is a method of its own, `logits`, so that a
+    """Embedding, L scanned blocks, a last norm. The output projection is a function of its own, `logits`, so that a
     caller may project only the positions that it needs.
     """
 
@@ -265,7 +248,7 @@ class Transformer(nnx.Module):
     def __call__(self, tokens: Array, positions: Array, mask: Array, cache: Cache | None, start: Array):
         config = self.config
         # Cast after the look-up and not before it: gradients of one token's row are then summed in the table's dtype.
-        x = self.embed[...][tokens].astype(config.compute_dtype)
+        x = sharding.keep_rows(self.embed[...][tokens]).astype(config.compute_dtype)
         if config.scaled_embeddings:
             x = x * jnp.asarray(config.width**0.5, x.dtype)
         frequency = rope.frequencies(config.head_dim, config.rope_base, config.rope_scaling)
@@ -281,7 +264,8 @@ class Transformer(nnx.Module):
             view = full
             if config.sliding_layers:
                 view = jax.tree.map(functools.partial(jnp.where, is_sliding), sliding, full)
-            return layer(x, view, cache, index, start), None
+            x, cache = layer(x, view, cache, index, start)
+            return (sharding.keep_rows(x), cache), None
 
         indices = np.arange(config.num_layers)
         flags = jnp.asarray(indices), jnp.asarray(np.isin(indices, config.sliding_layers))
@@ -289,15 +273,6 @@ class Transformer(nnx.Module):
             layer_step = jax.checkpoint(layer_step, prevent_cse=False)  # False: not needed inside a scan
         (x, cache), _ = jax.lax.scan(layer_step, (x, cache), (self.layers, *flags))
         return rms_norm(x, self.final_norm[...], config), cache
-
-    def logits(self, hidden: Array) -> Array:
-        """Output projection: hidden [..., D] -> [..., V] float32."""
-        if self.config.tied_embeddings:
-            table = self.embed[...].astype(hidden.dtype)
-            return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
-        return jnp.einsum(
-            "...d,dv->...v", hidden, self.unembed[...].astype(hidden.dtype), preferred_element_type=jnp.float32
-        )
 
 
 @functools.cache
@@ -355,8 +330,25 @@ def forward(
 
 def logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
     """Output projection: hidden [..., D] -> [..., V] float32."""
-    model = nnx.merge(_graphdef(config, params["embed"].shape[0]), params)
-    return model.logits(hidden)
+    name, product = ("embed", "...d,vd->...v") if config.tied_embeddings else ("unembed", "...d,dv->...v")
+    return jnp.einsum(product, hidden, params[name].astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+
+def chunked_logits(params: Params, config: ModelConfig) -> Callable[[Array], Array]:
+    """`logits` as a function of hidden [B, ..., D] alone, to be called for one chunk of a row's tokens after another.
+
+    The projection is gathered here, once, and not in each call. Each of the pieces that rows are split in has a copy of
+    it and sums the gradient of its own calls, in float32; the pieces' sums are added once.
+    """
+    name, product = ("embed", "s...d,svd->s...v") if config.tied_embeddings else ("unembed", "s...d,sdv->s...v")
+    copies = sharding.copy_to_pieces(params[name].astype(config.compute_dtype), name).astype(jnp.float32)
+
+    def logits_of(hidden: Array) -> Array:
+        pieces = sharding.keep_rows(hidden.reshape(len(copies), -1, *hidden.shape[1:]))
+        out = jnp.einsum(product, pieces, copies.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return out.reshape(*hidden.shape[:-1], -1)
+
+    return logits_of
 
 
 def cast(params: Params, dtype: Any) -> Params:

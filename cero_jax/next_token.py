@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from cero_jax import sharding
+
 BLOCK = 512  # tokens of the vocabulary that are summed before they are looked at one by one
 
 
@@ -39,30 +41,61 @@ def draw(logits: Array, keys: Array, *, temperature: float, top_k: int, top_p: f
       Tokens [R] int32, and their log-probabilities [R] float32 of the full vocabulary at the temperature.
     """
     if temperature == 0:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        token = _likeliest(logits)
     else:
         logits = logits / temperature
         uniform = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(keys)
         token = _at_share(keep_likely(logits, top_k, top_p), uniform)
-    log_prob = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), token[:, None], axis=-1)[:, 0]
-    return token, log_prob
+    logits = logits - jnp.max(logits, axis=-1, keepdims=True)
+    return token, _value(logits, token) - jnp.log(jnp.exp(logits).sum(axis=-1))
+
+
+def _by_piece(x: Array) -> Array:
+    """[R, pieces, V / pieces] of x [R, V]: the vocabulary as the mesh splits it, so that no device needs the whole."""
+    return sharding.lay(x.reshape(len(x), sharding.pieces_in_use("tensor"), -1), *sharding.ROWS, "tensor")
+
+
+def _at(x: Array, place: Array) -> Array:
+    """[..., *] the elements of x [..., n, *] at place [...], n's axis being the last of place's axes and one more."""
+    axis = place.ndim
+    return jnp.take_along_axis(x, jnp.expand_dims(place, tuple(range(axis, x.ndim))), axis=axis).squeeze(axis)
+
+
+def _value(x: Array, token: Array) -> Array:
+    """[R] the value of each row of x [R, V] at its token [R]."""
+    x = _by_piece(x)
+    piece, place = jnp.divmod(token, x.shape[-1])
+    return _at(_at(x, jnp.broadcast_to(place[:, None], x.shape[:2])), piece)
+
+
+def _likeliest(logits: Array) -> Array:
+    """[R] int32, the token of the largest of logits [R, V], the first of several."""
+    logits = _by_piece(logits)
+    piece = jnp.argmax(logits.max(axis=-1), axis=-1)
+    return (piece * logits.shape[-1] + _at(jnp.argmax(logits, axis=-1), piece)).astype(jnp.int32)
 
 
 def _at_share(logits: Array, share: Array) -> Array:
     """[R] int32, the token of logits [R, V] at which the cumulative softmax passes `share` [R] in [0, 1)."""
-    num_rows, vocab_size = logits.shape
-    num_blocks = -(-vocab_size // BLOCK)
-    mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    mass = jnp.pad(mass, ((0, 0), (0, num_blocks * BLOCK - vocab_size))).reshape(num_rows, num_blocks, BLOCK)
+    mass = _by_piece(jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True)))
+    num_rows, pieces, width = mass.shape
+    num_blocks = -(-width // BLOCK)
+    mass = jnp.pad(mass, ((0, 0), (0, 0), (0, num_blocks * BLOCK - width)))
+    mass = mass.reshape(num_rows, pieces, num_blocks, BLOCK)
     in_block = mass.sum(axis=-1)
-    up_to = jnp.cumsum(in_block, axis=-1)  # [R, blocks]
-    block = _passes(up_to, share * up_to[:, -1])
-    rest = share * up_to[:, -1] - jnp.take_along_axis(up_to - in_block, block[:, None], axis=-1)[:, 0]
-    within = jnp.cumsum(jnp.take_along_axis(mass, block[:, None, None], axis=1)[:, 0], axis=-1)  # [R, BLOCK]
-    return block * BLOCK + _passes(within, rest)
+    in_piece = jnp.cumsum(in_block, axis=-1)[..., -1]
+    piece, rest = _passes(in_piece, share * jnp.cumsum(in_piece, axis=-1)[:, -1])
+    # Every piece looks in itself for what is left of the share; only the answer of the one it lies in is taken.
+    block, rest = _passes(in_block, jnp.broadcast_to(rest[:, None], (num_rows, pieces)))
+    within, _ = _passes(_at(mass, block), rest)
+    return piece * width + _at(block * BLOCK + within, piece)
 
 
-def _passes(up_to: Array, target: Array) -> Array:
-    """[R] int32, the first place where running sums [R, n] exceed the target [R]: one with a mass of its own."""
-    below_end = jnp.nextafter(up_to[:, -1], jnp.zeros_like(target))  # rounding must not carry the target past the end
-    return jnp.sum(up_to <= jnp.minimum(target, below_end)[:, None], axis=-1, dtype=jnp.int32)
+def _passes(mass: Array, target: Array) -> tuple[Array, Array]:
+    """The first place [...] where running sums of mass [..., n] exceed the target [...], int32: one with a mass of its
+    own; and what is left of the target there.
+    """
+    up_to = jnp.cumsum(mass, axis=-1)
+    below_end = jnp.nextafter(up_to[..., -1], jnp.zeros_like(target))  # rounding must not carry the target past the end
+    place = jnp.sum(up_to <= jnp.minimum(target, below_end)[..., None], axis=-1, dtype=jnp.int32)
+    return place, target - _at(up_to - mass, place)

@@ -296,6 +296,7 @@ def make_sampler(
     heads = "tensor" if model_config.num_kv_heads % mesh.shape["tensor"] == 0 else None
     in_cache = NamedSharding(mesh, P(None, *sharding.ROWS, None, heads))
     layout: Any = Slots(*[by_row] * (len(Slots._fields) - 1), cache=Cache(in_cache, in_cache))  # type: ignore[arg-type]
+    everywhere, whole = sharding.replicated(mesh), NamedSharding(mesh, P(None, None, None, heads))
     on_slots = partial(jax.jit, donate_argnames="slots", out_shardings=layout)
 
     @partial(jax.jit, static_argnames=("num_slots", "space"), out_shardings=layout)
@@ -322,16 +323,23 @@ def make_sampler(
 
     @on_slots
     def begin(slots: Slots, prompts: Prefilled, seed: Array, entries: Any) -> Slots:
+        # A slot may take any prompt: gathered whole, which is less than what a sum over devices would make of it.
+        prompts = jax.lax.with_sharding_constraint(prompts, Prefilled(everywhere, everywhere, Cache(whole, whole)))
         keys = row_keys(seed, entries.step, entries.prompt_ids, entries.rollout_index)
         return fill(slots, prompts, entries.new, entries.prompt_of_row, keys, entries.max_tokens, pad_id)
 
     @on_slots
     def run_window(slots: Slots, params: Params) -> Slots:
         settings = {"model_config": model_config, "config": config, "eos_ids": eos_ids, "pad_id": pad_id}
-        return decode(params, slots, stop_early=mesh.size == 1, **settings)
+        return sharding.on(mesh, decode)(params, slots, stop_early=mesh.size == 1, **settings)
 
-    cast = jax.jit(partial(model.cast, dtype=model_config.compute_dtype))
-    read_prompts = jax.jit(partial(prefill, config=model_config))
+    @jax.jit
+    def copy(params: Params) -> Params:
+        weights = model.cast(params, model_config.compute_dtype)
+        return jax.lax.with_sharding_constraint(weights, sharding.shard_copy(weights, mesh))
+
+    read: Any = Prefilled(by_row, by_row, layout.cache)  # type: ignore[arg-type]
+    read_prompts = jax.jit(sharding.on(mesh, partial(prefill, config=model_config)), out_shardings=read)
     compiled = set()
 
     def sample(
@@ -342,9 +350,11 @@ def make_sampler(
         if num_slots % sharding.row_shards(mesh):
             raise ValueError(f"{num_slots} slots must be a multiple of data x fsdp = {sharding.row_shards(mesh)}")
         rows, waiting = _entries(batch, step, config.max_completion_tokens), _longest_first(batch)
-        if jnp.dtype(model_config.param_dtype) != jnp.dtype(model_config.compute_dtype):
-            params = cast(params)  # once a call, which is once a policy update
-        prompts = read_prompts(params, tokens=batch.prompt_tokens, lengths=batch.prompt_lengths)
+        if model_config.param_dtype != model_config.compute_dtype or mesh.shape["fsdp"] > 1:
+            params = copy(params)  # once a call, which is once a policy update
+        more = -len(batch.prompt_lengths) % sharding.row_shards(mesh)  # prompts of one token, which no row looks at
+        texts = np.pad(batch.prompt_tokens, ((0, more), (0, 0)))
+        prompts = read_prompts(params, tokens=texts, lengths=np.pad(batch.prompt_lengths, (0, more), constant_values=1))
         slots = empty(num_slots, sizes[0])
         nothing = _Entries(*(np.zeros(num_slots, column.dtype) for column in rows))
         if (num_rows, batch.prompt_tokens.shape) not in compiled:  # every size now, so that none compiles later

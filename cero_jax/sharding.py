@@ -1,13 +1,21 @@
 """The mesh of devices, and one table: which axis of each parameter is split over which axis of the mesh.
 
-The mesh has three axes. `data` splits rows, `fsdp` splits rows and parameters, `tensor` splits heads and the MLP's
-hidden units. One device is a 1 x 1 x 1 mesh and runs the same code. Letters in shapes: as in model.py.
+The mesh has three axes. `data` splits rows, `fsdp` splits rows and parameters, `tensor` splits heads, the MLP's hidden
+units and the vocabulary. One device is a 1 x 1 x 1 mesh and runs the same code. Letters in shapes: as in model.py.
+
+What a jitted function computes `on` a mesh stays split as its rows are (`keep_rows`): left to itself the compiler
+follows the parameters, gives every device all rows and adds activations over devices.
 """
 
+import functools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -103,6 +111,18 @@ def shard_params(params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, params)
 
 
+def shard_copy(params: Any, mesh: Mesh) -> Any:
+    """The NamedSharding of each parameter in the copy that completions are drawn with: by RULES, without `fsdp`.
+
+    So a decode step gathers no parameter. Raises ValueError as shard_params does.
+    """
+    return jax.tree.map(lambda layout: NamedSharding(mesh, _without_fsdp(layout.spec)), shard_params(params, mesh))
+
+
+def _without_fsdp(spec: P) -> P:
+    return P(*(None if axis == "fsdp" else axis for axis in spec))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of an array that every device holds whole."""
     return NamedSharding(mesh, P())
@@ -116,3 +136,44 @@ def rows(mesh: Mesh) -> NamedSharding:
 def row_shards(mesh: Mesh) -> int:
     """The number of pieces that rows are split into; rows_per_step must be a multiple of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+# --- in a jitted function ---
+
+
+def on(mesh: Mesh, function: Callable) -> Callable:
+    """The function, to be jitted, with this mesh in use: the functions below lay out its arrays over it."""
+
+    @functools.wraps(function)
+    def inside(*args, **kwargs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args, **kwargs)
+
+    return inside
+
+
+def pieces_in_use(*axes: str) -> int:
+    """The number of pieces that these axes of the mesh in use split an array in; 1 where none is in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
+
+
+def lay(x: Array, *axes: Any) -> Array:
+    """The array, its first axes split over these axes of the mesh in use, the others whole; unchanged if none is."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, P(*axes, *[None] * (x.ndim - len(axes))))
+
+
+def keep_rows(x: Array) -> Array:
+    """The array [rows, ...], split as rows are."""
+    return lay(x, *ROWS)
+
+
+def copy_to_pieces(x: Array, path: str) -> Array:
+    """[pieces, *x.shape]: the parameter of that path once for each piece of the rows, split over `tensor` alone.
+
+    The gradient of x is the sum of the pieces' gradients.
+    """
+    copies = jnp.broadcast_to(x, (pieces_in_use("data", "fsdp"), *x.shape))
+    return lay(copies, *ROWS, *_without_fsdp(RULES[path]))

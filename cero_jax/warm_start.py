@@ -141,7 +141,7 @@ def make_supervised_step(model_config: ModelConfig, stepper: Stepper, mesh: jax.
     @partial(jax.jit, donate_argnames="state", out_shardings=(stepper.shardings, None))
     def step(state: TrainState, batch: Batch, learning_rate: Array) -> tuple[TrainState, Array]:
         batch = jax.lax.with_sharding_constraint(batch, sharding.rows(mesh))
-        loss, grads = jax.value_and_grad(nll)(state.params, batch)
+        loss, grads = jax.value_and_grad(sharding.on(mesh, nll))(state.params, batch)
         return stepper.apply(state, grads, learning_rate), loss
 
     return step

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from cero_jax import sharding
 from cero_jax.next_token import draw, keep_likely
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
@@ -68,3 +69,29 @@ def test_top_k_and_top_p_equal_a_sort(top_k, top_p):
     for row, kept in zip(logits, got, strict=True):
         keep = sorted_keep(row.astype(np.float64), top_k, top_p)
         np.testing.assert_array_equal(kept, np.where(keep, row, -np.inf))
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_a_vocabulary_split_over_devices_is_drawn_from_as_a_whole_one(tensor, temperature):
+    """By the inverse of the cumulative distribution in float64; pieces of several blocks, and some without any mass."""
+    rows, size = 64, 4 * 700
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (rows, size)).astype(np.float32)
+    logits[::4, :1000] = logits[1::4, 600:] = -np.inf
+    keys = jax.random.split(jax.random.key(1), rows)
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=2, tensor=tensor))
+    of_mesh = jax.jit(sharding.on(mesh, partial(draw, temperature=temperature, top_k=0, top_p=1.0)))
+    token, log_prob = map(np.asarray, of_mesh(jax.device_put(logits, sharding.rows(mesh)), keys))
+
+    scaled = logits.astype(np.float64) / (temperature or 1.0)
+    chance = np.exp(log_softmax(scaled))
+    if temperature:
+        uniform = np.asarray(jax.vmap(lambda key: jax.random.uniform(key, ()))(keys), np.float64)
+        ends = np.cumsum(chance, axis=-1)
+        clear = np.abs(ends - uniform[:, None]).min(axis=-1) > 1e-5  # elsewhere float32 may draw the next token
+        assert clear.sum() > rows // 2
+        np.testing.assert_array_equal(token[clear], (ends < uniform[:, None]).sum(axis=-1)[clear])
+    else:
+        np.testing.assert_array_equal(token, np.argmax(logits, axis=-1))
+    np.testing.assert_allclose(log_prob, np.log(chance[np.arange(rows), token]), rtol=1e-4, atol=1e-5)

@@ -1,7 +1,9 @@
 """The table of rules, the mesh, and that eight devices compute what one does."""
 
+import inspect
 from functools import cache
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,9 @@ from cero_jax.sharding import MeshConfig
 CONFIG = ModelConfig(num_layers=2, width=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=16)
 VOCAB, ROWS, PROMPTS, WIDTH, LIMIT = 12, 8, 4, 4, 6
 B1 = 0.9
-LEARNER = LearnerConfig(rows_per_step=ROWS, max_grad_norm=1e9, adam_b1=B1)
+LEARNER = LearnerConfig(
+    rows_per_step=ROWS, rows_per_microbatch=ROWS, max_grad_norm=1e9, adam_b1=B1, logit_chunk_tokens=2
+)
 MESHES = {
     "data 8": MeshConfig(data=8),
     "data 2 x fsdp 4": MeshConfig(data=2, fsdp=4),
@@ -95,6 +99,14 @@ def test_the_mesh_covers_the_devices(config, num_devices, shape):
 def test_a_mesh_that_does_not_cover_the_devices_is_refused(config):
     with pytest.raises(ValueError, match=f"data={config.data} x fsdp={config.fsdp} x tensor={config.tensor} does not"):
         sharding.make_mesh(config)
+
+
+def test_the_copy_for_sampling_is_split_over_tensor_alone():
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    layout = sharding.shard_copy(shapes(CONFIG), mesh)
+    for path, each in zip(paths(layout), jax.tree.leaves(layout), strict=True):
+        assert each.spec == P(*(None if axis == "fsdp" else axis for axis in sharding.RULES[path])), path
+    assert layout["layers"]["mlp"]["down"].spec == P(None, "tensor", None)
 
 
 # --- eight devices do what one does ---
@@ -251,3 +263,67 @@ def test_an_allocation_is_that_of_one_device(mesh_config):
     """The same integers in every epoch: hosts that differed by one rollout would draw different rows from then on."""
     assert allocations_of_one_device().sum() == 800
     np.testing.assert_array_equal(allocate_on(sharding.make_mesh(mesh_config)), allocations_of_one_device())
+
+
+# --- what devices send each other ---
+
+
+def parts_of(function):
+    """The jitted functions that a sampler or a learner's step calls."""
+    return inspect.getclosurevars(function).nonlocals
+
+
+def exchanged(compiled):
+    return hlo.collectives(hlo.instructions(compiled.as_text()))
+
+
+def shaped(mesh):
+    """The parameters' shapes, laid out over the mesh."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        shapes(CONFIG), sharding.shard_params(shapes(CONFIG), mesh),
+    )  # fmt: skip
+
+
+def add_on(mesh):
+    """A micro-batch of the learner, compiled."""
+    learner = make_learner(CONFIG, VOCAB, LEARNER, 1.0, mesh)
+    params, add = shaped(mesh), parts_of(learner.step)["add"]
+    summed = parts_of(learner.step)["nothing"].lower(params).out_info
+    given = jax.device_put(batch(), sharding.rows(mesh))
+    advantages = learner.advantages(given)
+    rows = np.arange(ROWS, dtype=np.int32), np.ones(ROWS, bool)
+    return add.lower(summed, params, Fixed({}, None), given, advantages, *rows, limit=LIMIT).compile()
+
+
+def test_a_microbatch_adds_up_gradients_and_no_activations():
+    length = WIDTH + LIMIT - 1  # tokens of a row, a size that no parameter has
+    found = exchanged(add_on(sharding.make_mesh(MESHES["data 2 x fsdp 4"])))
+    assert {each.kind for each in found if any(length in shape for shape in each.shapes)} <= {
+        "all-to-all",
+        "all-gather",
+    }
+    of_layers = [each for each in found if each.kind == "all-gather" and each.times >= CONFIG.num_layers]
+    assert of_layers  # parameters, a layer's at a time
+    unembedding = [each for each in found if any(VOCAB in shape for shape in each.shapes)]
+    assert {each.times for each in unembedding} == {1}  # not once for each of the three chunks of logits
+
+
+def decode_on(mesh):
+    """A window of decoding and the reading of the prompts, compiled."""
+    parts = parts_of(make_sampler(CONFIG, SamplerConfig(LIMIT), (1,), 0, mesh))
+    weights, slots = parts["copy"].lower(shaped(mesh)).out_info, parts["empty"].lower(ROWS, WIDTH + LIMIT).out_info
+    texts = {"tokens": np.zeros((ROWS, WIDTH), np.int32), "lengths": np.ones(ROWS, np.int32)}
+    return parts["run_window"].lower(slots, weights).compile(), parts["read_prompts"].lower(weights, **texts).compile()
+
+
+def test_decoding_and_prefill_send_nothing_where_only_rows_are_split():
+    for program in decode_on(sharding.make_mesh(MESHES["data 2 x fsdp 4"])):
+        assert exchanged(program) == []
+
+
+def test_decoding_over_split_heads_sends_hidden_states_and_gathers_nothing():
+    mesh = sharding.make_mesh(MESHES["data 2 x fsdp 2 x tensor 2"])
+    found = exchanged(decode_on(mesh)[0])
+    assert {each.kind for each in found} <= {"all-reduce", "collective-permute"}
+    assert max(each.bytes for each in found) == ROWS // sharding.row_shards(mesh) * CONFIG.width * 4

@@ -1,0 +1,80 @@
+"""What is read from a compiled program's text: times, bytes, operations; of each compiler's way to write them."""
+
+import hlo
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from cero_jax import sharding
+
+TPU = """
+%batch (left: bf16[16,1024,512], right: bf16[16,512,256]) -> bf16[16,1024,256] {
+  %left = bf16[16,1024,512]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %right = bf16[16,512,256]{2,1,0} parameter(1)
+  ROOT %out = bf16[16,1024,256]{2,1,0} convolution(%left, %right), window={size=16 stride=15 lhs_dilate=16}, \
+dim_labels=0bf_0io->0bf
+}
+
+%body (p: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %p = (s32[], bf16[4,8]{1,0}) parameter(0)
+  %part = bf16[4,8]{1,0} get-tuple-element(%p), index=1
+  %begun = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%part), replica_groups=[2,4]<=[8], dimensions={0}
+  %whole = bf16[16,8]{1,0} all-gather-done(%begun)
+  %sum = f32[4,8]{1,0} all-reduce(%part), replica_groups=mesh['x'=4,'y'=2] {'y'}, metadata={op_name="jit(f)/sum"}
+}
+
+%limit (q: (s32[], bf16[4,8])) -> pred[] {
+  %q = (s32[], bf16[4,8]{1,0}) parameter(0)
+  %n = s32[] constant(28)
+}
+
+ENTRY %main (a: bf16[16,1024,512], b: bf16[16,512,256]) -> bf16[16,1024,256] {
+  %a = bf16[16,1024,512]{2,1,0} parameter(0)
+  %b = bf16[16,512,256]{2,1,0} parameter(1)
+  %loop = (s32[], bf16[4,8]{1,0}) while(%a), condition=%limit, body=%body
+  %kernel = f32[2]{0} custom-call(%a), custom_call_target="tpu_custom_call"
+  ROOT %fused = bf16[16,1024,256]{2,1,0} fusion(%a, %b), kind=kOutput, calls=%batch
+}
+"""
+CUDA = """
+ENTRY %main (a: bf16[32,64], b: bf16[64,16]) -> bf16[32,16] {
+  %a = bf16[32,64]{1,0} parameter(0)
+  %b = bf16[64,16]{1,0} parameter(1)
+  %out = (bf16[32,16]{1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{"alpha_real":1,\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+}
+"""
+
+
+def test_a_tpus_text():
+    lines = hlo.instructions(TPU)
+    gather, reduce = hlo.collectives(lines)
+    assert gather == ("all-gather", 16 * 8 * 2, ((16, 8),), 4, 28, "")
+    assert reduce == ("all-reduce", 4 * 8 * 4, ((4, 8),), 2, 28, "jit(f)/sum")
+    assert hlo.sent([gather, reduce]) == 28 * (256 * 3 / 4 + 2 * 128 / 2)
+    assert hlo.flops(lines) == 2 * 16 * 1024 * 512 * 256
+    assert hlo.kernels(lines) == ["tpu_custom_call"]
+
+
+def test_a_gpus_text():
+    assert hlo.flops(hlo.instructions(CUDA)) == 2 * 32 * 64 * 16
+
+
+def test_a_loop_that_does_not_say_how_often_it_runs_is_refused():
+    with pytest.raises(ValueError, match="the loop loop does not say how often it runs"):
+        hlo.instructions(TPU.replace("constant(28)", "add(%q, %q)"))
+
+
+def test_a_program_of_this_machine():
+    mesh = sharding.make_mesh(sharding.MeshConfig(fsdp=8))
+    x = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=sharding.rows(mesh))
+    w = jax.ShapeDtypeStruct((5, 8, 8), jnp.float32, sharding=NamedSharding(mesh, P(None, "fsdp", None)))
+    product = jax.jit(
+        lambda x, w: jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0], out_shardings=x.sharding
+    )
+    lines = hlo.instructions(product.lower(x, w).compile().as_text())
+    assert hlo.flops(lines) == 5 * 2 * (16 / 8) * 8 * 8
+    assert hlo.by_kind(hlo.collectives(lines)) == {"all-gather": 5 * 8 * 8 * 4}
