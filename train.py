@@ -65,6 +65,7 @@ def train_epoch(run: Run, state: State, cursor: Cursor, stop: StopSignal, collec
             state, cursor = learn(run, state, cursor, scored, collector)
         if cursor.spent >= cursor.evaluated + config.evaluation.every_rollouts:
             cursor = run.evaluate(state, cursor)
+        run.checkpoints.check()  # a save goes on in the background, and may have failed there
         if cursor.step >= cursor.saved_step + config.checkpoint_every_steps and not collector.held:
             cursor = run.save(state, cursor)
         if may_stop(stop, collector):  # not before the first batch: a resume would allocate the epoch again
@@ -137,7 +138,7 @@ def learn(run: Run, state: State, cursor: Cursor, scored: ScoredStep, collector:
 if __name__ == "__main__":
     try:
         started = start(from_command_line(sys.argv[1:]))
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("stopped while starting: the same command starts again", file=sys.stderr)

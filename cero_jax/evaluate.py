@@ -19,6 +19,7 @@ from cero_jax.config import Config, from_json
 from cero_jax.data import Task
 from cero_jax.evaluation import evaluate, scores_table
 from cero_jax.model import Params
+from cero_jax.read_files import local_path
 from cero_jax.run import build_task, check_same_start, starting_policy
 from cero_jax.sampler import Sampler, make_sampler
 
@@ -39,7 +40,7 @@ def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -
     task_changes, sampler_changes: fields of config.task and config.sampler to replace.
     Raises FileNotFoundError where there is no run, ValueError where it has no checkpoint or a field does not fit.
     """
-    path = Path(directory).absolute() / "config.json"
+    path = local_path(str(directory)).absolute() / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file: not the directory of a run")
     saved = from_json(json.loads(path.read_text()))
@@ -60,7 +61,7 @@ def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         trained, sharding.shard_params(trained, mesh),
     )  # fmt: skip
-    params = checkpoints.restore(cursor, like, part="policy.params")
+    cursor, params = checkpoints.restore(cursor, like, part="policy.params")
     if config.model.lora_rank:
         as_started = dataclasses.replace(config, sampler=saved.sampler)
         frozen = starting_policy(as_started, task, mesh, path.parent.parent / ".cache")
@@ -116,7 +117,7 @@ def main(args: Sequence[str] | None = None) -> None:
         result = evaluate(
             policy.sample, policy.params, policy.task, settings, given["seed"], policy.config.success_threshold
         )
-        output = given["output"] or Path(given["run"]) / f"samples-{policy.spent}.jsonl"
+        output = local_path(given["output"] or str(Path(given["run"]) / f"samples-{policy.spent}.jsonl"))
         write_samples(output, result.samples)
     except (OSError, ValueError) as error:
         parser.error(str(error))

@@ -336,7 +336,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hopeless", type=float, default=0.0, help="share of prompts that can never be solved")
     parser.add_argument("--min-group", type=int, default=4, help="rollouts of the smallest group")
     parser.add_argument("--seeds", type=int, default=4, help="runs of each allocator (default: %(default)s)")
-    parser.add_argument("--picture", type=Path, default=Path("simulate.png"), help="where the picture goes")
+    parser.add_argument(
+        "--picture", type=read_files.local_path, default=Path("simulate.png"), help="where the picture goes"
+    )
     args = parser.parse_args(argv)
     if args.log:
         try:
