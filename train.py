@@ -138,8 +138,10 @@ def learn(run: Run, state: State, cursor: Cursor, scored: ScoredStep, collector:
 if __name__ == "__main__":
     try:
         started = start(from_command_line(sys.argv[1:]))
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
+    except OSError:
+        fail_at_once()
     except KeyboardInterrupt:
         print("stopped while starting: the same command starts again", file=sys.stderr)
         sys.exit(130)

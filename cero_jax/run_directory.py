@@ -33,7 +33,7 @@ CHANGEABLE_ON_RESUME = (  # fields, or the beginnings of their names
     "allocator.class.file",
     "sampler.allow_biased_ratio",
 )
-_BITS = "the same mathematics, with sums in another order: from here on the run's last bits are others"
+_BITS = "the same mathematics, with sums in another order: from here on the run's last bits may be others"
 _LIMITS = "which answers time out may change"
 SAID_ON_RESUME = {  # changeable too, but not without a word
     "mesh": _BITS,
