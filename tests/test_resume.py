@@ -144,7 +144,7 @@ def test_what_is_read_of_a_run_is_what_it_ran_under(whole):
 
 
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_goes_on(whole, tmp_path, capsys):
-    """By itself, and to the same end, to the bit; an evaluation beside it reads the one before too."""
+    """By itself, and to the same end, to the bit; an evaluation reads the one before, too, and moves nothing."""
     work_dir = tmp_path / "damaged"
     shutil.copytree(whole, work_dir)
     newest = max((work_dir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
@@ -152,15 +152,17 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_goes_on(whole, tmp
     content = bytearray(arrays.read_bytes())
     content[len(content) // 2] ^= 4
     arrays.write_bytes(content)
-    policy = restore_policy(work_dir, {}, {})
-    assert policy.spent < 240
-    assert f"{newest.name}: a damaged checkpoint" in capsys.readouterr().err
     assert train.main(tiny_config(work_dir)) == 0
     assert f"put aside as {newest.parent}/put_aside/{newest.name}" in capsys.readouterr().err
     assert (work_dir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     mine, theirs = runs_end(work_dir)[1], runs_end(whole)[1]
     for one, other in zip(mine, theirs, strict=True):
         np.testing.assert_array_equal(one, other)
+    cursor = newest / "cursor/metadata"
+    cursor.write_text(cursor.read_text().replace('"spent": 240', '"spent": 241'))
+    assert restore_policy(work_dir, {}, {}).spent < 240
+    assert f"{newest}: a damaged checkpoint" in capsys.readouterr().err
+    assert newest.exists()
 
 
 def test_a_finished_run_copied_elsewhere_says_so_without_a_warm_start(whole, tmp_path, capsys, monkeypatch):
