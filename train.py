@@ -64,6 +64,7 @@ def train_epoch(run: Run, state: State, cursor: Cursor, stop: StopSignal) -> tup
             state, cursor = learn(run, state, cursor, scored)
         if cursor.spent >= cursor.evaluated + config.evaluation.every_rollouts:
             cursor = run.evaluate(state, cursor)
+        run.checkpoints.check()  # a save goes on in the background, and may have failed there
         if cursor.step >= cursor.saved_step + config.checkpoint_every_steps:
             cursor = run.save(state, cursor)
         if stop.number or run.trouble(cursor):  # not before the first batch: a resume would allocate the epoch again
@@ -138,12 +139,11 @@ if __name__ == "__main__":
     try:
         with quit_while_starting():
             started = start(from_command_line(sys.argv[1:]))
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
         sys.exit(f"error: {error}")
+    except OSError:
+        fail_at_once()
     try:
-        status = train(*started)
-    except FloatingPointError as error:  # the policy is no number: saving it would help nobody
-        sys.exit(f"error: {error}")
+        sys.exit(train(*started))
     except Exception:
         fail_at_once()
-    sys.exit(status)

@@ -242,7 +242,7 @@ def functions(given: Setting) -> Functions:
         row_mask=array(rows, dtype=jnp.bool_),
         row_weight=array(rows),
     )
-    advantages = learner.Advantages(array(rows), array(rows, tokens))
+    advantages = learner.Advantages(array(rows), array(rows, tokens))  # type: ignore[arg-type]
     size = learner.microbatch_rows(given.learner, sharding.row_shards(mesh))
     chosen = np.zeros(size, np.int32), np.ones(size, bool)
     summed = learning["nothing"].lower(trained).out_info
@@ -303,7 +303,7 @@ def account(text: str, argument: int, output: int, alias: int, temp: int) -> Pro
     return Program(
         held=argument + output - alias + temp,
         temporary=temp,
-        collectives=hlo.by_kind(found),
+        collectives=dict(hlo.by_kind(found)),
         largest=[(each.times * each.bytes, each.times, f"{each.kind} {each.shapes}", each.source) for each in largest],
         sent=hlo.sent(found),
         flops=hlo.flops(lines),

@@ -2,10 +2,15 @@
 
 A checkpoint holds `state` (policy, optimiser, allocator with its ledger and key, the rollouts of the epoch under way)
 and `cursor` (where in the run that is, how far the metrics files reach, the hash of the prompts, the settings). Each
-array is kept under its name in the state, "policy.params.layers.attn.q", and read back by that name.
+array is kept under its name in the state, "policy.params.layers.attn.q", and read back by that name. Beside the cursor
+lie a checksum of each array and one of all that: what a disk gives back is what was saved, or it is not gone on from.
 """
 
+import errno
+import itertools
+import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
@@ -18,8 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from cero_jax.checksums import described, text_checksum, type_of
+
 KEPT = 2  # the newest, and one more in case it is damaged
-LAYOUT = 2  # of a checkpoint; 1 kept arrays by position
+LAYOUT = 3  # of a checkpoint; 1 kept arrays by position, 2 had no checksums
+# What says that a file cannot be read now, rather than that it is damaged: in the system's words, and TensorStore's.
+_SYSTEM = errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE
+_NOT_NOW = *map(os.strerror, _SYSTEM), "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"
 
 
 class Cursor(NamedTuple):
@@ -79,65 +89,98 @@ def _abstract(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _check_restored(restored: dict[str, Any], asked: dict[str, Any]) -> None:
-    """Raise ValueError for an array that was not there, or is of another shape: what was asked for comes back then."""
-    for name, leaf in asked.items():
-        if restored[name] is leaf or isinstance(restored[name], jax.ShapeDtypeStruct):
-            raise ValueError(f"no {name} in it")
-        if restored[name].shape != leaf.shape:
-            raise ValueError(f"{name} has shape {restored[name].shape}, not {leaf.shape}")
+class Damaged(ValueError):
+    """A checkpoint that holds something else than what was saved."""
+
+
+def _check_asked(path: Path, asked: dict[str, Any], kept: dict[str, list], whole: bool) -> None:
+    """Raise ValueError where the checkpoint was made of other arrays than those asked for."""
+    wrong = [f"no {name}" for name in asked.keys() - kept.keys()]
+    wrong += [f"{name}, which is not asked for" for name in kept.keys() - asked.keys() if whole]
+    wrong += [
+        f"{name} as {kept[name][0]}, not {type_of(leaf)}"
+        for name, leaf in asked.items()
+        if name in kept and kept[name][0] != type_of(leaf)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path} holds {'; '.join(sorted(wrong)[:4])}: go on with the version of cero_jax that began the run"
+        )
+
+
+def put_aside(path: Path) -> Path:
+    """Move what is damaged or in the way into the folder put_aside beside it, under a free name; returns where."""
+    into = path.parent / "put_aside"
+    into.mkdir(exist_ok=True)
+    names = itertools.chain([path.name], (f"{path.name}-{number}" for number in itertools.count(2)))
+    return path.rename(next(into / name for name in names if not (into / name).exists()))
 
 
 class Checkpoints:
-    """The checkpoints of one run directory, over Orbax's CheckpointManager."""
+    """The checkpoints of one run directory, over Orbax's CheckpointManager.
+
+    One that is damaged is put aside, and the one before it takes its place; both are said on stderr. read_only: beside
+    a run that is still writing; a damaged one is left where it is.
+    """
 
     def __init__(self, directory: Path, read_only: bool = False):
         options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True, create=True)
-        if read_only:  # beside a run that is still writing
+        if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
-        self._directory = directory
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_not_from_orbax)
+        self._directory, self._read_only = directory, read_only
+        self._passed_over: set[int] = set()
         self._manager = ocp.CheckpointManager(directory, options=options)
 
     def cursor(self) -> Cursor | None:
-        """The latest step's cursor, None where nothing was saved."""
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        with self._damage_named(step):
-            saved = self._manager.restore(step, args=ocp.args.Composite(cursor=ocp.args.JsonRestore()))["cursor"]
-        layout = saved.pop("layout", 1)
-        if layout != LAYOUT:
-            raise ValueError(
-                f"{self._directory / str(step)}: a checkpoint of layout {layout}, and this version of cero_jax reads "
-                f"layout {LAYOUT}: finish the run with the version that began it, or begin anew in another --work-dir"
-            )
-        with self._damage_named(step):
-            return Cursor(**saved)
+        """The newest checkpoint's cursor, None where nothing was saved. Raises ValueError where none can be read."""
+        while numbers := self._numbers():
+            try:
+                return self._read_cursor(max(numbers))[0]
+            except Damaged as error:
+                self._pass_over(max(numbers), error)
+        return None
 
-    def restore(self, cursor: Cursor, like: Any, part: str = "") -> Any:
+    def restore(self, cursor: Cursor, like: Any, part: str = "") -> tuple[Cursor, Any]:
         """The state saved with `cursor`, or a part of it by name ("policy.params"), read alone.
 
-        like: the same tree, whose leaves give dtype, shape and sharding. Raises ValueError where it cannot be read.
+        like: the same tree, whose leaves give dtype, shape and sharding. Where what was saved is damaged, the newest
+        before it that is whole, with its cursor. Raises ValueError where none is, OSError where it cannot be read now.
         """
-        packed = {name: _abstract(leaf) for name, leaf in _pack(like, part).items()}
-        args = ocp.args.PyTreeRestore(
-            packed, ocp.checkpoint_utils.construct_restore_args(packed), partial_restore=bool(part)
-        )
-        with self._damage_named(cursor.checkpoint_number):
-            restored = self._manager.restore(cursor.checkpoint_number, args=ocp.args.Composite(state=args))["state"]
-            _check_restored(restored, packed)
-            return _unpack(restored, like, part)
+        while True:
+            try:
+                return cursor, self._restore(cursor.checkpoint_number, like, part)
+            except Damaged as error:
+                self._pass_over(cursor.checkpoint_number, error)
+            before = self.cursor()
+            assert before is not None  # else _pass_over raised
+            cursor = before
 
     def save(self, cursor: Cursor, state: Any) -> Cursor:
         """Start saving; returns once the state is copied off the devices. Raises OSError if it, or the last, failed."""
         cursor = cursor._replace(checkpoint_number=cursor.checkpoint_number + 1, saved_step=cursor.step)
+        packed = _pack(state)
+        saved = {"layout": LAYOUT, "arrays": described(packed)} | cursor._asdict()
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(_pack(state)), cursor=ocp.args.JsonSave({"layout": LAYOUT} | cursor._asdict())
+            state=ocp.args.PyTreeSave(packed), cursor=ocp.args.JsonSave(saved | {"checksum": text_checksum(saved)})
         )
         with self._failures_named():
-            self._manager.check_for_errors()
-            self._manager.save(cursor.checkpoint_number, args=args)
+            self._manager.wait_until_finished()
+            for number in self._numbers():
+                if number >= cursor.checkpoint_number:  # not this run's: Orbax would save nothing, and say nothing
+                    aside = put_aside(self._directory / str(number))
+                    _say(f"{self._directory / str(number)}: not a checkpoint of this run, put aside as {aside}")
+            self._manager.reload()
+            if not self._manager.save(cursor.checkpoint_number, args=args):
+                raise OSError("Orbax did not save it")
         return cursor
+
+    def check(self) -> None:
+        """Raise OSError where the last save failed; one that is still under way is not waited for."""
+        if not self._manager.is_saving_in_progress():
+            with self._failures_named():
+                self._manager.wait_until_finished()  # its check_for_errors knows nothing of a save that has ended
 
     def close(self) -> None:
         """Wait for the save under way. Raises OSError if it failed."""
@@ -146,16 +189,59 @@ class Checkpoints:
             self._manager.check_for_errors()
         self._manager.close()
 
-    @contextmanager
-    def _damage_named(self, step: int) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # of whatever kind Orbax's readers met
-            why = str(error).partition("\n")[0][:200]
+    def _numbers(self) -> set[int]:
+        """The numbers of the checkpoints that lie in the directory now, without those that were found damaged."""
+        names = [path.name for path in self._directory.iterdir()]
+        return {int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name)} - self._passed_over
+
+    def _read_cursor(self, number: int) -> tuple[Cursor, dict[str, list]]:
+        """A checkpoint's cursor, and what its arrays must be: [dtype and shape, checksum] by name."""
+        path = self._directory / str(number)
+        with _damage_named(path):
+            saved = self._manager.restore(number, args=ocp.args.Composite(cursor=ocp.args.JsonRestore()))["cursor"]
+            layout, checksum = saved.get("layout", 1), saved.pop("checksum", None)
+            if checksum != text_checksum(saved) and (layout == LAYOUT or checksum is not None):
+                raise ValueError("its cursor is not what was saved")
+        if layout != LAYOUT:
             raise ValueError(
-                f"{self._directory / str(step)}: a checkpoint that cannot be read ({type(error).__name__}: {why}): "
-                "move it away, and the same command goes on from the one before"
+                f"{path}: a checkpoint of layout {layout}, and this version of cero_jax reads layout {LAYOUT}: finish "
+                "the run with the version that began it, or begin anew in another --work-dir"
+            )
+        if saved["checkpoint_number"] != number:
+            raise Damaged(f"{path}: a copy of checkpoint {saved['checkpoint_number']}")
+        return Cursor(**{name: saved[name] for name in Cursor._fields if name in saved}), saved["arrays"]
+
+    def _restore(self, number: int, like: Any, part: str) -> Any:
+        packed = {name: _abstract(leaf) for name, leaf in _pack(like, part).items()}
+        path, (_, kept) = self._directory / str(number), self._read_cursor(number)
+        _check_asked(path, packed, kept, whole=not part)
+        args = ocp.args.PyTreeRestore(
+            packed, ocp.checkpoint_utils.construct_restore_args(packed), partial_restore=bool(part)
+        )
+        with _damage_named(path):
+            restored = self._manager.restore(number, args=ocp.args.Composite(state=args))["state"]
+            found = described(restored)
+            if changed := [name for name in packed if found[name] != kept[name]]:
+                raise ValueError(f"{', '.join(changed[:3])}: not the bits that were saved")
+            return _unpack(restored, like, part)
+
+    def _pass_over(self, number: int, error: Damaged) -> None:
+        """Put a damaged checkpoint aside, or leave it where the directory is another's. Raises ValueError at the last.
+
+        The last one stays: a run does not begin anew, over what it did, without being told to.
+        """
+        before = [each for each in self._numbers() if each < number]
+        if not before:
+            raise ValueError(
+                f"{error}, and there is none before it to go on from: put it back from a copy, or move "
+                f"{self._directory} away to begin anew"
             ) from error
+        if self._read_only:
+            self._passed_over.add(number)
+            done = "left where it is"
+        else:
+            done = f"put aside as {put_aside(self._directory / str(number))}"
+        _say(f"{error}; {done}; checkpoint {max(before)} takes its place")
 
     @contextmanager
     def _failures_named(self) -> Iterator[None]:
@@ -163,19 +249,49 @@ class Checkpoints:
             yield
         except Exception as error:  # of whatever kind Orbax's writers met
             raise OSError(
-                f"a checkpoint in {self._directory} could not be saved ({error}): make room or mend the folder; the "
-                "same command goes on from the checkpoint before"
+                f"a checkpoint in {self._directory} could not be saved ({_in_short(error)}): make room or mend the "
+                "folder; the same command goes on from the checkpoint before"
             ) from error
 
 
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of whatever kind Orbax's readers met
+        why = _in_short(error)
+        if isinstance(error, MemoryError | jax.errors.JaxRuntimeError) or any(
+            words in str(error) for words in _NOT_NOW
+        ):
+            raise OSError(
+                f"{path}: a checkpoint that cannot be read now ({why}): mend that, or move it away"
+            ) from error
+        raise Damaged(f"{path}: a damaged checkpoint ({why})") from error
+
+
+def _in_short(error: Exception) -> str:
+    """An exception in one line: its beginning says what, its end why."""
+    line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return line if len(line) <= 300 else f"{line[:100]} ... {line[-180:]}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    """Orbax logs what it raises too, with a traceback from each of its threads, and asyncio does from each task."""
+    return record.levelno < logging.WARNING or not ("orbax" in record.pathname or "orbax" in record.getMessage())
+
+
 def fail_at_once() -> NoReturn:
-    """Print the exception being handled and end the process with status 1.
+    """Print the exception being handled, an OSError in one line, and end the process with status 1.
 
     sys.exit would wait for Orbax's writer threads, which never end after a failed save.
     """
     error = sys.exc_info()[1]
-    if isinstance(error, OSError) and error.errno is None:  # one of ours, which says all
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    if isinstance(error, OSError | FloatingPointError):  # the latter: a policy that is no number, not worth saving
+        _say(f"error: {error}")
     else:
         traceback.print_exc()
     sys.stdout.flush()  # os._exit flushes nothing

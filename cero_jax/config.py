@@ -21,6 +21,7 @@ from cero_jax.evaluation import EvaluationConfig
 from cero_jax.grpo import WITHOUT_GROUP, AdvantageKind
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
+from cero_jax.read_files import local_path
 from cero_jax.rewards import MAX_REWARD
 from cero_jax.sampler import SamplerConfig
 from cero_jax.settings import check
@@ -146,8 +147,8 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """The work directory, resolved."""
-        return Path(self.work_dir or f"runs/{self.name}-{self.allocator.name}-{self.seed}").absolute()
+        """The work directory, resolved. Raises ValueError for an address like gs://bucket."""
+        return local_path(self.work_dir or f"runs/{self.name}-{self.allocator.name}-{self.seed}").absolute()
 
     def check(self, num_prompts: int) -> None:
         """Raise ValueError for settings that do not fit each other, before any work is done."""

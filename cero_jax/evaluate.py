@@ -19,6 +19,7 @@ from cero_jax.config import Config, check_seed, from_json
 from cero_jax.data import Task
 from cero_jax.evaluation import evaluate, scores_table
 from cero_jax.model import Params
+from cero_jax.read_files import local_path
 from cero_jax.run import build_task, check_context, check_rows, check_same_start, starting_policy
 from cero_jax.sampler import Sampler, make_sampler
 from cero_jax.terminal import printable
@@ -42,7 +43,7 @@ def restore_policy(
     task_changes, sampler_changes, evaluation_changes: fields of these parts of the config to replace.
     Raises FileNotFoundError where there is no run, ValueError where it has no checkpoint or a field does not fit.
     """
-    path = Path(directory).absolute() / "config.json"
+    path = local_path(str(directory)).absolute() / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file: not the directory of a run")
     try:
@@ -68,7 +69,7 @@ def restore_policy(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         trained, sharding.shard_params(trained, mesh),
     )  # fmt: skip
-    params = checkpoints.restore(cursor, like, part="policy.params")
+    cursor, params = checkpoints.restore(cursor, like, part="policy.params")
     if config.model.lora_rank:
         as_started = dataclasses.replace(config, sampler=saved.sampler)
         frozen = starting_policy(as_started, task, mesh, path.parent.parent / ".cache")
@@ -123,7 +124,7 @@ def main(args: Sequence[str] | None = None) -> None:
         config = policy.config
         scale = config.success_threshold, config.lowest_reward
         result = evaluate(policy.sample, policy.params, policy.task, config.evaluation, given["seed"], *scale)
-        output = given["output"] or Path(given["run"]) / f"samples-{policy.spent}.jsonl"
+        output = local_path(given["output"] or str(Path(given["run"]) / f"samples-{policy.spent}.jsonl"))
         write_samples(output, result.samples)
     except (OSError, ValueError, FloatingPointError) as error:
         parser.error(printable(str(error)))

@@ -8,6 +8,7 @@ import glob
 import gzip
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,9 +37,22 @@ OTHERS = {  # how a file begins that holds no rows to be read -> what it is, and
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 
 
+def local_path(given: str) -> Path:
+    """A path as a user gave it, with `~`, which a shell leaves as it is behind `=`, resolved.
+
+    Raises ValueError for what lies on no file system of this machine, like gs://bucket/runs.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", given):
+        raise ValueError(f"{given}: not a path on this machine: copy it here, or mount it, and give its path")
+    try:
+        return Path(given).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{given}: {error} Give the path without ~") from error
+
+
 def find_files(pattern: str) -> list[Path]:
     """The files of a path or glob ("data/**/*.jsonl"), sorted. Raises FileNotFoundError, or ValueError at a folder."""
-    path = Path(pattern).expanduser()
+    path = local_path(pattern)
     if path.is_file():
         return [path]
     if path.exists():

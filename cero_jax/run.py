@@ -2,7 +2,8 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -29,15 +30,23 @@ from cero_jax.huggingface.families import read_config
 from cero_jax.huggingface.tokenizer import FolderTokenizer
 from cero_jax.learner import Batch, Fixed, Learner, make_learner
 from cero_jax.metrics import MetricsWriter, Progress, say
-from cero_jax.model import Dtype, Params, init_params
+from cero_jax.model import Dtype, ModelConfig, Params, abstract_params, init_params
 from cero_jax.optimizer import TrainState
 from cero_jax.packing import StepPlan, plan
+from cero_jax.read_files import local_path
 from cero_jax.report.mechanism import epoch_row
 from cero_jax.report.picture import draw_report
 from cero_jax.report.read_run import read_run
 from cero_jax.report.summary import describe
 from cero_jax.rollout import Beliefs, ScoredStep, step_samples
-from cero_jax.run_directory import check_resumable, open_run_dir, write_settings
+from cero_jax.run_directory import (
+    changes_to_say,
+    check_resumable,
+    check_work_dir,
+    open_run_dir,
+    set_metrics_aside,
+    write_settings,
+)
 from cero_jax.sampler import Sampler, make_sampler
 from cero_jax.terminal import printable
 from cero_jax.verify import probe
@@ -152,7 +161,8 @@ class Run(NamedTuple):
             return None
         folder = self.directory / f"export-{cursor.spent}"
         if not folder.exists():
-            weights.save(folder, self.config.model_folder, self.config.model, self.params(state))
+            with _written(folder):
+                weights.save(folder, self.config.model_folder, self.config.model, self.params(state))
         return folder
 
     def finish(self, state: State, cursor: Cursor, signal: int = 0) -> int:
@@ -167,7 +177,8 @@ class Run(NamedTuple):
         if folder := self.export(state, cursor):
             print(f"the trained model, for transformers or vLLM: {folder}")
         picture = self.directory / "report.png"
-        draw_report([self.directory], picture)
+        with _written(picture):
+            draw_report([self.directory], picture)
         print(printable(describe(read_run(self.directory))))
         spent, accuracy = cursor.spent, cursor.accuracy
         print(f"{spent:,} rollouts spent, held-out accuracy {accuracy:.3f}; who got them, and what for: {picture}")
@@ -178,6 +189,18 @@ class Run(NamedTuple):
         self.checkpoints.close()
         self.metrics.close()
         self.progress.close()
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Name what could not be written at the end of a run, and how it still will be."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"{path} could not be written ({error}): make room or mend the folder; the same command writes it, without "
+            "training again"
+        ) from error
 
 
 def build_task(config: Config, started: str = "") -> tuple[Config, Task]:
@@ -191,11 +214,13 @@ def build_task(config: Config, started: str = "") -> tuple[Config, Task]:
         probe(task)
         return config, task
     kept = {name: getattr(config.model, name) for name in ("lora_rank", "lora_alpha", "remat")}
-    model_config, _ = read_config(config.model_folder, **_dtypes(config))
-    tokenizer = FolderTokenizer(config.model_folder, datetime.fromisoformat(started) if started else None)
+    folder = str(local_path(config.model_folder))
+    model_config, _ = read_config(folder, **_dtypes(config))
+    tokenizer = FolderTokenizer(folder, datetime.fromisoformat(started) if started else None)
     task = config.task.build(config.seed, tokenizer)
     probe(task)
-    return dataclasses.replace(config, model=dataclasses.replace(model_config, **kept)), task
+    model_config = dataclasses.replace(model_config, **kept)
+    return dataclasses.replace(config, model=model_config, model_folder=folder), task
 
 
 def _dtypes(config: Config) -> dict[str, Dtype]:
@@ -244,6 +269,25 @@ def check_same_start(cursor: Cursor, params: Params, config: Config) -> Cursor:
     return cursor._replace(start_hash=found)
 
 
+def needs_start(config: Config, cursor: Cursor) -> bool:
+    """Whether the policy that RL starts from is read: to begin from it, as a model's frozen part, or for the KL to it.
+
+    A run that has ended needs no more than what is exported with it.
+    """
+    if cursor.finished and not config.extend:
+        return bool(config.model.lora_rank and config.model_folder)
+    return not cursor.checkpoint_number or bool(config.model.lora_rank or config.learner.kl_coef)
+
+
+def abstract_policy(config: ModelConfig, vocab_size: int, learner: Learner) -> TrainState:
+    """Shape, dtype and sharding of each array of the policy and its optimiser; nothing is allocated."""
+    _, trained = lora.split(abstract_params(config, vocab_size))
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        jax.eval_shape(learner.init, trained), learner.shardings,
+    )  # fmt: skip
+
+
 def fresh_adapters(config: Config, vocab_size: int, learner: Learner) -> Params:
     """Fresh adapters: B is zero, so the policy is unchanged. The jitted function computes no other parameter."""
 
@@ -251,6 +295,15 @@ def fresh_adapters(config: Config, vocab_size: int, learner: Learner) -> Params:
         return lora.split(init_params(config.model, vocab_size, config.seed))[1]
 
     return jax.jit(adapters, out_shardings=learner.shardings.params)()
+
+
+def kept_from_start(config: Config, vocab_size: int, learner: Learner, params: Params) -> tuple[Fixed, Params]:
+    """Of the policy that RL starts from: what stays as it is, and what is trained."""
+    frozen = {}
+    if config.model.lora_rank:
+        frozen, params = params, fresh_adapters(config, vocab_size, learner)
+    # A copy: the step donates the parameters it is given.
+    return Fixed(frozen, jax.tree.map(jnp.copy, params) if config.learner.kl_coef else None), params
 
 
 def check_rows(config: Config, mesh: Mesh) -> None:
@@ -264,6 +317,7 @@ def check_rows(config: Config, mesh: Mesh) -> None:
 
 def start(config: Config) -> tuple[Run, State, Cursor]:
     """Build, check and restore. Raises ValueError on bad input, before any work is done or lost."""
+    check_work_dir(config.run_dir)
     check_saved_as_it_is(config)
     started = saved_start(config.run_dir) or datetime.now().isoformat(timespec="seconds")
     config, task = build_task(config, started)
@@ -286,13 +340,6 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     check_resumable(cursor, config, fresh.prompts_hash)
     write_settings(directory, config, task, fresh.prompts_hash)
 
-    frozen, params = {}, starting_policy(config, task, mesh, cache_dir)
-    if config.model.lora_rank or config.learner.kl_coef:
-        cursor = check_same_start(cursor, params, config)
-    if config.model.lora_rank:
-        frozen, params = params, fresh_adapters(config, tokenizer.vocab_size, learner)
-    # A copy: the step donates the parameters it is given.
-    ref_params = jax.tree.map(jnp.copy, params) if config.learner.kl_coef else None
     at_start = allocator.init(num_prompts, config.seed), jnp.zeros(num_prompts, jnp.int32)
     allocator_state, num_rollouts = jax.device_put(at_start, everywhere)
     mean_tokens = np.full(num_prompts, config.sampler.max_completion_tokens, np.float32)
@@ -300,10 +347,24 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     if config.dynamic_sampling:
         width, limit = task.train.tokens.shape[1], config.sampler.max_completion_tokens
         held = dynamic_sampling.nothing_held(config.learner.rows_per_step, width, limit)
-    state = State(learner.init(params), allocator_state, num_rollouts, mean_tokens, held)
+    policy = abstract_policy(config.model, tokenizer.vocab_size, learner)
+    state = State(policy, allocator_state, num_rollouts, mean_tokens, held)
     if cursor.checkpoint_number:
-        state = checkpoints.restore(cursor, like=state)
+        cursor, state = checkpoints.restore(cursor, like=state)
+        check_resumable(cursor, config, fresh.prompts_hash)  # again: it may be an earlier one, under an earlier budget
         cursor = cursor._replace(health=health.tried_again(Health(**cursor.health), config)._asdict())
+        for text in changes_to_say(cursor, config):
+            say(text)
+    else:
+        set_metrics_aside(directory)
+    fixed = Fixed({}, None)
+    if needs_start(config, cursor):
+        params = starting_policy(config, task, mesh, cache_dir)
+        if config.model.lora_rank or config.learner.kl_coef:
+            cursor = check_same_start(cursor, params, config)
+        fixed, params = kept_from_start(config, tokenizer.vocab_size, learner, params)
+        if not cursor.checkpoint_number:
+            state = state._replace(policy=learner.init(params))
     if config.extend:
         total = jax.device_put(jnp.int32(config.allocator.total_budget), everywhere)
         ledger = state.allocator.ledger._replace(total=total)
@@ -319,7 +380,7 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         # Every rollout of an epoch is drawn: release=False keeps the rest of a group cut over two steps reserved.
         update=jax.jit(partial(allocator.update, release=False), out_shardings=everywhere),
         believe=jax.jit(partial(believe, prior=config.allocator.prior), out_shardings=everywhere),
-        fixed=Fixed(frozen, ref_params),
+        fixed=fixed,
         checkpoints=checkpoints,
         metrics=MetricsWriter(directory, position=cursor.metrics_position),
         progress=Progress(total=config.allocator.total_budget, initial=cursor.spent),

@@ -1,19 +1,26 @@
-"""The directory of a run: made, checked for whether a config may resume there, its settings written for readers."""
+"""The directory of a run: made, held against other runs, its settings written; whether a config may resume there."""
 
+import fcntl
 import json
 import os
+import re
+import socket
+import sys
+import time
 from pathlib import Path
+from typing import TextIO
 
 import jax
 
-from cero_jax.checkpoint import Cursor
+from cero_jax.checkpoint import Cursor, put_aside
 from cero_jax.config import Config, flat, to_json
 from cero_jax.data import Task
+from cero_jax.metrics import FILES
 
 CHANGEABLE_ON_RESUME = (  # fields, or the beginnings of their names
     "version",
+    "name",
     "work_dir",
-    "mesh",
     "evaluation",
     "checkpoint_every_steps",
     "max_unjudged_steps",
@@ -26,20 +33,29 @@ CHANGEABLE_ON_RESUME = (  # fields, or the beginnings of their names
     "task.heldout_paths",
     "allocator.class.module",
     "allocator.class.file",
+    "sampler.allow_biased_ratio",
 )
+_BITS = "the same mathematics, with sums in another order: from here on the run's last bits may be others"
+_LIMITS = "which answers time out may change"
+SAID_ON_RESUME = {  # changeable too, but not without a word
+    "mesh": _BITS,
+    "sampler.slots": _BITS,
+    "sampler.window": _BITS,
+    "model.remat": _BITS,
+    "learner.rows_per_microbatch": _BITS,
+    "learner.logit_chunk_tokens": _BITS,
+    "task.verifier_seconds": _LIMITS,
+    "task.verifier_memory_mb": _LIMITS,
+}
+_held: dict[Path, TextIO] = {}  # the locks of this process, by directory, until it ends
 
 
 def check_resumable(cursor: Cursor, config: Config, prompts_hash: str) -> None:
     """Raise ValueError, naming each, where a field that changes the mathematics differs from the saved run's."""
-    before, now = flat(cursor.config), flat(to_json(config))
-    changeable = CHANGEABLE_ON_RESUME
+    changeable = CHANGEABLE_ON_RESUME + tuple(SAID_ON_RESUME)
     if config.extend:
         changeable += ("allocator.total_budget", "allocator.num_epochs")
-    changed = [
-        f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{each}.") for each in changeable)
-    ]
+    changed = [text for key, text in _changes(cursor, config).items() if not _is_of(key, changeable)]
     if changed:
         raise ValueError(
             f"{config.run_dir} holds a run with other settings: {'; '.join(changed)}. Give them back, or choose "
@@ -54,23 +70,92 @@ def check_resumable(cursor: Cursor, config: Config, prompts_hash: str) -> None:
         )
 
 
+def changes_to_say(cursor: Cursor, config: Config) -> list[str]:
+    """A line for each setting that was changed on resume and changes no mathematics, but more than nothing."""
+    return [
+        f"warning: {text}: {SAID_ON_RESUME[field]}"
+        for key, text in _changes(cursor, config).items()
+        for field in SAID_ON_RESUME
+        if _is_of(key, (field,))
+    ]
+
+
+def _changes(cursor: Cursor, config: Config) -> dict[str, str]:
+    """Each setting that differs from the saved run's, by its name, in words."""
+    before, now = flat(cursor.config), flat(to_json(config))
+    return {
+        key: f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    }
+
+
+def _is_of(key: str, fields: tuple[str, ...]) -> bool:
+    """Whether a setting is one of these fields, or lies in one."""
+    return any(f"{key}.".startswith(f"{field}.") for field in fields)
+
+
+def check_work_dir(run_dir: Path) -> None:
+    """Raise ValueError for a path under which Orbax loses what it saves: it reads it as a pattern."""
+    if odd := re.findall(r"[*?\[\\]", str(run_dir)):
+        raise ValueError(
+            f"the work directory {run_dir} holds {' '.join(dict.fromkeys(odd))}, which would lose its checkpoints: "
+            "choose a --work-dir without"
+        )
+
+
 def open_run_dir(config: Config) -> tuple[Path, Path]:
-    """The run directory, and the cache beside it for all runs.
+    """The run directory, held by this process until it ends, and the cache beside it for all runs.
 
     Turns on JAX's persistent compilation cache there, unless the environment names one: a restart is quick. Raises
-    ValueError where it cannot be written.
+    ValueError where it cannot be written, or another process holds it.
     """
     run_dir = config.run_dir
     cache_dir = run_dir.parent / ".cache"
     try:
         for directory in (run_dir, cache_dir / "jax"):
             directory.mkdir(parents=True, exist_ok=True)
+        hold(run_dir)
     except OSError as error:
         raise _unwritable(run_dir, error) from error
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir / "jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return run_dir, cache_dir
+
+
+def hold(run_dir: Path) -> None:
+    """Lock a directory for this process's life, however that ends: the system gives the lock back.
+
+    Raises ValueError that names the process which holds it. One process may hold it twice, as after a run that failed.
+    """
+    path = run_dir / "lock"
+    if run_dir in _held and path.exists() and os.path.samestat(os.fstat(_held[run_dir].fileno()), path.stat()):
+        return
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+        raise ValueError(f"{run_dir} is in use by {holder}: let that run end, or choose another --work-dir") from None
+    except OSError as error:
+        print(f"warning: {run_dir}: no locks here ({error}): see that no other run uses it", file=sys.stderr)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    _held[run_dir] = file
+
+
+def set_metrics_aside(run_dir: Path) -> None:
+    """Where a run begins in a directory that has metrics but no checkpoint, put those aside, and say so."""
+    there = [path for path in (run_dir / name for name in FILES) if path.exists() and path.stat().st_size]
+    if there:
+        moved = ", ".join(str(put_aside(path)) for path in there)
+        print(
+            f"{run_dir}: metrics of a run without a checkpoint, put aside as {moved}; it begins anew", file=sys.stderr
+        )
 
 
 def write_settings(run_dir: Path, config: Config, task: Task, prompts_hash: str) -> None:

@@ -324,7 +324,8 @@ def make_sampler(
     @on_slots
     def begin(slots: Slots, prompts: Prefilled, seed: Array, entries: Any) -> Slots:
         # A slot may take any prompt: gathered whole, which is less than what a sum over devices would make of it.
-        prompts = jax.lax.with_sharding_constraint(prompts, Prefilled(everywhere, everywhere, Cache(whole, whole)))
+        layout: Any = Prefilled(everywhere, everywhere, Cache(whole, whole))  # type: ignore[arg-type]
+        prompts = jax.lax.with_sharding_constraint(prompts, layout)
         keys = row_keys(seed, entries.step, entries.prompt_ids, entries.rollout_index)
         return fill(slots, prompts, entries.new, entries.prompt_of_row, keys, entries.max_tokens, pad_id)
 

@@ -23,6 +23,7 @@ from jax import Array
 
 from cero_jax.allocator import Allocator, AllocatorState, cero, cero_dual, knapsack, uniform, variance
 from cero_jax.headroom import explain, headroom
+from cero_jax.read_files import local_path
 from cero_jax.rollout_log import read_log
 from cero_jax.terminal import printable
 
@@ -283,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hopeless", type=float, default=0.0, help="share of prompts that can never be solved")
     parser.add_argument("--min-group", type=_at_least_one, default=4, help="rollouts of the smallest group")
     parser.add_argument("--seeds", type=_at_least_one, default=4, help="runs of each allocator (default: %(default)s)")
-    parser.add_argument("--picture", type=Path, default=Path("simulate.png"), help="where the picture goes")
+    parser.add_argument("--picture", type=local_path, default=Path("simulate.png"), help="where the picture goes")
     args = parser.parse_args(argv)
     if not 0 <= args.hopeless < 1:
         parser.error(f"--hopeless={args.hopeless} must lie in [0, 1): a share of the prompts")

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax import Array
 from jax.typing import ArrayLike
 from tqdm import tqdm
 
 from cero_jax import model, sharding
+from cero_jax.checkpoint import LAYOUT, Checkpoints, Cursor, put_aside
 from cero_jax.data import Task, encode_prompts
 from cero_jax.learner import (
     Batch,
@@ -85,9 +85,10 @@ def warm_start(
     mesh: jax.sharding.Mesh,
     cache_dir: Path,
 ) -> Params:
-    """Parameters after the supervised phase, from the cache where they are there; sharded over the mesh.
+    """Parameters after the supervised phase, from the cache where they are there and whole; sharded over the mesh.
 
-    Raises ValueError where steps are asked for and the task has no demonstrations.
+    Raises ValueError where steps are asked for and the task has no demonstrations, OSError where the cache cannot be
+    read or written.
     """
     vocab_size, shards = task.tokenizer.vocab_size, sharding.row_shards(mesh)
     if config.num_steps and config.rows_per_step % shards:
@@ -102,28 +103,51 @@ def warm_start(
         raise ValueError(f"warm_start.num_steps={config.num_steps}: this task has no demonstrations, set it to 0")
     # What the demonstrations are, not how they were asked for: mixes that differ in gold answers share a warm start.
     probe = task.demonstrations(np.random.default_rng(seed), 1024)
-    settings = [dataclasses.asdict(config), dataclasses.asdict(model_config), seed, max_tokens, jax.__version__]
+    settings = [dataclasses.asdict(config), dataclasses.asdict(model_config), seed, max_tokens, jax.__version__, LAYOUT]
     identity = json.dumps([settings, probe, task.heldout.questions], sort_keys=True)
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     cached = cache_dir / f"warm_start-{digest}"
-    with ocp.StandardCheckpointer() as checkpointer:
-        if not cached.exists():
-            step = make_supervised_step(model_config, stepper, mesh)
-            params = _imitate(config, step, stepper.init(init()), task, seed, max_tokens)
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(dir=cache_dir))
-            checkpointer.save(scratch / "params", params)
-            checkpointer.wait_until_finished()
-            try:
-                os.rename(scratch / "params", cached)  # atomic: a run beside this one sees all of it or nothing
-            except OSError:
-                assert cached.exists()  # a run beside this one was first, with the same content
-            shutil.rmtree(scratch)
-        target = jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            model.abstract_params(model_config, vocab_size), stepper.shardings.params,
-        )  # fmt: skip
-        return checkpointer.restore(cached, target)
+    target = jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        model.abstract_params(model_config, vocab_size), stepper.shardings.params,
+    )  # fmt: skip
+    params = read_cache(cached, target)
+    if params is None:
+        step = make_supervised_step(model_config, stepper, mesh)
+        params = _imitate(config, step, stepper.init(init()), task, seed, max_tokens)
+        write_cache(cached, params)
+    return params
+
+
+def read_cache(cached: Path, target: Params) -> Params | None:
+    """The parameters of a warm start; None where it is not there, or is damaged: then it is put aside, with a word."""
+    if not cached.exists():
+        return None
+    checkpoints = Checkpoints(cached, read_only=True)
+    try:
+        cursor = checkpoints.cursor()
+        if cursor is None:
+            raise ValueError(f"{cached}: a damaged warm start, with nothing in it")
+        return checkpoints.restore(cursor, target)[1]
+    except ValueError as error:
+        why = error.__cause__ or error  # that it is the only one matters not here
+        print(f"{why}; put aside as {put_aside(cached)}; the warm start is made again", file=sys.stderr)
+        return None
+    finally:
+        checkpoints.close()
+
+
+def write_cache(cached: Path, params: Params) -> None:
+    """Keep the parameters of a warm start. Raises OSError where they cannot be written."""
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cached.parent) as scratch:
+        checkpoints = Checkpoints(Path(scratch) / "params")
+        checkpoints.save(Cursor(config={}, prompts_hash=""), params)
+        checkpoints.close()
+        try:
+            os.rename(Path(scratch) / "params", cached)  # atomic: a run beside this one sees all of it or nothing
+        except OSError:
+            assert cached.exists()  # a run beside this one was first, with the same content
 
 
 SupervisedStep = Callable[[TrainState, Batch, ArrayLike], tuple[TrainState, Array]]

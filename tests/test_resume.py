@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,8 +18,11 @@ from tiny_run import FirstDigit, runs_end, tiny_config
 import train
 from cero_jax import run as runs
 from cero_jax.checkpoint import LAYOUT, Checkpoints, Cursor
+from cero_jax.config import to_json
 from cero_jax.evaluate import restore_policy
-from cero_jax.run_directory import check_resumable
+from cero_jax.run_directory import changes_to_say, check_resumable, open_run_dir
+from cero_jax.sharding import MeshConfig
+from cero_jax.tasks.dataset import Dataset
 
 ROOT = Path(__file__).parent.parent
 
@@ -77,7 +81,7 @@ import shutil
 from cero_jax.checkpoint import Checkpoints
 from tests.tiny_run import tiny_config
 
-save, config = Checkpoints.save, tiny_config({work_dir!r})
+save, config = Checkpoints.save, tiny_config({work_dir!r}, checkpoint_every_steps=1)
 
 def save_into_a_file(self, cursor, state):
     if cursor.checkpoint_number == 1:
@@ -99,7 +103,9 @@ def test_a_failed_save_ends_the_run_with_one_message(whole):
         capture_output=True, text=True, timeout=100, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 1
-    assert re.search(r"OSError: a checkpoint in .*broken/checkpoints could not be saved .* goes on", done.stderr)
+    said = [line for line in done.stderr.splitlines() if "error" in line.lower() or "traceback" in line.lower()]
+    assert len(said) == 1
+    assert re.match(r"error: a checkpoint in .*broken/checkpoints could not be saved .* goes on", said[0])
 
 
 def test_a_finished_run_says_so_and_an_extended_one_goes_on(whole, capsys):
@@ -136,18 +142,82 @@ def test_what_is_read_of_a_run_is_what_it_ran_under(whole):
     assert len(json.loads((work_dir / "prompts.json").read_text())["labels"]) == 20
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(whole, tmp_path):
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_goes_on(whole, tmp_path, capsys):
+    """By itself, and to the same end, to the bit; an evaluation reads the one before, too, and moves nothing."""
     work_dir = tmp_path / "damaged"
     shutil.copytree(whole, work_dir)
-    newest = max((work_dir / "checkpoints").iterdir(), key=lambda path: int(path.name))
-    for path in newest.rglob("*"):
-        if path.is_file() and "state" in str(path.relative_to(newest)):
-            path.write_bytes(path.read_bytes()[:5])
-    with pytest.raises(ValueError, match=rf"{newest.name}: a checkpoint that cannot be read .*move it away"):
-        runs.start(tiny_config(work_dir))
-    shutil.move(newest, tmp_path)
+    newest = max((work_dir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    arrays = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(arrays.read_bytes())
+    content[len(content) // 2] ^= 4
+    arrays.write_bytes(content)
     assert train.main(tiny_config(work_dir)) == 0
+    assert f"put aside as {newest.parent}/put_aside/{newest.name}" in capsys.readouterr().err
     assert (work_dir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    mine, theirs = runs_end(work_dir)[1], runs_end(whole)[1]
+    for one, other in zip(mine, theirs, strict=True):
+        np.testing.assert_array_equal(one, other)
+    cursor = newest / "cursor/metadata"
+    cursor.write_text(cursor.read_text().replace('"spent": 240', '"spent": 241'))
+    assert restore_policy(work_dir, {}, {}).spent < 240
+    assert f"{newest}: a damaged checkpoint" in capsys.readouterr().err
+    assert newest.exists()
+
+
+def test_a_finished_run_copied_elsewhere_says_so_without_a_warm_start(whole, tmp_path, capsys, monkeypatch):
+    def started(*args):
+        raise AssertionError("the policy that RL started from is not needed")
+
+    monkeypatch.setattr(runs, "starting_policy", started)
+    work_dir = tmp_path / "elsewhere" / "copy"
+    shutil.copytree(whole, work_dir)
+    assert train.main(tiny_config(work_dir)) == 0
+    assert "has spent its budget" in capsys.readouterr().out
+
+
+def test_metrics_without_a_checkpoint_are_put_aside_with_a_word(whole, tmp_path, capsys):
+    work_dir = tmp_path / "lost"
+    shutil.copytree(whole, work_dir)
+    shutil.rmtree(work_dir / "checkpoints")
+    (tmp_path / ".cache").symlink_to(whole.parent / ".cache")
+    before = (work_dir / "metrics.jsonl").read_bytes()
+    run, _, cursor = runs.start(tiny_config(work_dir))
+    run.close()
+    assert cursor.spent == 0
+    assert (work_dir / "put_aside/metrics.jsonl").read_bytes() == before
+    assert "put_aside/metrics.jsonl" in capsys.readouterr().err
+
+
+HOLDER = """
+import fcntl, sys, time
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+file.write("process 7 on a host, since then")
+file.flush()
+print("held", flush=True)
+time.sleep(100)
+"""
+
+
+def test_a_directory_is_held_by_one_process_and_a_dead_one_is_no_obstacle(tmp_path):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "lock")]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    try:
+        assert other.stdout.readline() == "held\n"
+        refused = rf"^{tmp_path} is in use by process 7 on a host, since then: let that run end, or choose another"
+        with pytest.raises(ValueError, match=refused):
+            open_run_dir(tiny_config(tmp_path))
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    for _ in range(2):  # by this process twice, as after a run that failed
+        open_run_dir(tiny_config(tmp_path))
+    assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on ")
+    third = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    done = subprocess.run([sys.executable, "-c", third, str(tmp_path / "lock")], capture_output=True, text=True)
+    assert "BlockingIOError" in done.stderr  # it is held now
 
 
 def test_arrays_are_kept_by_name_and_the_parameters_can_be_read_alone(whole, tmp_path):
@@ -166,12 +236,12 @@ def test_arrays_are_kept_by_name_and_the_parameters_can_be_read_alone(whole, tmp
     cursor = checkpoints.save(Cursor(config={}, prompts_hash=""), State(one, two))
     checkpoints.close()
     checkpoints = Checkpoints(tmp_path / "checkpoints", read_only=True)
-    got = checkpoints.restore(cursor, like=Swapped(one * 0, one * 0))
+    _, got = checkpoints.restore(cursor, like=Swapped(one * 0, one * 0))
     np.testing.assert_array_equal(got.successes, one)
     np.testing.assert_array_equal(got.failures, two)
-    alone = checkpoints.restore(cursor, like=one * 0, part="failures")
+    _, alone = checkpoints.restore(cursor, like=one * 0, part="failures")
     np.testing.assert_array_equal(alone, two)
-    with pytest.raises(ValueError, match=r"a checkpoint that cannot be read \(ValueError: no mistakes in it"):
+    with pytest.raises(ValueError, match="/1 holds no mistakes: go on with"):
         checkpoints.restore(cursor, like=one * 0, part="mistakes")
 
     run, state, _ = runs.start(tiny_config(whole))
@@ -186,6 +256,7 @@ def test_a_checkpoint_of_another_layout_is_refused_in_one_line(whole, tmp_path):
     for path in (work_dir / "checkpoints").glob("*/cursor/metadata"):
         saved = json.loads(path.read_text())
         assert saved.pop("layout") == LAYOUT
+        del saved["checksum"]
         path.write_text(json.dumps(saved))
     for reader in (lambda: runs.start(tiny_config(work_dir)), lambda: restore_policy(work_dir, {}, {})):
         with pytest.raises(ValueError, match=r"a checkpoint of layout 1, .* another --work-dir$") as caught:
@@ -210,3 +281,70 @@ def test_other_settings_or_prompts_are_refused(whole):
     checkpoints.close()
     with pytest.raises(ValueError, match="other prompts"):
         check_resumable(cursor, run.config, "another hash")
+
+
+def test_a_setting_that_changes_no_mathematics_is_said_and_gone_on_with():
+    config = tiny_config("somewhere", task=Dataset(path="x.jsonl"))
+    cursor = Cursor(config=to_json(config), prompts_hash="h")
+    assert changes_to_say(cursor, config) == []
+    changed = dataclasses.replace(
+        config,
+        name="renamed",
+        mesh=MeshConfig(fsdp=2),
+        model=dataclasses.replace(config.model, remat=True),
+        sampler=dataclasses.replace(config.sampler, slots=16, window=8),
+        learner=dataclasses.replace(config.learner, rows_per_microbatch=4, logit_chunk_tokens=64),
+        task=Dataset(path="y.jsonl", verifier_seconds=9.0, verifier_memory_mb=4096),
+    )
+    check_resumable(cursor, changed, "h")
+    bits, limits = "the run's last bits may be others", "which answers time out may change"
+    said = {line.split()[1]: line for line in changes_to_say(cursor, changed)}
+    for name in ("mesh.fsdp", "model.remat", "sampler.slots", "sampler.window", "learner.rows_per_microbatch",
+                 "learner.logit_chunk_tokens"):  # fmt: skip
+        assert said.pop(name).endswith(bits)
+    for name in ("task.verifier_seconds", "task.verifier_memory_mb"):
+        assert said.pop(name).endswith(limits)
+    assert said == {}
+    for name, value in {"max_completion_tokens": 9, "temperature": 0.5}.items():  # of the same pieces, and refused
+        other = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, **{name: value}))
+        with pytest.raises(ValueError, match=f"sampler.{name} was .* and is {value}"):
+            check_resumable(cursor, other, "h")
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?", "a\\b"])
+def test_a_work_directory_that_orbax_reads_as_a_pattern_is_refused_before_any_work(tmp_path, name):
+    config = tiny_config(tmp_path / name, task=Dataset(path="nowhere.jsonl"))  # which would be read first
+    with pytest.raises(ValueError, match=r"the work directory .* holds .*, which would lose its checkpoints: choose"):
+        runs.start(config)
+    assert not (tmp_path / name).exists()
+
+
+def test_an_address_is_no_path_and_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    for url in ("gs://bucket/runs", "s3://bucket/x", "file:///tmp/x"):
+        with pytest.raises(ValueError, match=f"{url}: not a path on this machine"):
+            runs.start(tiny_config(url, task=Dataset(path="nowhere.jsonl")))
+        with pytest.raises(ValueError, match=f"{url}: not a path on this machine"):
+            runs.start(tiny_config(tmp_path, model_folder=url))
+        with pytest.raises(ValueError, match=f"{url}: not a path on this machine"):
+            Dataset(path=url).build(0)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tiny_config("~/runs/x").run_dir == tmp_path / "runs/x"
+    with pytest.raises(FileNotFoundError, match=rf"^{tmp_path}/none/config.json"):
+        runs.start(tiny_config(tmp_path, model_folder="~/none"))
+    with pytest.raises(ValueError, match=r"~nobody-here/x: .* without ~"):
+        tiny_config("~nobody-here/x").run_dir  # noqa: B018
+
+
+def test_what_cannot_be_written_at_the_end_is_named_in_one_line(whole, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    run, state, cursor = runs.start(tiny_config(whole))
+    monkeypatch.setattr(runs, "draw_report", fail)
+    with pytest.raises(OSError, match=r"^.*/report.png could not be written \(.*the same command writes it") as caught:
+        run.finish(state, cursor)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(runs.weights, "save", fail)
+    run = run._replace(config=dataclasses.replace(run.config, model_folder=str(whole)))
+    with pytest.raises(OSError, match=r"^.*/export-240 could not be written"):
+        run.export(state, cursor)

@@ -1,4 +1,6 @@
-"""The supervised step against direct computations."""
+"""The supervised step against direct computations; its result in the cache."""
+
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from test_learner import CONFIG, LIMIT, PLAIN, VOCAB, drawn, log_probs_of, make_
 from cero_jax.learner import make_optimizer
 from cero_jax.optimizer import make_stepper
 from cero_jax.tasks.chain_sum import ChainSum
-from cero_jax.warm_start import WarmStartConfig, _imitate, make_supervised_step
+from cero_jax.warm_start import WarmStartConfig, _imitate, make_supervised_step, read_cache, write_cache
 
 
 def test_supervised_steps_lower_the_mean_negative_log_likelihood():
@@ -38,3 +40,33 @@ def test_a_loss_that_is_no_number_is_refused_before_it_is_cached():
 def test_settings_out_of_range_are_refused(changes):
     with pytest.raises(ValueError, match=f"WarmStartConfig: {next(iter(changes))}="):
         WarmStartConfig(**changes)
+
+
+def test_a_cached_warm_start_is_read_back_and_a_damaged_one_is_put_aside_with_a_word(tmp_path, capsys):
+    cached, kept = tmp_path / "warm_start-1", {"layers": {"q": jax.random.normal(jax.random.key(0), (50, 40))}}
+    assert read_cache(cached, kept) is None
+    write_cache(cached, kept)
+    write_cache(cached, kept)  # by a run beside this one, which was first
+    assert [path.name for path in tmp_path.iterdir()] == ["warm_start-1"]
+    shutil.copytree(cached, tmp_path / "fine")
+
+    def flip(path):
+        file = max((each for each in path.rglob("*") if each.is_file()), key=lambda each: each.stat().st_size)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+
+    damages = flip, lambda path: shutil.rmtree(path / "1/state"), lambda path: shutil.rmtree(path / "1")
+    for number, damage in enumerate(damages, 1):
+        found = read_cache(cached, kept)
+        assert found is not None
+        np.testing.assert_array_equal(found["layers"]["q"], kept["layers"]["q"])
+        damage(cached)
+        capsys.readouterr()
+        assert read_cache(cached, kept) is None
+        assert not cached.exists()
+        said = capsys.readouterr().err
+        assert "damaged" in said
+        assert f"put aside as {tmp_path}/put_aside/warm_start-1" in said
+        assert len(list((tmp_path / "put_aside").iterdir())) == number
+        shutil.copytree(tmp_path / "fine", cached)

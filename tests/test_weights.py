@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import resource
 import shutil
+import signal
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import cache, partial
@@ -247,6 +249,20 @@ def test_an_index_that_names_files_elsewhere_is_refused(tmp_path, name):
         path.write_text(json.dumps(broken))
         with pytest.raises(ValueError, match=r"index.json: no weight_map"):
             weights.load(folder, one_device())
+
+
+def test_a_disk_that_fills_is_an_os_error_and_nothing_is_left_on_it(tmp_path):
+    """By the system's limit on the size of a file, which the writer of safetensors meets as a full disk."""
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    config, params = loaded("llama")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1][1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            weights.save(tmp_path / "out", FIXTURES / "llama", config, params)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[1])
+        signal.signal(signal.SIGXFSZ, before[0])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_no_folder_is_overwritten(tmp_path):

@@ -20,6 +20,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cero_jax import lora, model, sharding
+from cero_jax.checksums import checksums, text_checksum
 from cero_jax.huggingface.families import read_config, read_json
 from cero_jax.model import Dtype, ModelConfig, Params
 
@@ -246,6 +247,7 @@ def save(
 
     Raises ValueError where `folder` exists. In a run of several processes all must call it; the first one writes.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     folder, source, writes = Path(folder), Path(source), jax.process_index() == 0
@@ -264,7 +266,11 @@ def save(
         total += sum(tensor.nbytes for tensor in tensors.values())
         weight_map |= dict.fromkeys(tensors, file)
         if writes:
-            save_file(tensors, scratch / file, metadata={"format": "pt"})
+            try:
+                save_file(tensors, scratch / file, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk's
+                shutil.rmtree(scratch)
+                raise OSError(str(error)) from error
     if not writes:
         return
     if len(shards) > 1:
@@ -328,11 +334,5 @@ def _fetch(shard: list[Piece], alpha: float) -> Iterator[tuple[str, np.ndarray]]
 
 
 def fingerprint(params: Params) -> str:
-    """8 hex digits that change with the parameters' values but not with their sharding: the sum of their bits."""
-    return f"{int(_sum_of_bits(params)):08x}"
-
-
-@jax.jit
-def _sum_of_bits(params: Params) -> Array:
-    words = (jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}") for x in jax.tree.leaves(params))
-    return sum((jnp.sum(x.astype(jnp.uint32), dtype=jnp.uint32) for x in words), jnp.uint32(0))
+    """16 hex digits that change with the parameters' values but not with their sharding."""
+    return text_checksum(checksums(flatten_dict(params, sep="/")))

@@ -8,6 +8,7 @@ python -m cero_jax.report RUN --prompt 7        # print the history of prompt 7
 import argparse
 from collections.abc import Sequence
 
+from cero_jax.read_files import local_path
 from cero_jax.report.html import write_page
 from cero_jax.report.picture import draw_report
 from cero_jax.report.read_run import prompt_history, read_run
@@ -19,8 +20,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """The command line. Exits with a one-line message where a run cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m cero_jax.report", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory, e.g. runs/chain_sum-cero-0")
-    parser.add_argument("--output", default="report.png", help="the picture to write (default: %(default)s)")
-    parser.add_argument("--html", metavar="FILE", help="write a page about the first run instead")
+    parser.add_argument(
+        "--output", type=local_path, default="report.png", help="the picture to write (default: %(default)s)"
+    )
+    parser.add_argument("--html", type=local_path, metavar="FILE", help="write a page about the first run instead")
     parser.add_argument(
         "--prompt", metavar="ID", type=int, help="print the history of one of the first run's prompts instead"
     )
