@@ -8,6 +8,7 @@ Letters: N prompts, R rows of a step, U visits in it.
 """
 
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -38,18 +39,27 @@ def _take_any(size: int, room: int, min_group: int) -> int:
     return size if size <= room else max(0, min(room, size - min_group) if size >= 2 * min_group else 0)
 
 
+Take = Callable[[int, int, int], int]  # (rows of a group, room, min_group) -> how many of them to take
+
+
+def _first(pending: deque, take: Take, room: int, min_group: int, at_least: int) -> tuple[int, int] | None:
+    """The first near group of which `take` gives `at_least` rows, and how many; those behind it are not looked at."""
+    for i in range(min(LOOK_AHEAD, len(pending))):
+        if (rows := take(pending[i][2], room, min_group)) >= at_least:
+            return i, rows
+    return None
+
+
 def _fill(pending: deque[tuple[int, int, int]], room: int, min_group: int) -> list[tuple[int, int, int]]:
     """Take visits (prompt id, first rollout, rows) out of `pending` until `room` is full or nothing fits."""
     visits = []
     while pending and room >= min_group:
-        near = [pending[i] for i in range(min(LOOK_AHEAD, len(pending)))]
-        takes = [_take(size, room, min_group) for _, _, size in near]
-        if not any(takes):
-            takes = [take if take >= min_group else 0 for take in (_take_any(s, room, min_group) for _, _, s in near)]
-        if not any(takes):
+        found = _first(pending, _take, room, min_group, at_least=1)
+        found = found or _first(pending, _take_any, room, min_group, at_least=min_group)
+        if found is None:
             break
-        index = next(i for i, take in enumerate(takes) if take)
-        take, (prompt, first, size) = takes[index], near[index]
+        index, take = found
+        prompt, first, size = pending[index]
         del pending[index]
         if take < size:
             pending.appendleft((prompt, first + take, size - take))
@@ -97,7 +107,8 @@ def plan(num_rollouts: np.ndarray, order: np.ndarray, *, rows_per_step: int, min
             f"groups of {sizes.min()} to {sizes.max()} rows: each must lie in min_group={min_group}.."
             f"rows_per_step={rows_per_step}; set max_group <= rows_per_step"
         )
-    pending = deque((int(i), 0, int(num_rollouts[i])) for i in order if num_rollouts[i] > 0)
+    order = order[num_rollouts[order] > 0]
+    pending = deque(zip(order.tolist(), [0] * len(order), num_rollouts[order].tolist(), strict=True))
     steps = []
     while pending:
         steps.append(_step_plan(_fill(pending, rows_per_step, min_group), rows_per_step, rows_per_step // min_group))
