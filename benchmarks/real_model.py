@@ -19,6 +19,7 @@ one that the run exports, which transformers can read back:
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import shutil
@@ -62,13 +63,12 @@ def measure(folder: str | Path, seed: int) -> dict:
     from cero_jax import sharding
     from cero_jax.evaluation import EvaluationConfig, evaluate
     from cero_jax.huggingface import weights
-    from cero_jax.run import build_task
-    from cero_jax.sampler import make_sampler
+    from cero_jax.run import build_task, sampler_of
 
     config, task = build_task(configured(folder, seed))
     mesh = sharding.make_mesh(sharding.MeshConfig())
     shape, params = weights.load(folder, mesh)
-    sample = make_sampler(shape, config.sampler, task.tokenizer.eos_ids, task.tokenizer.pad_id, mesh)
+    sample = sampler_of(dataclasses.replace(config, model=shape), task, mesh)
     rows = config.evaluation.rows
     result = evaluate(sample, params, task, EvaluationConfig(samples=SAMPLES, rows=rows), seed)
     prompts: dict[int, list[dict]] = {}

@@ -19,8 +19,8 @@ from cero_jax.config import Config, from_json
 from cero_jax.data import Task
 from cero_jax.evaluation import evaluate, scores_table
 from cero_jax.model import Params
-from cero_jax.run import build_task, check_same_start, starting_policy
-from cero_jax.sampler import Sampler, make_sampler
+from cero_jax.run import build_task, check_same_start, sampler_of, starting_policy
+from cero_jax.sampler import Sampler
 
 
 class Checkpointed(NamedTuple):
@@ -66,8 +66,7 @@ def restore_policy(directory: Path, task_changes: dict, sampler_changes: dict) -
         frozen = starting_policy(as_started, task, mesh, path.parent.parent / ".cache")
         check_same_start(cursor, frozen, config)
         params = lora.join(frozen, params)
-    sample = make_sampler(config.model, config.sampler, task.tokenizer.eos_ids, task.tokenizer.pad_id, mesh)
-    return Checkpointed(config, task, sample, params, cursor.spent)
+    return Checkpointed(config, task, sampler_of(config, task, mesh), params, cursor.spent)
 
 
 def _changed(config: Config, task_changes: dict, sampler_changes: dict) -> Config:

@@ -21,7 +21,7 @@ from cero_jax.allocator.base import AllocateFn, AllocatorState, UpdateFn
 from cero_jax.allocator.posterior import under_fitted_prior
 from cero_jax.checkpoint import Checkpoints, Cursor
 from cero_jax.config import Config, check_saved_as_it_is, to_json
-from cero_jax.data import Task, epoch_order, prompts_hash
+from cero_jax.data import Prompts, Task, epoch_order, prompt_widths, prompts_hash
 from cero_jax.evaluation import evaluate, scores_table
 from cero_jax.grpo import BY_POSTERIOR
 from cero_jax.huggingface import weights
@@ -196,7 +196,7 @@ def starting_policy(config: Config, task: Task, mesh: Mesh, cache_dir: Path) -> 
 
 def _check_context(config: Config, task: Task) -> None:
     """Raise ValueError where a prompt and its completion may be longer than the model's context."""
-    longest = int(max(task.train.lengths.max(), task.heldout.lengths.max()))
+    longest = max(task.train.longest, task.heldout.longest)
     limit, completion = config.model.max_positions, config.sampler.max_completion_tokens
     if limit is not None and longest + completion > limit:
         raise ValueError(
@@ -232,6 +232,17 @@ def _check_rows(config: Config, mesh: Mesh) -> None:
         )
 
 
+def widths_of(config: Config, *parts: Prompts) -> tuple[int, ...]:
+    """The few widths that the prompts of all `parts` are padded to."""
+    return prompt_widths(np.concatenate([part.lengths for part in parts]), config.sampler.max_completion_tokens)
+
+
+def sampler_of(config: Config, task: Task, mesh: Mesh) -> Sampler:
+    """The sampler for the task's prompts, those to train on and those held out."""
+    tokenizer, widths = task.tokenizer, widths_of(config, task.train, task.heldout)
+    return make_sampler(config.model, config.sampler, tokenizer.eos_ids, tokenizer.pad_id, mesh, widths)
+
+
 def start(config: Config) -> tuple[Run, State, Cursor]:
     """Build, check and restore. Raises ValueError on bad input, before any work is done or lost."""
     check_saved_as_it_is(config)
@@ -244,8 +255,9 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     _check_rows(config, mesh)
     everywhere = sharding.replicated(mesh)
     allocator = config.allocator.build(config.learner.advantage)
-    learner = make_learner(config.model, tokenizer.vocab_size, config.learner, config.sampler.temperature, mesh)
-    sample = make_sampler(config.model, config.sampler, tokenizer.eos_ids, tokenizer.pad_id, mesh)
+    temperature, widths = config.sampler.temperature, widths_of(config, task.train)
+    learner = make_learner(config.model, tokenizer.vocab_size, config.learner, temperature, mesh, widths)
+    sample = sampler_of(config, task, mesh)
     print(memory_needed(config, task, mesh))
     directory, cache_dir = open_run_dir(config)
 
@@ -312,8 +324,9 @@ def memory_needed(config: Config, task: Task, mesh: Mesh) -> str:
         task.tokenizer.vocab_size,
         config.learner,
         config.sampler,
+        config.evaluation,
         mesh,
-        prompt_tokens=task.train.tokens.shape[1],
+        prompt_widths=widths_of(config, task.train, task.heldout),
         min_group=config.allocator.min_group,
     )
     return memory.memory_report(needed, memory.device_bytes())

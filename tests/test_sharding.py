@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from left_padding import causal_mask, left_padded, to_the_right
 
 import cero_jax
 from cero_jax import model, sharding
@@ -189,13 +190,14 @@ def close_calls():
     """
     given, tokens = sampling_batch(), rollouts().tokens
     lengths = batch().prompt_lengths + LIMIT
-    texts = np.concatenate([batch().prompt_tokens, tokens], axis=1)
+    prompts = to_the_right(batch().prompt_tokens, batch().prompt_lengths)
+    texts = np.concatenate([prompts, tokens], axis=1)
     keys = row_keys(jnp.uint32(0), jnp.zeros(ROWS, jnp.uint32), given.prompt_ids, given.rollout_index)
 
     @jax.jit
     def chances(params, texts, lengths, keys):
-        valid, positions = model.left_padded(lengths, WIDTH + LIMIT)
-        hidden, _ = model.forward(params, CONFIG, texts, positions, model.causal_mask(valid))
+        valid, positions = left_padded(lengths, WIDTH + LIMIT)
+        hidden, _ = model.forward(params, CONFIG, texts, positions, causal_mask(valid))
         logits = model.logits(params, CONFIG, hidden)[:, WIDTH - 1 : -1]
         folded = jax.vmap(lambda key: jax.vmap(lambda t: jax.random.fold_in(key, t))(jnp.arange(LIMIT)))(keys)
         return jax.nn.softmax(logits, axis=-1), jax.vmap(jax.vmap(jax.random.uniform))(folded)
