@@ -107,6 +107,7 @@ def plan(num_rollouts: np.ndarray, order: np.ndarray, *, rows_per_step: int, min
             f"groups of {sizes.min()} to {sizes.max()} rows: each must lie in min_group={min_group}.."
             f"rows_per_step={rows_per_step}; set max_group <= rows_per_step"
         )
+    order = np.asarray(order)
     order = order[num_rollouts[order] > 0]
     pending = deque(zip(order.tolist(), [0] * len(order), num_rollouts[order].tolist(), strict=True))
     steps = []
