@@ -11,7 +11,7 @@ is that of the jax installed; libtpu's is the one that `pip install 'jax[tpu]'` 
         nvidia-nvjitlink-cu12 nvidia-cuda-runtime-cu12 nvidia-cuda-cupti-cu12
 
 Programs: a micro-batch of the learner (`add`), a step of decoding (`run_window`, over its steps), reading the prompts
-(`read_prompts`), the weights' copy for sampling (`copy`) and the optimiser (`finish`): the very functions that a run
+(`read`), the weights' copy for sampling (`copy`) and the optimiser (`finish`): the very functions that a run
 calls. Speeds are bounds, from bandwidths that the makers publish: no program reaches them.
 """
 
@@ -133,7 +133,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--configs", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--meshes", nargs="+", type=_mesh, help="data,fsdp,tensor; default: one for each config")
-    parser.add_argument("--programs", nargs="+", default=["add", "finish", "copy", "read_prompts", "run_window"])
+    parser.add_argument("--programs", nargs="+", default=["add", "finish", "copy", "read", "run_window"])
     parser.add_argument("--largest", type=int, default=0, help="so many of each program's largest collectives")
     parser.add_argument("--libtpu", type=Path, help="the directory that libtpu was installed in")
     parser.add_argument("--cuda", type=Path, help="the directory that jax-cuda12-plugin was installed in")
@@ -178,6 +178,7 @@ class Setting(NamedTuple):
     vocab_size: int
     learner: Any
     sampler: Any
+    evaluation: Any
     prompt_tokens: int
     min_group: int
     mesh: Any
@@ -196,6 +197,7 @@ def setting(case: Case) -> Setting:
         vocab_size,
         dataclasses.replace(config.learner, rows_per_step=rows),
         config.sampler,
+        config.evaluation,
         config.task.max_prompt_tokens,
         config.allocator.min_group,
         mesh,
@@ -216,7 +218,7 @@ def functions(given: Setting) -> Functions:
     import jax.numpy as jnp
     import numpy as np
 
-    from cero_jax import learner, lora, model, sampler, sharding
+    from cero_jax import learner, lora, microbatches, model, prefill, sampler, sharding
 
     mesh, rows, tokens = given.mesh, given.learner.rows_per_step, given.sampler.max_completion_tokens
     made = learner.make_learner(given.model, given.vocab_size, given.learner, given.sampler.temperature, mesh)
@@ -248,7 +250,9 @@ def functions(given: Setting) -> Functions:
     summed = learning["nothing"].lower(trained).out_info
     state = made.init.lower(trained).out_info
     weights = sampling["copy"].lower(params).out_info
-    prompts = rows * given.learner.steps_per_batch // given.min_group
+    visits = rows * given.learner.steps_per_batch // given.min_group
+    prompts = prefill.chunk_rows(given.model, (given.prompt_tokens,), visits, mesh)[given.prompt_tokens]
+    shape = microbatches.Shape(given.prompt_tokens + tokens, tokens)
     texts = {"tokens": np.zeros((prompts, given.prompt_tokens), np.int32), "lengths": np.ones(prompts, np.int32)}
     slots = sampling["empty"].lower(rows, given.prompt_tokens + tokens).out_info
     fixed, rate = learner.Fixed(frozen, None), np.float32(1)
@@ -256,18 +260,18 @@ def functions(given: Setting) -> Functions:
     learned, moments = on_a_chip(params), on_a_chip(state.opt_state)
     return Functions(
         lower={
-            "add": partial(learning["add"].lower, summed, trained, fixed, batch, advantages, *chosen, limit=tokens),
+            "add": partial(learning["add"].lower, summed, trained, fixed, batch, advantages, *chosen, shape=shape),
             "finish": partial(learning["finish"].lower, state, summed, rate),
             "copy": partial(sampling["copy"].lower, params),
-            "read_prompts": partial(sampling["read_prompts"].lower, weights, **texts),
+            "read": partial(sampling["read"].lower, weights, **texts),
             "run_window": partial(sampling["run_window"].lower, slots, weights),
         },
         beside={
             "add": moments,
             "finish": on_a_chip(frozen),
             "copy": moments,
-            "read_prompts": learned + moments + on_a_chip(slots.cache),
-            "run_window": learned + moments + on_a_chip(sampling["read_prompts"].lower(weights, **texts).out_info),
+            "read": learned + moments + on_a_chip(slots.cache),
+            "run_window": learned + moments + on_a_chip(sampling["read"].lower(weights, **texts).out_info),
         },
         read=on_a_chip(weights) - looked_up + on_a_chip(slots.cache),
     )
@@ -335,8 +339,8 @@ def report(case: Case, names: list[str], largest: int) -> None:
         for amount, times, shapes, source in program.largest[:largest]:
             print(f"    {amount / GB:.3f} GB in {times}: {shapes} {source[-80:]}")
     needed = memory.estimate(
-        given.model, given.vocab_size, given.learner, given.sampler, given.mesh,
-        prompt_tokens=given.prompt_tokens, min_group=given.min_group,
+        given.model, given.vocab_size, given.learner, given.sampler, given.evaluation, given.mesh,
+        prompt_widths=(given.prompt_tokens,), min_group=given.min_group,
     )  # fmt: skip
     held = max(program.held + run.beside[name] for name, program in found.items())
     parts = ", ".join(f"{name} {amount / GB:.2f}" for name, amount in needed._asdict().items() if amount)

@@ -109,7 +109,7 @@ def _draw(
     sample = make_sampler(config, settings, tokenizer.eos_ids, tokenizer.pad_id, mesh)
     prompt_of_row = np.repeat(np.arange(len(prompts), dtype=np.int32), rows_each)
     batch = SamplingBatch(
-        prompt_tokens=np.stack([np.pad(p, (width - len(p), 0)) for p in prompts]).astype(np.int32),
+        prompt_tokens=np.stack([np.pad(p, (0, width - len(p))) for p in prompts]).astype(np.int32),
         prompt_lengths=np.array([len(p) for p in prompts], np.int32),
         prompt_of_row=prompt_of_row,
         row_mask=np.ones(rows, bool),

@@ -19,6 +19,7 @@ The model that a run exports can be read back by transformers; the difference of
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -202,13 +203,12 @@ def show_headroom(folder: Path, samples: int) -> None:
     from cero_jax.evaluation import EvaluationConfig, evaluate
     from cero_jax.headroom import explain, headroom
     from cero_jax.huggingface import weights
-    from cero_jax.run import build_task
-    from cero_jax.sampler import make_sampler
+    from cero_jax.run import build_task, sampler_of
 
     config, task = build_task(from_command_line([str(CONFIG), f"--model-folder={folder}", "--seed=100"]))
     mesh = sharding.make_mesh(sharding.MeshConfig())
     shape, params = weights.load(folder, mesh)
-    sample = make_sampler(shape, config.sampler, task.tokenizer.eos_ids, task.tokenizer.pad_id, mesh)
+    sample = sampler_of(dataclasses.replace(config, model=shape), task._replace(heldout=task.train), mesh)
     pool = task._replace(heldout=task.train)
     drawn = evaluate(sample, params, pool, EvaluationConfig(samples=samples, rows=config.evaluation.rows), 100).samples
     right = np.zeros(len(task.train.answers), int)
@@ -254,9 +254,8 @@ def compare(folder: Path, reference: str) -> None:
     forward = jax.jit(lambda p, t, at, mask: model.logits(p, config, model.forward(p, config, t, at, mask)[0]))
     for i in range(rows):
         tokens = jnp.asarray(want[f"arr_{i}"], jnp.int32)[None]
-        valid = jnp.ones(tokens.shape, bool)
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        got = np.asarray(forward(params, tokens, positions, model.causal_mask(valid))[0])
+        got = np.asarray(forward(params, tokens, positions, model.causal_mask(*tokens.shape))[0])
         worst = max(worst, float(np.abs(got - want[f"logits_{i}"]).max()))
         same += (got.argmax(-1) == want[f"logits_{i}"].argmax(-1)).all()
     print(f"{rows} prompts: largest difference of a logit {worst:.1e}; the likeliest tokens are the same in {same}")

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
+from itertools import accumulate, chain, combinations
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,13 +12,33 @@ from cero_jax.tokenizer import Tokenizer
 
 
 class Prompts(NamedTuple):
-    """N prompts; a prompt's id is its place. Tp: max_prompt_tokens."""
+    """N prompts; a prompt's id is its place. Their tokens are stored behind each other, so none is padded."""
 
     questions: tuple[str, ...]  # [N] exactly the text that `tokens` encode
     answers: tuple[str, ...]  # [N] gold answers, as the verifier takes them
-    tokens: np.ndarray  # [N, Tp] int32, left-padded with pad_id
-    lengths: np.ndarray  # [N] int32 in 1..Tp, tokens
+    tokens: np.ndarray  # [all] int32, of all prompts: prompt i has tokens[offsets[i] : offsets[i + 1]]
+    offsets: np.ndarray  # [N + 1] int64, rising from 0
     labels: tuple[str, ...]  # [N] what a report groups by; "all" where the task knows nothing
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[N] int32 >= 1, tokens of each prompt."""
+        return np.diff(self.offsets).astype(np.int32)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt: Tp, the width that rows of any of them fit."""
+        return int(np.diff(self.offsets).max(initial=1))
+
+    def rows(self, ids: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """The prompts `ids` [R] as rows: tokens [R, width] int32 with zeros behind them, and their lengths [R] int32.
+
+        width: at least the longest of these has.
+        """
+        start, lengths = self.offsets[ids], (self.offsets[np.add(ids, 1)] - self.offsets[ids]).astype(np.int32)
+        place = np.arange(width)
+        tokens = self.tokens[np.minimum(start[:, None] + place, len(self.tokens) - 1)]
+        return np.where(place < lengths[:, None], tokens, 0).astype(np.int32), lengths
 
 
 class Task(NamedTuple):
@@ -50,32 +71,32 @@ def encode_prompts(
     answers: Sequence[str],
     labels: Sequence[str],
     tokenizer: Tokenizer,
-    max_prompt_tokens: int,
+    max_prompt_tokens: int | None = None,
     sources: Sequence[str] | None = None,
     drop_long: bool = False,
 ) -> Prompts:
-    """Tokenize N questions to rows of `max_prompt_tokens` tokens, padded on the left.
+    """Tokenize N questions.
 
+    max_prompt_tokens: of one prompt; None: no limit.
     sources: where each row came from ("file:line"), for the message; by default its place.
     drop_long: leave out the prompts longer than `max_prompt_tokens`: fewer than N come back.
     Raises ValueError at an empty prompt, or, without drop_long, one longer than `max_prompt_tokens`.
     """
     encoded = [tokenizer.encode(question) for question in questions]
+    limit = max(map(len, encoded), default=1) if max_prompt_tokens is None else max_prompt_tokens
     if drop_long:
-        kept = [i for i, ids in enumerate(encoded) if len(ids) <= max_prompt_tokens]
+        kept = [i for i, ids in enumerate(encoded) if len(ids) <= limit]
         encoded = [encoded[i] for i in kept]
         questions, answers, labels = ([column[i] for i in kept] for column in (questions, answers, labels))
         sources = [sources[i] for i in kept] if sources else None
-    tokens = np.full((len(questions), max_prompt_tokens), tokenizer.pad_id, np.int32)
-    lengths = np.zeros(len(questions), np.int32)
     for i, ids in enumerate(encoded):
-        if not 1 <= len(ids) <= max_prompt_tokens:
+        if not 1 <= len(ids) <= limit:
             where = sources[i] if sources else f"prompt {i}"
             mend = f"raise max_prompt_tokens to {len(ids)} or more, or drop the row" if ids else "give it text"
-            raise ValueError(f"{where}: a prompt of {len(ids)} tokens, max_prompt_tokens={max_prompt_tokens}: {mend}")
-        tokens[i, max_prompt_tokens - len(ids) :] = ids
-        lengths[i] = len(ids)
-    return Prompts(tuple(questions), tuple(answers), tokens, lengths, tuple(labels))
+            raise ValueError(f"{where}: a prompt of {len(ids)} tokens, max_prompt_tokens={limit}: {mend}")
+    offsets = np.fromiter(accumulate(map(len, encoded), initial=0), np.int64, len(encoded) + 1)
+    tokens = np.fromiter(chain.from_iterable(encoded), np.int32, offsets[-1])
+    return Prompts(tuple(questions), tuple(answers), tokens, offsets, tuple(labels))
 
 
 def prompts_hash(prompts: Prompts) -> str:
@@ -85,9 +106,38 @@ def prompts_hash(prompts: Prompts) -> str:
         encoded = [text.encode("utf-8") for text in texts[start : start + _HASHED_AT_ONCE]]
         # the length keeps "ab", "c" apart from "a", "bc"
         digest.update(b"".join(part for each in encoded for part in (len(each).to_bytes(8, "little"), each)))
-    digest.update(repr(prompts.tokens.shape).encode())
+    digest.update(np.ascontiguousarray(prompts.offsets, "<i8").data)
     digest.update(np.ascontiguousarray(prompts.tokens, "<i4").data)
     return digest.hexdigest()
+
+
+def prompt_widths(lengths: np.ndarray, completion_tokens: int) -> tuple[int, ...]:
+    """The few widths that prompts are padded to, rising; every program that reads prompts is compiled for each.
+
+    One to three of the lengths, the longest among them: those that pad the data least, and one more only where it
+    spares a tenth of what a row is long. What is read at once is as wide as its longest, so half of the weight lies on
+    single prompts, half on the longest of eight.
+
+    lengths: [N] int, tokens of the prompts. completion_tokens: that a row has behind its prompt, at most.
+    """
+    levels, counts = np.unique(lengths, return_counts=True)
+    share = np.cumsum(counts) / len(lengths)  # of the prompts that are no longer
+    share = (share + share**8) / 2
+    few = np.unique(np.searchsorted(share, np.linspace(0, 1, 65)[1:] - 1e-9))  # 64 levels, as much between each two
+    levels, share = levels[few], share[few]
+
+    def padded(chosen: tuple[int, ...]) -> float:
+        below = np.diff(share[list(chosen)], prepend=0.0)
+        return float(below @ (levels[list(chosen)] + completion_tokens))
+
+    last = len(levels) - 1
+    best = (last,)
+    for more in (1, 2):
+        chosen = min(((*some, last) for some in combinations(range(last), more)), key=padded, default=best)
+        if padded(chosen) > 0.9 * padded(best):
+            break
+        best = chosen
+    return tuple(levels[list(best)].tolist())
 
 
 def epoch_order(num_prompts: int, seed: int, epoch: int) -> np.ndarray:

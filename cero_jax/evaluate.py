@@ -18,10 +18,11 @@ from cero_jax.checkpoint import Checkpoints
 from cero_jax.config import Config, check_seed, from_json
 from cero_jax.data import Task
 from cero_jax.evaluation import evaluate, scores_table
+from cero_jax.initial_policy import check_same_start, starting_policy
 from cero_jax.model import Params
 from cero_jax.read_files import local_path
-from cero_jax.run import build_task, check_context, check_rows, check_same_start, starting_policy
-from cero_jax.sampler import Sampler, make_sampler
+from cero_jax.run import build_task, check_context, check_rows, sampler_of
+from cero_jax.sampler import Sampler
 from cero_jax.terminal import printable
 
 
@@ -75,8 +76,7 @@ def restore_policy(
         frozen = starting_policy(as_started, task, mesh, path.parent.parent / ".cache")
         check_same_start(cursor, frozen, config)
         params = lora.join(frozen, params)
-    sample = make_sampler(config.model, config.sampler, task.tokenizer.eos_ids, task.tokenizer.pad_id, mesh)
-    return Checkpointed(config, task, sample, params, cursor.spent)
+    return Checkpointed(config, task, sampler_of(config, task, mesh), params, cursor.spent)
 
 
 def _changed(config: Config, task_changes: dict, sampler_changes: dict, evaluation_changes: dict) -> Config:

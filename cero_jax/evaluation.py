@@ -1,13 +1,14 @@
 """Held-out accuracy of a policy: avg@k and pass@k over several completions a prompt. Not charged to the budget."""
 
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cero_jax.data import Task
+from cero_jax.data import Prompts, Task
 from cero_jax.model import Params
 from cero_jax.rewards import RIGHT, STATUSES, WRONG, Verdict
 from cero_jax.sampler import EVAL_STEP, Rollouts, Sampler, SamplingBatch
@@ -26,7 +27,7 @@ class EvaluationConfig:
     samples: int = 4
     """Completions a held-out prompt; accuracy is their mean reward."""
     rows: int = 256
-    """Completions drawn at once."""
+    """Completions drawn at once: of whole prompts, where they hold one's `samples`."""
 
     def __post_init__(self):
         check(self, every_rollouts=(1, 2**62), samples=(1, 2**24), rows=(1, 2**24))
@@ -88,31 +89,18 @@ def evaluate(
     Raises:
       ValueError as `verify` does.
     """
-    prompts, num_rows = task.heldout, config.rows
-    num_prompts = len(prompts.questions)
-    ids = np.repeat(np.arange(num_prompts, dtype=np.int32), config.samples)
-    index = np.tile(np.arange(config.samples, dtype=np.int32), num_prompts)
-    judged = []
+    num_prompts = len(task.heldout.questions)
     with ThreadPoolExecutor(1) as judge:
-        for start in range(0, len(ids), num_rows):
-            used = min(num_rows, len(ids) - start)
-            row_ids = np.pad(ids[start : start + used], (0, num_rows - used))
-            # Each row brings its own prompt: samples a prompt need not divide the rows.
-            batch = SamplingBatch(
-                prompt_tokens=prompts.tokens[row_ids],
-                prompt_lengths=prompts.lengths[row_ids],
-                prompt_of_row=np.arange(num_rows, dtype=np.int32),
-                row_mask=np.arange(num_rows) < used,
-                prompt_ids=row_ids,
-                rollout_index=np.pad(index[start : start + used], (0, num_rows - used)),
-            )
+        judged = []
+        for batch in sampling_batches(task.heldout, config):
             rollouts = sample(params, np.uint32(seed), np.uint32(EVAL_STEP), batch)
             judged.append(judge.submit(_judged, task, batch, rollouts))
         samples = _on_scale([each for batch in judged for each in batch.result()], lowest_reward)
+    samples.sort(key=lambda each: (each["prompt_id"], each["sample"]))
     reward = np.array([each["reward"] for each in samples], np.float32).reshape(num_prompts, config.samples)
     scale = min(lowest_reward, float(reward.min())), max(1.0, float(reward.max()))
-    labels, scores = np.array(prompts.labels), {"all": np.full(num_prompts, True)}
-    if len(names := sorted(set(prompts.labels))) > 1:
+    labels, scores = np.array(task.heldout.labels), {"all": np.full(num_prompts, True)}
+    if len(names := sorted(set(task.heldout.labels))) > 1:
         scores |= {str(name): labels == name for name in names}
     mean = reward.mean(axis=1)
     return Evaluation(
@@ -122,6 +110,32 @@ def evaluate(
         example={key: samples[0][key] for key in ("question", "completion", "answer", "reward")},
         samples=samples,
     )
+
+
+def sampling_batches(prompts: Prompts, config: EvaluationConfig) -> Iterator[SamplingBatch]:
+    """Every sample of every prompt, `rows` rows at a time: the longest prompts first, and all of a prompt's together.
+
+    So a prompt is read once for its samples, unless there are fewer rows than samples, and those that are drawn at once
+    are of about a length. All batches have one shape.
+    """
+    num_visits = config.rows // config.samples
+    at_once = num_visits * config.samples or config.rows
+    order = np.argsort(-prompts.lengths, kind="stable")
+    ids = np.repeat(order, config.samples).astype(np.int32)
+    index = np.tile(np.arange(config.samples, dtype=np.int32), len(order))
+    for start in range(0, len(ids), at_once):
+        row_ids, padding = ids[start : start + at_once], config.rows - len(ids[start : start + at_once])
+        here, prompt_of_row = np.unique(row_ids, return_inverse=True)
+        visits = np.pad(here, (0, (num_visits or 2) - len(here)), mode="edge")
+        tokens, lengths = prompts.rows(visits, prompts.longest)
+        yield SamplingBatch(
+            prompt_tokens=tokens,
+            prompt_lengths=lengths,
+            prompt_of_row=np.pad(prompt_of_row, (0, padding)).astype(np.int32),
+            row_mask=np.arange(config.rows) < len(row_ids),
+            prompt_ids=np.pad(row_ids, (0, padding)),
+            rollout_index=np.pad(index[start : start + at_once], (0, padding)),
+        )
 
 
 def _judged(task: Task, batch: SamplingBatch, rollouts: Rollouts) -> list[dict[str, Any]]:

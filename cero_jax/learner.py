@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from cero_jax import grpo, lora, model, sharding
 from cero_jax.grpo import BY_POSTERIOR, AdvantageKind, Aggregation
+from cero_jax.microbatches import Shape, microbatches, shapes_for
 from cero_jax.model import ModelConfig, Params
 from cero_jax.optimizer import TrainState, adam, kept_unless, make_stepper
 from cero_jax.settings import check
@@ -62,8 +63,8 @@ class LearnerConfig:
     visit_rate_clip: float = 4.0
     """Rates are clipped to within this factor of the mean before they are divided by."""
     rows_per_microbatch: int | None = None
-    """Rows whose gradient is computed at once, sorted by length so that a long completion pads few others; None is a
-    quarter of a step's."""
+    """Rows whose gradient is computed at once, sorted by length so that a long one pads few others; None is a quarter
+    of a step's."""
     logit_chunk_tokens: int = 128
     """Completion tokens of a row whose logits are held at once."""
 
@@ -113,7 +114,7 @@ HostOrDevice = Any  # a NumPy array on its way to the devices, or a JAX array th
 class Batch(NamedTuple):
     """R rows with everything that an optimiser step needs."""
 
-    prompt_tokens: HostOrDevice  # [R, Tp] int32, padded on the left
+    prompt_tokens: HostOrDevice  # [R, Tp] int32, padded on the right
     prompt_lengths: HostOrDevice  # [R] int32
     tokens: HostOrDevice  # [R, T] int32, padded on the right
     lengths: HostOrDevice  # [R] int32, EOS counted
@@ -127,24 +128,27 @@ class Batch(NamedTuple):
     judged: HostOrDevice = None  # [R] bool, False: its verifier timed out or failed; None: all are judged
 
 
-def completion_log_probs(params: Params, config: ModelConfig, batch: Batch, *, temperature: float, chunk: int) -> Array:
+def completion_log_probs(
+    params: Params, config: ModelConfig, batch: Batch, *, temperature: float, chunk: int, width: int | None = None
+) -> Array:
     """[R, T] float32 log-probabilities of the completion's tokens, of the full vocabulary at `temperature`.
 
-    Logits are computed for completion tokens only, `chunk` of a row at a time, and again for their gradient:
-    [R, Tp + T, V] is never held.
+    A row is its prompt, its completion behind that without a gap, and padding up to `width` places: what the longest
+    has at least; None: Tp + T. Logits are computed for completion tokens only, `chunk` of a row at a time, and again
+    for their gradient: [R, width, V] is never held.
     """
-    num_rows, width = batch.prompt_tokens.shape
-    limit = batch.tokens.shape[1]
-    in_prompt, _ = model.left_padded(batch.prompt_lengths, width)
-    drawn = jnp.arange(limit, dtype=jnp.int32)[None, :] < batch.lengths[:, None]
-    valid = jnp.concatenate([in_prompt, drawn], axis=1)
-    positions = jnp.maximum(
-        jnp.arange(width + limit, dtype=jnp.int32)[None, :] - (width - batch.prompt_lengths)[:, None], 0
-    )
-    tokens = jnp.concatenate([batch.prompt_tokens, batch.tokens], axis=1)
-    # The last token is never read: nothing follows it.
-    hidden, _ = model.forward(params, config, tokens[:, :-1], positions[:, :-1], model.causal_mask(valid[:, :-1]))
-    hidden = hidden[:, width - 1 :]  # [R, T, D], each predicts the completion token at its place
+    num_rows, limit = batch.tokens.shape
+    longest = batch.prompt_tokens.shape[1]
+    places = (longest + limit if width is None else width) - 1  # the last token is never read: nothing follows it
+    place = jnp.arange(places, dtype=jnp.int32)[None]
+    behind = place - batch.prompt_lengths[:, None]  # [R, places] how far behind the prompt's end; below 0: in it
+    prompts = jnp.pad(batch.prompt_tokens[:, :places], ((0, 0), (0, max(places - longest, 0))))
+    completions = jnp.take_along_axis(batch.tokens, jnp.clip(behind, 0, limit - 1), axis=1)
+    tokens = jnp.where(behind < 0, prompts, completions)
+    positions = jnp.broadcast_to(place, tokens.shape)
+    hidden, _ = model.forward(params, config, tokens, positions, model.causal_mask(num_rows, places))
+    before = batch.prompt_lengths[:, None] - 1 + jnp.arange(limit, dtype=jnp.int32)[None]  # what foretells each token
+    hidden = jnp.take_along_axis(hidden, jnp.clip(before, 0, places - 1)[:, :, None], axis=1)  # [R, T, D]
 
     logits_of = model.chunked_logits(params, config)
 
@@ -209,32 +213,6 @@ def rows_with_gradient(batch: Batch, advantages: Advantages, config: LearnerConf
     return np.abs(np.asarray(advantages.advantage)) > least
 
 
-class Microbatch(NamedTuple):
-    """Rows whose gradient is computed at once, and the tokens that the longest of them needs."""
-
-    rows: np.ndarray  # [size] int32, places in the step's batch
-    used: np.ndarray  # [size] bool, False: there to fill the shape
-    limit: int  # completion tokens, static
-
-
-def microbatches(wanted: np.ndarray, lengths: np.ndarray, size: int, limits: tuple[int, ...]) -> list[Microbatch]:
-    """The `wanted` rows [R] bool in micro-batches of `size` rows, shortest completions first.
-
-    lengths: [R] tokens of each completion. limits: the numbers of tokens that a micro-batch may be cut to, rising.
-    """
-    order = np.flatnonzero(wanted)
-    order = order[np.argsort(lengths[order], kind="stable")].astype(np.int32)
-    pieces = [order[start : start + size] for start in range(0, len(order), size)]
-    return [
-        Microbatch(
-            rows=np.pad(rows, (0, size - len(rows))),
-            used=np.arange(size) < len(rows),
-            limit=next(limit for limit in limits if limit >= lengths[rows].max()),
-        )
-        for rows in pieces
-    ]
-
-
 def grpo_loss(
     params: Params,
     ref_params: Params | None,
@@ -244,11 +222,14 @@ def grpo_loss(
     model_config: ModelConfig,
     config: LearnerConfig,
     temperature: float,
+    width: int | None = None,
 ) -> tuple[Array, dict[str, Array]]:
-    """These rows' part of the step's loss, and their metrics as weighted sums: `finish` divides by the weight."""
-    log_probs_of = partial(
-        completion_log_probs, config=model_config, batch=batch, temperature=temperature, chunk=config.logit_chunk_tokens
-    )
+    """These rows' part of the step's loss, and their metrics as weighted sums: `finish` divides by the weight.
+
+    width: as in `completion_log_probs`.
+    """
+    settings = {"temperature": temperature, "chunk": config.logit_chunk_tokens, "width": width}
+    log_probs_of = partial(completion_log_probs, config=model_config, batch=batch, **settings)
     ref = None if ref_params is None else jax.lax.stop_gradient(log_probs_of(ref_params))
     loss, metrics = grpo.policy_loss(
         log_probs_of(params),
@@ -290,9 +271,17 @@ def make_optimizer(config: LearnerConfig) -> optax.GradientTransformation:
 
 
 def make_learner(
-    model_config: ModelConfig, vocab_size: int, config: LearnerConfig, temperature: float, mesh: Mesh
+    model_config: ModelConfig,
+    vocab_size: int,
+    config: LearnerConfig,
+    temperature: float,
+    mesh: Mesh,
+    prompt_widths: tuple[int, ...] | None = None,
 ) -> Learner:
-    """The learner. Raises ValueError where rows or parameters do not divide over the mesh."""
+    """The learner. Raises ValueError where rows or parameters do not divide over the mesh.
+
+    prompt_widths: prompts' lengths that micro-batches are compiled for, as `data.prompt_widths` chooses them; None: Tp.
+    """
     shards = sharding.row_shards(mesh)
     size = microbatch_rows(config, shards)
     if config.rows_per_step % shards or size % shards:
@@ -311,14 +300,18 @@ def make_learner(
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
         return zeros, dict.fromkeys(names, jnp.float32(0))
 
-    @partial(jax.jit, static_argnames="limit", donate_argnames="so_far", out_shardings=(of_params, None))
-    def add(so_far, params: Params, fixed: Fixed, batch: Batch, advantages: Advantages, rows, used, limit: int):
+    @partial(jax.jit, static_argnames="shape", donate_argnames="so_far", out_shardings=(of_params, None))
+    def add(so_far, params: Params, fixed: Fixed, batch: Batch, advantages: Advantages, rows, used, shape: Shape):
         batch, advantages = jax.tree.map(lambda x: x[rows], (batch, advantages))
+        limit = shape.limit
         batch = batch._replace(tokens=batch.tokens[:, :limit], log_probs=batch.log_probs[:, :limit])
         advantages = advantages._replace(weights=jnp.where(used[:, None], advantages.weights[:, :limit], 0.0))
         batch, advantages = jax.lax.with_sharding_constraint((batch, advantages), row_sharding)
         ref = None if fixed.ref_params is None else lora.join(fixed.frozen, fixed.ref_params)
-        of_trained = lambda params: loss(lora.join(fixed.frozen, params), ref, batch, advantages)  # noqa: E731
+
+        def of_trained(params: Params):
+            return loss(lora.join(fixed.frozen, params), ref, batch, advantages, width=shape.width)
+
         (_, metrics), grads = jax.value_and_grad(of_trained, has_aux=True)(params)
         return jax.tree.map(lambda total, x: total + x.astype(jnp.float32), so_far, (grads, metrics))
 
@@ -335,15 +328,15 @@ def make_learner(
     compiled = {}
 
     def step(state: TrainState, fixed: Fixed, batch: Batch, advantages: Advantages, learning_rate, rows: np.ndarray):
-        limits = token_limits(batch.tokens.shape[1])
-        parts = microbatches(rows, np.asarray(batch.lengths), size, limits)
+        shapes = shapes_for(prompt_widths or (batch.prompt_tokens.shape[1],), token_limits(batch.tokens.shape[1]))
+        parts = microbatches(rows, np.asarray(batch.prompt_lengths), np.asarray(batch.lengths), size, shapes)
         batch, summed = jax.device_put(batch, row_sharding), nothing(state.params)
-        if not compiled:  # all lengths at the first call, so that none compiles in the middle of a run
+        if not compiled:  # all shapes at the first call, so that none compiles in the middle of a run
             inputs = (summed, state.params, fixed, batch, advantages, *parts[0][:2])
-            compiled.update({limit: add.lower(*inputs, limit=limit).compile() for limit in limits})
+            compiled.update({shape: add.lower(*inputs, shape=shape).compile() for shape in shapes})
         for part in parts:
             inputs = (summed, state.params, fixed, batch, advantages, part.rows, part.used)
-            summed = compiled[part.limit](*inputs)
+            summed = compiled[part.shape](*inputs)
         return finish(state, summed, learning_rate)
 
     advantages_of = jax.jit(partial(step_advantages, config=config), out_shardings=row_sharding)

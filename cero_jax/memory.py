@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from cero_jax import lora, model, sharding
+from cero_jax import lora, model, prefill, sharding
+from cero_jax.evaluation import EvaluationConfig
 from cero_jax.learner import LearnerConfig, microbatch_rows
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig
+from cero_jax.slots import cache_sizes
 
 GB = 1e9
 
@@ -29,18 +31,19 @@ class Estimate(NamedTuple):
     optimizer: int  # Adam's two moments, float32; no second copy of parameters in fewer bits: see optimizer.moved
     gradients: int  # float32: the sum over micro-batches, and that of one micro-batch
     reference: int  # the frozen policy that a KL term compares with
-    cache: int  # keys and values of all slots at full length, and of each prompt of the batch once
     activations: int  # of one micro-batch
     logits: int  # of one chunk of tokens, with softmax and gradient
     gathered: int  # of fsdp: two layers' parameters, and the output projection with its gradient
+    cache: int  # keys and values of all slots as the last places are added, and of each prompt once
+    prefill: int  # activations of the prompts that are read at once
+    drawing: int  # logits of all slots, with what is drawn from them
 
     @property
     def total(self) -> int:
         """Bytes held at the worst moment, which is in an optimiser step or while completions are drawn."""
         held = self.parameters + self.optimizer + self.reference
-        return held + max(
-            self.gradients + self.activations + self.logits + self.gathered, self.sampling_copy + self.cache
-        )
+        learning = self.gradients + self.activations + self.logits + self.gathered
+        return held + max(learning, self.sampling_copy + self.cache + max(self.prefill, self.drawing))
 
 
 def estimate(
@@ -48,30 +51,31 @@ def estimate(
     vocab_size: int,
     learner: LearnerConfig,
     sampler: SamplerConfig,
+    evaluation: EvaluationConfig,
     mesh: Mesh,
     *,
-    prompt_tokens: int,
+    prompt_widths: tuple[int, ...],
     min_group: int,
 ) -> Estimate:
-    """The estimate for prompts of up to `prompt_tokens` tokens that get at least `min_group` rollouts each."""
+    """The estimate for prompts that are padded to `prompt_widths` and get at least `min_group` rollouts each.
+
+    Of drawing, that of training or of an evaluation, whichever holds more.
+    """
     c, shards = model_config, sharding.row_shards(mesh)
     abstract = model.abstract_params(c, vocab_size)
     number = _numbers(abstract, sharding.shard_params, mesh)
     whole = _numbers(abstract, sharding.shard_copy, mesh)  # as sampling has them, and a layer where it is gathered
     stored = jax.tree.map(lambda n, p: n * p.dtype.itemsize, number, abstract)
     size, same = jnp.dtype(c.compute_dtype).itemsize, c.param_dtype == c.compute_dtype
-    tensor, length = mesh.shape["tensor"], prompt_tokens + sampler.max_completion_tokens
+    tensor, length = mesh.shape["tensor"], prompt_widths[-1] + sampler.max_completion_tokens
 
     rows = learner.rows_per_step * learner.steps_per_batch
-    in_cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * size  # bytes a token
-    if c.num_kv_heads % tensor == 0:
-        in_cache //= tensor
-    slots, prompts = min(sampler.slots or rows, rows) // shards, -(-rows // min_group // shards)
+    drawn = (rows // min_group, rows), (evaluation.rows // evaluation.samples or 2, evaluation.rows)
+    drawing = [_drawing(c, vocab_size, sampler, mesh, prompt_widths, *numbers) for numbers in drawn]
+    cache, read, logits = max(drawing, key=lambda parts: parts[0] + max(parts[1:]))
 
     here = microbatch_rows(learner, shards) // shards
-    inner = (2 * c.num_heads + 2 * c.num_kv_heads) * c.head_dim + 3 * c.mlp_width
-    layer = here * length * (4 * c.width + inner / tensor) * size  # inputs and outputs of a layer's matrix products
-    layer += 2 * here * c.num_heads / tensor * length**2 * 4  # attention scores and probabilities, float32
+    layer = here * prefill.row_bytes(c, length, 2, tensor)
     kept = here * length * c.width * size * c.num_layers + layer if c.remat else layer * c.num_layers
     chunk = min(learner.logit_chunk_tokens, sampler.max_completion_tokens)
     return Estimate(
@@ -80,18 +84,42 @@ def estimate(
         optimizer=2 * 4 * _sum(lora.split(number)[1]),
         gradients=2 * 4 * _sum(lora.split(number)[1]),
         reference=_sum(lora.split(stored)[1]) if learner.kl_coef else 0,
-        cache=in_cache * (slots * length + prompts * prompt_tokens),
         activations=int(kept),
         logits=3 * here * chunk * vocab_size * 4 // tensor,
         gathered=0
         if mesh.shape["fsdp"] == 1
         else 2 * size * _sum(whole["layers"]) // c.num_layers + (size + 4) * vocab_size * c.width // tensor,
+        cache=cache,
+        prefill=read,
+        drawing=logits,
     )
 
 
 def _numbers(params: Any, layout: Callable, mesh: Mesh) -> Any:
     """How many values of each parameter a device holds in that layout."""
     return jax.tree.map(lambda p, s: math.prod(s.shard_shape(p.shape)), params, layout(params, mesh))
+
+
+def _drawing(
+    c: ModelConfig,
+    vocab_size: int,
+    sampler: SamplerConfig,
+    mesh: Mesh,
+    prompt_widths: tuple[int, ...],
+    prompts: int,
+    rows: int,
+) -> tuple[int, int, int]:
+    """Bytes on each device, while `rows` completions of `prompts` prompts are drawn: cache, prefill, drawing."""
+    tensor, shards = mesh.shape["tensor"], sharding.row_shards(mesh)
+    in_cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(c.compute_dtype).itemsize  # bytes a token
+    if c.num_kv_heads % tensor == 0:
+        in_cache //= tensor
+    slots = min(sampler.slots or rows, rows) // shards
+    sizes = cache_sizes(prompt_widths, sampler.max_completion_tokens, sampler.window)
+    places = sum(sizes[-2:])  # it grows into a new one, with the old one beside it
+    width, chunk = prompt_widths[-1], prefill.chunk_rows(c, prompt_widths, prompts, mesh)
+    read = max(each // shards * prefill.row_bytes(c, width, 3, tensor) for width, each in chunk.items())
+    return in_cache * (slots * places + prompts * width), read, 3 * slots * vocab_size * 4 // tensor
 
 
 def _sum(tree: Any) -> int:
@@ -119,6 +147,8 @@ def memory_report(needed: Estimate, available: int) -> str:
         "gradients": "raise mesh.fsdp",
         "reference": "set learner.kl_coef=0, or raise mesh.fsdp",
         "cache": "lower sampler.slots",
+        "prefill": "lower task.max_prompt_tokens",
+        "drawing": "lower sampler.slots",
         "activations": "lower learner.rows_per_microbatch, or set model.remat=True",
         "gathered": "raise mesh.tensor",
         "logits": "lower learner.logit_chunk_tokens or learner.rows_per_microbatch",

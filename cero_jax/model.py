@@ -369,21 +369,9 @@ def _keep_last(mask: Array, window: int) -> Array:
     return mask & (allowed_from_here <= window)
 
 
-def left_padded(lengths: Array, width: int) -> tuple[Array, Array]:
-    """For rows padded on the left to `width` places: which places hold a token, and each token's position.
+def causal_mask(num_rows: int, width: int) -> Array:
+    """[B, T, T] bool: a token sees itself and those before it, so padding behind a row's end is seen by padding only.
 
-    lengths: [B] int32, tokens of each row. Returns valid [B, width] bool and positions [B, width] int32 (0 on padding).
+    num_rows: B. width: T.
     """
-    place = jnp.arange(width, dtype=jnp.int32)[None, :] - (width - lengths[:, None])
-    return place >= 0, jnp.maximum(place, 0)
-
-
-def causal_mask(valid: Array) -> Array:
-    """[B, T, T] bool: a token sees itself and the tokens before it.
-
-    valid: [B, T] bool, which places hold a token. Padding sees itself, too: a softmax over no key at all would be NaN,
-    which leaks into gradients.
-    """
-    width = valid.shape[1]
-    causal = jnp.tril(jnp.ones((width, width), bool))
-    return (causal[None] & valid[:, None, :]) | jnp.eye(width, dtype=bool)[None]
+    return jnp.broadcast_to(jnp.tril(jnp.ones((width, width), bool)), (num_rows, width, width))

@@ -49,9 +49,10 @@ def sampling_batch(prompts: Prompts, plans: list[StepPlan], num_steps: int, mean
     first_visit = np.arange(num_steps, dtype=np.int32) * len(blank.visit_ids)
     visits = np.maximum(rows.visit_ids, 0)  # an unused visit reads prompt 0, and no row looks at it
     prompt_ids = np.maximum(rows.prompt_ids, 0)
+    tokens, lengths = prompts.rows(visits, prompts.longest)
     return SamplingBatch(
-        prompt_tokens=prompts.tokens[visits],
-        prompt_lengths=prompts.lengths[visits],
+        prompt_tokens=tokens,
+        prompt_lengths=lengths,
         prompt_of_row=rows.group_ids + np.repeat(first_visit, len(blank.row_mask)),
         row_mask=rows.row_mask,
         prompt_ids=prompt_ids,
@@ -130,9 +131,10 @@ def to_batch(
     )
     prompt_ids = np.maximum(plan.prompt_ids, 0)
     row_mask = plan.row_mask & ~cut if truncated == "mask" else plan.row_mask
+    prompt_tokens, prompt_lengths = prompts.rows(prompt_ids, prompts.longest)
     batch = Batch(
-        prompt_tokens=prompts.tokens[prompt_ids],
-        prompt_lengths=prompts.lengths[prompt_ids],
+        prompt_tokens=prompt_tokens,
+        prompt_lengths=prompt_lengths,
         tokens=np.asarray(rollouts.tokens),
         lengths=np.asarray(rollouts.lengths),
         log_probs=np.asarray(rollouts.log_probs),

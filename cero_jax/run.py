@@ -21,16 +21,24 @@ from cero_jax.allocator.base import AllocateFn, AllocatorState, UpdateFn
 from cero_jax.allocator.posterior import under_fitted_prior
 from cero_jax.checkpoint import Checkpoints, Cursor
 from cero_jax.config import Config, check_saved_as_it_is, to_json
-from cero_jax.data import Prompts, Task, epoch_order, prompts_hash
+from cero_jax.data import Prompts, Task, epoch_order, prompt_widths, prompts_hash
 from cero_jax.evaluation import evaluate, scores_table
 from cero_jax.grpo import BY_POSTERIOR
 from cero_jax.health import Health
 from cero_jax.huggingface import weights
 from cero_jax.huggingface.families import read_config
 from cero_jax.huggingface.tokenizer import FolderTokenizer
+from cero_jax.initial_policy import (
+    abstract_policy,
+    check_same_start,
+    dtypes,
+    kept_from_start,
+    needs_start,
+    starting_policy,
+)
 from cero_jax.learner import Batch, Fixed, Learner, make_learner
 from cero_jax.metrics import MetricsWriter, Progress, say
-from cero_jax.model import Dtype, ModelConfig, Params, abstract_params, init_params
+from cero_jax.model import Params
 from cero_jax.optimizer import TrainState
 from cero_jax.packing import StepPlan, plan
 from cero_jax.read_files import local_path
@@ -50,7 +58,6 @@ from cero_jax.run_directory import (
 from cero_jax.sampler import Sampler, make_sampler
 from cero_jax.terminal import printable
 from cero_jax.verify import probe
-from cero_jax.warm_start import warm_start
 
 
 class State(NamedTuple):
@@ -215,31 +222,12 @@ def build_task(config: Config, started: str = "") -> tuple[Config, Task]:
         return config, task
     kept = {name: getattr(config.model, name) for name in ("lora_rank", "lora_alpha", "remat")}
     folder = str(local_path(config.model_folder))
-    model_config, _ = read_config(folder, **_dtypes(config))
+    model_config, _ = read_config(folder, **dtypes(config))
     tokenizer = FolderTokenizer(folder, datetime.fromisoformat(started) if started else None)
     task = config.task.build(config.seed, tokenizer)
     probe(task)
     model_config = dataclasses.replace(model_config, **kept)
     return dataclasses.replace(config, model=model_config, model_folder=folder), task
-
-
-def _dtypes(config: Config) -> dict[str, Dtype]:
-    return {"param_dtype": config.model.param_dtype, "compute_dtype": config.model.compute_dtype}
-
-
-def starting_policy(config: Config, task: Task, mesh: Mesh, cache_dir: Path) -> Params:
-    """The policy that RL starts from, without adapters: the model folder's, or one warm-started here."""
-    if config.model_folder is not None:
-        return weights.load(config.model_folder, mesh, **_dtypes(config))[1]
-    return warm_start(
-        config.warm_start,
-        dataclasses.replace(config.model, lora_rank=None),
-        task,
-        seed=config.seed,
-        max_tokens=config.sampler.max_completion_tokens,
-        mesh=mesh,
-        cache_dir=cache_dir,
-    )
 
 
 def saved_start(run_dir: Path) -> str:
@@ -251,59 +239,13 @@ def saved_start(run_dir: Path) -> str:
 
 def check_context(config: Config, *parts: Prompts) -> None:
     """Raise ValueError where one of these prompts and its completion may be longer than the model's context."""
-    longest = max(int(part.lengths.max(initial=1)) for part in parts)
+    longest = max(part.longest for part in parts)
     limit, completion = config.model.max_positions, config.sampler.max_completion_tokens
     if limit is not None and longest + completion > limit:
         raise ValueError(
             f"prompts of up to {longest} tokens and sampler.max_completion_tokens={completion} exceed the model's "
             f"context of {limit} tokens: lower task.max_prompt_tokens to {max(limit - completion, 1)}, or the other"
         )
-
-
-def check_same_start(cursor: Cursor, params: Params, config: Config) -> Cursor:
-    """The cursor with the hash of the parameters that RL started from. Raises ValueError where it began from others."""
-    found = weights.fingerprint(params)
-    if cursor.start_hash not in ("", found):
-        source = config.model_folder or "the warm start in the cache beside the run"
-        raise ValueError(f"{source}: not the weights that this run started from, which it still needs: put those back")
-    return cursor._replace(start_hash=found)
-
-
-def needs_start(config: Config, cursor: Cursor) -> bool:
-    """Whether the policy that RL starts from is read: to begin from it, as a model's frozen part, or for the KL to it.
-
-    A run that has ended needs no more than what is exported with it.
-    """
-    if cursor.finished and not config.extend:
-        return bool(config.model.lora_rank and config.model_folder)
-    return not cursor.checkpoint_number or bool(config.model.lora_rank or config.learner.kl_coef)
-
-
-def abstract_policy(config: ModelConfig, vocab_size: int, learner: Learner) -> TrainState:
-    """Shape, dtype and sharding of each array of the policy and its optimiser; nothing is allocated."""
-    _, trained = lora.split(abstract_params(config, vocab_size))
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        jax.eval_shape(learner.init, trained), learner.shardings,
-    )  # fmt: skip
-
-
-def fresh_adapters(config: Config, vocab_size: int, learner: Learner) -> Params:
-    """Fresh adapters: B is zero, so the policy is unchanged. The jitted function computes no other parameter."""
-
-    def adapters() -> Params:
-        return lora.split(init_params(config.model, vocab_size, config.seed))[1]
-
-    return jax.jit(adapters, out_shardings=learner.shardings.params)()
-
-
-def kept_from_start(config: Config, vocab_size: int, learner: Learner, params: Params) -> tuple[Fixed, Params]:
-    """Of the policy that RL starts from: what stays as it is, and what is trained."""
-    frozen = {}
-    if config.model.lora_rank:
-        frozen, params = params, fresh_adapters(config, vocab_size, learner)
-    # A copy: the step donates the parameters it is given.
-    return Fixed(frozen, jax.tree.map(jnp.copy, params) if config.learner.kl_coef else None), params
 
 
 def check_rows(config: Config, mesh: Mesh) -> None:
@@ -313,6 +255,17 @@ def check_rows(config: Config, mesh: Mesh) -> None:
         raise ValueError(
             f"evaluation.rows={rows} and sampler.slots={slots} must be multiples of data x fsdp = {shards}"
         )
+
+
+def widths_of(config: Config, *parts: Prompts) -> tuple[int, ...]:
+    """The few widths that the prompts of all `parts` are padded to."""
+    return prompt_widths(np.concatenate([part.lengths for part in parts]), config.sampler.max_completion_tokens)
+
+
+def sampler_of(config: Config, task: Task, mesh: Mesh) -> Sampler:
+    """The sampler for the task's prompts, those to train on and those held out."""
+    tokenizer, widths = task.tokenizer, widths_of(config, task.train, task.heldout)
+    return make_sampler(config.model, config.sampler, tokenizer.eos_ids, tokenizer.pad_id, mesh, widths)
 
 
 def start(config: Config) -> tuple[Run, State, Cursor]:
@@ -329,8 +282,9 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     check_rows(config, mesh)
     everywhere = sharding.replicated(mesh)
     allocator = config.allocator.build(config.learner.advantage)
-    learner = make_learner(config.model, tokenizer.vocab_size, config.learner, config.sampler.temperature, mesh)
-    sample = make_sampler(config.model, config.sampler, tokenizer.eos_ids, tokenizer.pad_id, mesh)
+    temperature, widths = config.sampler.temperature, widths_of(config, task.train)
+    learner = make_learner(config.model, tokenizer.vocab_size, config.learner, temperature, mesh, widths)
+    sample = sampler_of(config, task, mesh)
     print(memory_needed(config, task, mesh))
     directory, cache_dir = open_run_dir(config)
 
@@ -345,7 +299,7 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     mean_tokens = np.full(num_prompts, config.sampler.max_completion_tokens, np.float32)
     held = None
     if config.dynamic_sampling:
-        width, limit = task.train.tokens.shape[1], config.sampler.max_completion_tokens
+        width, limit = task.train.longest, config.sampler.max_completion_tokens
         held = dynamic_sampling.nothing_held(config.learner.rows_per_step, width, limit)
     policy = abstract_policy(config.model, tokenizer.vocab_size, learner)
     state = State(policy, allocator_state, num_rollouts, mean_tokens, held)
@@ -409,8 +363,9 @@ def memory_needed(config: Config, task: Task, mesh: Mesh) -> str:
         task.tokenizer.vocab_size,
         config.learner,
         config.sampler,
+        config.evaluation,
         mesh,
-        prompt_tokens=task.train.tokens.shape[1],
+        prompt_widths=widths_of(config, task.train, task.heldout),
         min_group=config.allocator.min_group,
     )
     return memory.memory_report(needed, memory.device_bytes())

@@ -3,8 +3,8 @@
 A window of decode steps is one dispatch. Between windows the host sees which rows have ended, takes them out, fills
 their slots, longest expected first, and grows the cache where the next window would not fit.
 
-Letters: U prompts (one a visit), R rows (rollouts), S slots, Tp prompt tokens, T completion tokens at most, C places in
-the cache, V vocabulary, L layers, D width, Hkv key-value heads, Dh head size.
+Letters: U prompts (one a visit), R rows (rollouts), S slots, Tp prompt tokens at most, T completion tokens at most, C
+places in the cache, V vocabulary, L layers, D width, Hkv key-value heads, Dh head size.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from cero_jax import model, sharding
+from cero_jax import model, prefill, sharding
 from cero_jax.model import Cache, ModelConfig, Params
 from cero_jax.next_token import draw
+from cero_jax.prefill import Prefilled
 from cero_jax.settings import check
+from cero_jax.slots import Slots, cache_sizes, fill
 
 EVAL_STEP = 2**32 - 1  # stands for the step in the keys of an evaluation: training never reaches it
 
@@ -67,7 +69,7 @@ class SamplerConfig:
 class SamplingBatch(NamedTuple):
     """What to draw: R rows, each a rollout of one of U prompts, or padding. NumPy arrays."""
 
-    prompt_tokens: np.ndarray  # [U, Tp] int32, padded on the left
+    prompt_tokens: np.ndarray  # [U, Tp] int32, padded on the right; Tp changes nothing but this array
     prompt_lengths: np.ndarray  # [U] int32 tokens
     prompt_of_row: np.ndarray  # [R] int32 in 0..U-1
     row_mask: np.ndarray  # [R] bool, False for padding: nothing is drawn there
@@ -86,29 +88,6 @@ class Rollouts(NamedTuple):
     truncated: np.ndarray  # [R] bool, cut at T, or at its own limit, without an EOS
 
 
-class Prefilled(NamedTuple):
-    """Each prompt, read once."""
-
-    hidden: Array  # [U, D] of its last token
-    lengths: Array  # [U] int32
-    cache: Cache  # [L, U, Tp, Hkv, Dh]
-
-
-class Slots(NamedTuple):
-    """Rollouts under way. The host keeps track of which row a slot draws; an idle slot is done."""
-
-    key: Array  # [S] keys, of the row
-    hidden: Array  # [S, D] of the last token, which the next is drawn from
-    length: Array  # [S] int32, tokens in the cache
-    drawn: Array  # [S] int32, tokens drawn
-    limit: Array  # [S] int32, tokens that the row may have
-    done: Array  # [S] bool
-    ended: Array  # [S] bool, by an EOS
-    tokens: Array  # [S, T] int32
-    log_probs: Array  # [S, T] float32
-    cache: Cache  # [L, S, C, Hkv, Dh]
-
-
 def row_keys(seed: Array, step: Array, prompt_ids: Array, rollout_index: Array) -> Array:
     """[R] keys, a function of (seed, step, prompt id, rollout index), not of the slot; `decode` adds the position.
 
@@ -118,52 +97,6 @@ def row_keys(seed: Array, step: Array, prompt_ids: Array, rollout_index: Array) 
     return jax.vmap(lambda *parts: fold(fold(fold(root, parts[0]), parts[1]), parts[2]))(
         step, prompt_ids, rollout_index
     )
-
-
-def prefill(params: Params, config: ModelConfig, tokens: Array, lengths: Array) -> Prefilled:
-    """Read prompts [U, Tp], padded on the left, into a cache where they begin at place 0 and go on behind their end.
-
-    So the cache has no gap: a token's place is its position, and it sees the places up to its own.
-    """
-    num_prompts, width = tokens.shape
-    place = jnp.arange(width, dtype=jnp.int32)
-    tokens = jnp.take_along_axis(tokens, (place[None] + width - lengths[:, None]) % width, axis=1)
-    positions = jnp.broadcast_to(place, tokens.shape)
-    mask = jnp.broadcast_to(jnp.tril(jnp.ones((width, width), bool)), (num_prompts, width, width))
-    cache = model.init_cache(config, num_prompts, width)
-    start = jnp.zeros(num_prompts, jnp.int32)
-    hidden, cache = model.forward(params, config, tokens, positions, mask, cache, start)
-    assert cache is not None
-    return Prefilled(jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0], lengths, cache)
-
-
-def fill(
-    slots: Slots, prompts: Prefilled, new: Array, prompt_of_slot: Array, keys: Array, limit: Array, pad_id: int
-) -> Slots:
-    """Let rollouts begin in the `new` slots [S] bool, each with its prompt, key and limit in tokens; others go on."""
-    width = prompts.cache.k.shape[2]
-    begun = Slots(
-        key=keys,
-        hidden=prompts.hidden[prompt_of_slot],
-        length=prompts.lengths[prompt_of_slot],
-        drawn=jnp.zeros_like(slots.drawn),
-        limit=limit,
-        done=jnp.zeros_like(slots.done),
-        ended=jnp.zeros_like(slots.ended),
-        tokens=jnp.full_like(slots.tokens, pad_id),
-        log_probs=jnp.zeros_like(slots.log_probs),
-        cache=slots.cache,
-    )
-    taken = Slots(
-        *(jnp.where(new.reshape(-1, *[1] * (b.ndim - 1)), b, s) for b, s in zip(begun[:-1], slots[:-1], strict=True)),
-        cache=slots.cache,
-    )
-    # Nothing reads the cache behind a row's end, so only the prompt's places are copied.
-    caches = (
-        c.at[:, :, :width].set(jnp.where(new[None, :, None, None, None], p[:, prompt_of_slot], c[:, :, :width]))
-        for c, p in zip(slots.cache, prompts.cache, strict=True)
-    )
-    return taken._replace(cache=Cache(*caches))
 
 
 def decode(
@@ -240,27 +173,19 @@ class Sampler(Protocol):
         ...
 
 
-def cache_sizes(width: int, config: SamplerConfig) -> tuple[int, ...]:
-    """The cache lengths compiled for, rising: the prompts' `width` plus one window, two, four .. up to T."""
-    limit, sizes = config.max_completion_tokens, [config.window]
-    while sizes[-1] < limit:
-        sizes.append(2 * sizes[-1])
-    return tuple(width + min(size, limit) for size in sizes)
-
-
 class _Entries(NamedTuple):
     """What rows bring to the slots that they begin in."""
 
     new: np.ndarray  # [R] bool: a row begins here
-    prompt_of_row: np.ndarray  # [R] int32
+    prompt: np.ndarray  # [R] int32, its place in its chunk
     prompt_ids: np.ndarray  # [R] int32
     rollout_index: np.ndarray  # [R] int32
     step: np.ndarray  # [R] uint32
     max_tokens: np.ndarray  # [R] int32
 
 
-def _entries(batch: SamplingBatch, step: ArrayLike, limit: int) -> _Entries:
-    """The entries of all rows. Raises ValueError where a row's limit lies outside 1..limit."""
+def _entries(batch: SamplingBatch, place_of_prompt: np.ndarray, step: ArrayLike, limit: int) -> _Entries:
+    """The entries of all rows; place_of_prompt: [U] int32. Raises ValueError where a limit lies outside 1..limit."""
     num_rows = len(batch.row_mask)
     max_tokens = np.full(num_rows, limit, np.int32) if batch.max_tokens is None else batch.max_tokens.astype(np.int32)
     if max_tokens.min() < 1 or max_tokens.max() > limit:
@@ -269,12 +194,20 @@ def _entries(batch: SamplingBatch, step: ArrayLike, limit: int) -> _Entries:
         )
     return _Entries(
         new=np.ones(num_rows, bool),
-        prompt_of_row=batch.prompt_of_row,
+        prompt=place_of_prompt[batch.prompt_of_row],
         prompt_ids=batch.prompt_ids,
         rollout_index=batch.rollout_index,
         step=np.broadcast_to(np.asarray(step), num_rows),
         max_tokens=max_tokens,
     )
+
+
+def _in_slots(entries: _Entries, rows: Any, slots: Any, num_slots: int) -> _Entries:
+    """The entries of these `rows` [n] in these `slots` [n], and nothing in the others."""
+    placed = _Entries(*(np.zeros(num_slots, column.dtype) for column in entries))
+    for column, of_rows in zip(placed, entries, strict=True):
+        column[slots] = of_rows[rows]
+    return placed
 
 
 def _longest_first(batch: SamplingBatch) -> np.ndarray:
@@ -285,12 +218,30 @@ def _longest_first(batch: SamplingBatch) -> np.ndarray:
     return rows[np.argsort(-batch.expected_tokens[rows], kind="stable")]
 
 
+def _take_out(slots: Slots, ended: np.ndarray, rows: np.ndarray, out: Rollouts) -> None:
+    """Copy what was drawn in the slots `ended` [n] to the `rows` [n] of `out`. Waits for the device."""
+    tokens, log_probs, lengths, by_eos = jax.device_get((slots.tokens, slots.log_probs, slots.drawn, slots.ended))
+    out.tokens[rows], out.log_probs[rows], out.lengths[rows] = tokens[ended], log_probs[ended], lengths[ended]
+    out.truncated[rows] = ~by_eos[ended]
+
+
 def make_sampler(
-    model_config: ModelConfig, config: SamplerConfig, eos_ids: tuple[int, ...], pad_id: int, mesh: Mesh
+    model_config: ModelConfig,
+    config: SamplerConfig,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    mesh: Mesh,
+    prompt_widths: tuple[int, ...] | None = None,
 ) -> Sampler:
     """The sampler of a model under these settings; its functions are compiled at the first call for its shapes.
 
-    eos_ids: what ends a completion. pad_id: what stands behind its end.
+    Args:
+      model_config: the model's shape.
+      config: how completions are drawn.
+      eos_ids: what ends a completion.
+      pad_id: what stands behind its end.
+      mesh: of the devices.
+      prompt_widths: the lengths that prompts are padded to, rising, as `data.prompt_widths` chooses them; None: Tp.
     """
     by_row = sharding.rows(mesh)
     heads = "tensor" if model_config.num_kv_heads % mesh.shape["tensor"] == 0 else None
@@ -327,7 +278,7 @@ def make_sampler(
         layout: Any = Prefilled(everywhere, everywhere, Cache(whole, whole))  # type: ignore[arg-type]
         prompts = jax.lax.with_sharding_constraint(prompts, layout)
         keys = row_keys(seed, entries.step, entries.prompt_ids, entries.rollout_index)
-        return fill(slots, prompts, entries.new, entries.prompt_of_row, keys, entries.max_tokens, pad_id)
+        return fill(slots, prompts, entries.new, entries.prompt, keys, entries.max_tokens, pad_id)
 
     @on_slots
     def run_window(slots: Slots, params: Params) -> Slots:
@@ -339,65 +290,82 @@ def make_sampler(
         weights = model.cast(params, model_config.compute_dtype)
         return jax.lax.with_sharding_constraint(weights, sharding.shard_copy(weights, mesh))
 
-    read: Any = Prefilled(by_row, by_row, layout.cache)  # type: ignore[arg-type]
-    read_prompts = jax.jit(sharding.on(mesh, partial(prefill, config=model_config)), out_shardings=read)
+    as_read: Any = Prefilled(by_row, by_row, layout.cache)  # type: ignore[arg-type]
+    read = jax.jit(sharding.on(mesh, partial(prefill.read, config=model_config)), out_shardings=as_read)
     compiled = set()
+
+    def compile_all(params: Params, seed: ArrayLike, nothing: _Entries, rows: dict[int, int], sizes: tuple[int, ...]):
+        """Every program that may be needed, so that none compiles later. rows: of a chunk, for each width."""
+        num_slots = len(nothing.new)
+        for width, number in rows.items():
+            prompts = read(params, tokens=np.zeros((number, width), np.int32), lengths=np.ones(number, np.int32))
+            for size in (size for size in sizes if size >= width):
+                begin(empty(num_slots, size), prompts, seed, nothing)
+        slots = empty(num_slots, sizes[0])
+        for size in sizes:
+            slots = run_window(grow(slots, size), params)
+
+    def with_room(slots: Slots | None, num_slots: int, sizes: tuple[int, ...], reach: int) -> Slots:
+        """The slots over a cache of at least `reach` places, grown a size at a time; None: fresh ones."""
+        if slots is None:
+            return empty(num_slots, next(size for size in sizes if size >= reach))
+        grown: Slots = slots
+        for size in sizes:
+            if grown.cache.k.shape[2] < min(size, reach):
+                grown = grow(grown, size)
+        return grown
 
     def sample(
         params: Params, seed: ArrayLike, step: ArrayLike, batch: SamplingBatch, on_end: OnEnd | None = None
     ) -> Rollouts:
-        num_rows, width = len(batch.row_mask), batch.prompt_tokens.shape[1]
-        num_slots, sizes = min(config.slots or num_rows, num_rows), cache_sizes(width, config)
+        num_rows, num_prompts, limit = len(batch.row_mask), len(batch.prompt_lengths), config.max_completion_tokens
+        widths = prompt_widths or (batch.prompt_tokens.shape[1],)
+        num_slots, sizes = min(config.slots or num_rows, num_rows), cache_sizes(widths, limit, config.window)
         if num_slots % sharding.row_shards(mesh):
             raise ValueError(f"{num_slots} slots must be a multiple of data x fsdp = {sharding.row_shards(mesh)}")
-        rows, waiting = _entries(batch, step, config.max_completion_tokens), _longest_first(batch)
+        chunk_rows = prefill.chunk_rows(model_config, widths, num_prompts, mesh)
+        reading = prefill.plan(batch.prompt_lengths, batch.prompt_of_row[batch.row_mask], chunk_rows)
+        chunk_of_row = reading.chunk[batch.prompt_of_row]
+        entries, waiting = _entries(batch, reading.place, step, limit), _longest_first(batch)
         if model_config.param_dtype != model_config.compute_dtype or mesh.shape["fsdp"] > 1:
             params = copy(params)  # once a call, which is once a policy update
-        more = -len(batch.prompt_lengths) % sharding.row_shards(mesh)  # prompts of one token, which no row looks at
-        texts = np.pad(batch.prompt_tokens, ((0, more), (0, 0)))
-        prompts = read_prompts(params, tokens=texts, lengths=np.pad(batch.prompt_lengths, (0, more), constant_values=1))
-        slots = empty(num_slots, sizes[0])
-        nothing = _Entries(*(np.zeros(num_slots, column.dtype) for column in rows))
-        if (num_rows, batch.prompt_tokens.shape) not in compiled:  # every size now, so that none compiles later
-            for size in sizes:
-                slots = run_window(begin(grow(slots, size), prompts, seed, nothing), params)
-            compiled.add((num_rows, batch.prompt_tokens.shape))
-            slots = empty(num_slots, sizes[0])
+        if (shapes := (num_slots, *chunk_rows.items())) not in compiled:
+            compile_all(params, seed, _in_slots(entries, [], [], num_slots), chunk_rows, sizes)
+            compiled.add(shapes)
 
-        shape = (num_rows, config.max_completion_tokens)
         out = Rollouts(
-            tokens=np.full(shape, pad_id, np.int32),
-            log_probs=np.zeros(shape, np.float32),
+            tokens=np.full((num_rows, limit), pad_id, np.int32),
+            log_probs=np.zeros((num_rows, limit), np.float32),
             lengths=np.zeros(num_rows, np.int32),
             truncated=np.zeros(num_rows, bool),
         )
+        slots, held = None, {}  # held: chunks of prompts that rows still wait for
         row_of_slot = np.full(num_slots, -1)  # -1: idle
         length = np.zeros(num_slots, np.int32)
         while waiting.size or (row_of_slot >= 0).any():
             idle = np.flatnonzero(row_of_slot < 0)[: waiting.size]
-            if idle.size:
-                taken, waiting = waiting[: idle.size], waiting[idle.size :]
-                entries = _Entries(*(column.copy() for column in nothing))
-                for column, of_rows in zip(entries, rows, strict=True):
-                    column[idle] = of_rows[taken]
-                slots = begin(slots, prompts, seed, entries)
-                row_of_slot[idle], length[idle] = taken, batch.prompt_lengths[batch.prompt_of_row[taken]]
+            taken, waiting = waiting[: idle.size], waiting[idle.size :]
+            row_of_slot[idle], length[idle] = taken, batch.prompt_lengths[batch.prompt_of_row[taken]]
+            begun = np.unique(chunk_of_row[taken])
             reach = min(int(length[row_of_slot >= 0].max()) + config.window, sizes[-1])
-            size = next(size for size in sizes if size >= reach)
-            if size > slots.cache.k.shape[2]:
-                slots = grow(slots, size)
+            slots = with_room(slots, num_slots, sizes, max([reach, *(reading.chunks[i].width for i in begun)]))
+            for i in begun:
+                if i not in held:
+                    tokens, lengths = prefill.inputs(reading.chunks[i], batch.prompt_tokens, batch.prompt_lengths)
+                    held[i] = read(params, tokens=tokens, lengths=lengths)
+                here = chunk_of_row[taken] == i
+                slots = begin(slots, held[i], seed, _in_slots(entries, taken[here], idle[here], num_slots))
+                if i not in chunk_of_row[waiting]:
+                    del held[i]
             slots = run_window(slots, params)
             # The host waits, once a window: it decides which rollouts come next.
             done, length = map(np.array, jax.device_get((slots.done, slots.length)))
             ready = np.flatnonzero(done & (row_of_slot >= 0))
             if ready.size:
-                taken = row_of_slot[ready]
-                drawn = jax.device_get((slots.tokens, slots.log_probs, slots.drawn, slots.ended))
-                tokens, log_probs, lengths, ended = (column[ready] for column in drawn)
-                out.tokens[taken], out.log_probs[taken], out.lengths[taken] = tokens, log_probs, lengths
-                out.truncated[taken] = ~ended
+                rows = row_of_slot[ready]
+                _take_out(slots, ready, rows, out)
                 if on_end is not None:
-                    on_end(taken, out)
+                    on_end(rows, out)
                 row_of_slot[ready] = -1
         return out
 

@@ -56,8 +56,11 @@ def demonstration_batch(task: Task, rng: np.random.Generator, num_rows: int, max
     """`num_rows` demonstrations as rows; raises ValueError for one longer than `max_tokens`."""
     assert task.demonstrations is not None
     questions, completions = task.demonstrations(rng, num_rows)
-    width = task.train.tokens.shape[1]
-    prompts = encode_prompts(questions, [""] * num_rows, ["all"] * num_rows, task.tokenizer, width)
+    prompts = encode_prompts(questions, [""] * num_rows, ["all"] * num_rows, task.tokenizer)
+    width = task.train.longest
+    while width < prompts.longest:  # longer than any prompt: a program of its own
+        width *= 2
+    prompt_tokens, prompt_lengths = prompts.rows(np.arange(num_rows), width)
     tokens = np.full((num_rows, max_tokens), task.tokenizer.pad_id, np.int32)
     lengths = np.zeros(num_rows, np.int32)
     for row, completion in enumerate(completions):
@@ -69,7 +72,7 @@ def demonstration_batch(task: Task, rng: np.random.Generator, num_rows: int, max
         tokens[row, : len(ids)], lengths[row] = ids, len(ids)
     ones = np.ones(num_rows, np.float32)
     return Batch(
-        prompt_tokens=prompts.tokens, prompt_lengths=prompts.lengths, tokens=tokens, lengths=lengths,
+        prompt_tokens=prompt_tokens, prompt_lengths=prompt_lengths, tokens=tokens, lengths=lengths,
         log_probs=np.zeros(tokens.shape, np.float32), reward=ones, group_ids=np.zeros(num_rows, np.int32),
         row_mask=np.ones(num_rows, bool), row_weight=ones,
     )  # fmt: skip

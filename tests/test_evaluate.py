@@ -27,17 +27,22 @@ def make_task(verify):
     return Task(prompts, prompts, TOKENIZER, verify, None)
 
 
-def stub_sampler(calls):
+def stub_sampler(calls, drawn=None):
     """Completes with the prompt's id and the sample's number, in digits: what evaluate makes of them is known."""
+
+    drawn = [] if drawn is None else drawn
 
     def sample(params, seed, step, batch):
         calls.append((params, int(seed), int(step), {name: np.shape(x) for name, x in batch._asdict().items()}))
+        drawn.append(batch.prompt_ids[batch.row_mask].tolist())
+        assert len(set(batch.prompt_of_row[batch.row_mask])) == len(set(drawn[-1]))  # each prompt is read once
         tokens = np.full((len(batch.row_mask), LIMIT), TOKENIZER.pad_id, np.int32)
         for row in np.flatnonzero(batch.row_mask):
             prompt = batch.prompt_ids[row]
             visit = batch.prompt_of_row[row]
-            assert TOKENIZER.decode(batch.prompt_tokens[visit]) == QUESTIONS[prompt]
-            assert batch.prompt_lengths[visit] == len(QUESTIONS[prompt])
+            length = batch.prompt_lengths[visit]
+            assert TOKENIZER.decode(batch.prompt_tokens[visit, :length]) == QUESTIONS[prompt]
+            assert (batch.prompt_tokens[visit, length:] == 0).all()
             text = f"{prompt}{batch.rollout_index[row]}"
             tokens[row] = [*TOKENIZER.encode(text), TOKENIZER.eos_ids[0]]
         lengths = np.where(batch.row_mask, LIMIT, 0)
@@ -57,9 +62,9 @@ def verify_table(question, completion, answer):
 @pytest.mark.parametrize("rows", [1, 4, 7, 15, 64])
 def test_accuracy_is_the_mean_over_prompts_and_samples(rows):
     """Three samples of five prompts: right in 0, 1, 2, 3 and 3 of them; rows that divide neither."""
-    calls = []
+    calls, drawn = [], []
     config = EvaluationConfig(samples=3, rows=rows)
-    result = evaluate(stub_sampler(calls), "params", make_task(verify_table), config, seed=11)
+    result = evaluate(stub_sampler(calls, drawn), "params", make_task(verify_table), config, seed=11)
     assert result.accuracy == pytest.approx((0 + 1 + 2 + 3 + 3) / 15)
     assert result.accuracy_by_label == pytest.approx({"short": (0 + 3) / 6, "long": (1 + 2 + 3) / 9})
     assert result.example == {"question": "3", "completion": "00", "answer": "gold 3", "reward": 0.0}
@@ -78,9 +83,14 @@ def test_accuracy_is_the_mean_over_prompts_and_samples(rows):
         "prompt_id": 1, "sample": 1, "label": "long", "question": "14", "answer": "gold 14", "completion": "11",
         "extracted": "", "status": "wrong", "reward": 0.0, "length": LIMIT,
     }  # fmt: skip
-    assert len(calls) == -(-15 // rows)
+    whole_prompts = rows // 3 * 3 or rows  # so that each is read once, where there is room for one's samples
+    assert len(calls) == -(-15 // whole_prompts)
     assert all(call == calls[0] for call in calls)  # one shape, so one program
     assert calls[0][:3] == ("params", 11, EVAL_STEP)
+    order = [prompt for some in drawn for prompt in some]
+    assert [len(QUESTIONS[i]) for i in order] == sorted((len(q) for q in QUESTIONS for _ in range(3)), reverse=True)
+    if rows >= 3:  # all samples of a prompt are drawn together
+        assert all(some.count(i) == 3 for some in drawn for i in some)
 
 
 def test_the_number_of_rows_does_not_change_what_a_policy_draws():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from left_padding import causal_mask, left_padded, to_the_right
 
 from cero_jax import model, sharding
 from cero_jax.learner import (
@@ -18,7 +19,6 @@ from cero_jax.learner import (
     grpo_loss,
     learning_rate,
     make_learner,
-    microbatches,
     rows_with_gradient,
     step_advantages,
     token_limits,
@@ -114,15 +114,15 @@ def test_completion_log_probs_equal_full_logits():
     tokens = np.zeros((ROWS, WIDTH + LIMIT), np.int32)
     for row in range(ROWS):
         text = [
-            *batch.prompt_tokens[row, WIDTH - batch.prompt_lengths[row] :],
+            *batch.prompt_tokens[row, : batch.prompt_lengths[row]],
             *batch.tokens[row, : batch.lengths[row]],
         ]
         tokens[row, WIDTH + LIMIT - len(text) :] = text
 
     @jax.jit
     def logits(tokens, lengths):
-        valid, positions = model.left_padded(lengths, WIDTH + LIMIT)
-        hidden, _ = model.forward(params(), CONFIG, tokens, positions, model.causal_mask(valid))
+        valid, positions = left_padded(lengths, WIDTH + LIMIT)
+        hidden, _ = model.forward(params(), CONFIG, tokens, positions, causal_mask(valid))
         return model.logits(params(), CONFIG, hidden)
 
     scaled = np.asarray(logits(tokens, batch.prompt_lengths + batch.lengths), np.float64) / TEMPERATURE
@@ -132,6 +132,30 @@ def test_completion_log_probs_equal_full_logits():
         before = log_softmax[row, -length - 1 : -1]  # what each token of the completion was foretold by
         want = before[np.arange(length), batch.tokens[row, :length]]
         np.testing.assert_allclose(whole[row, :length], want, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_are_those_of_rows_that_are_padded_on_the_left():
+    """As they were laid before: each prompt up to the widest, its completion from there on, gaps and all."""
+    batch = make_batch()
+    weight = jnp.asarray(np.random.default_rng(1).normal(0, 1, drawn(batch).shape) * drawn(batch), jnp.float32)
+    texts = np.concatenate([to_the_right(batch.prompt_tokens, batch.prompt_lengths), batch.tokens], axis=1)
+
+    def apart(params):
+        valid, positions = left_padded(batch.prompt_lengths, WIDTH)
+        valid = jnp.concatenate([valid, drawn(batch)], axis=1)[:, :-1]
+        behind = batch.prompt_lengths[:, None] + np.arange(LIMIT - 1)
+        positions = jnp.concatenate([positions, behind], axis=1)
+        hidden, _ = model.forward(params, CONFIG, texts[:, :-1], positions, causal_mask(valid))
+        logits = model.logits(params, CONFIG, hidden[:, WIDTH - 1 :]) / TEMPERATURE
+        log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.tokens[..., None], axis=-1)[..., 0]
+        return (log_probs * weight).sum()
+
+    def together(params):
+        log_probs = completion_log_probs(params, CONFIG, batch, temperature=TEMPERATURE, chunk=3, width=WIDTH + 6)
+        return (log_probs * weight).sum()
+
+    assert (batch.prompt_lengths + batch.lengths).max() == WIDTH + 6
+    assert_same(jax.jit(jax.grad(together))(params()), jax.jit(jax.grad(apart))(params()))
 
 
 # --- the loss ---
@@ -188,23 +212,6 @@ def test_microbatches_add_up_to_the_gradient_of_the_whole_step(size):
     assert np.linalg.norm(got["embed"] - whole["embed"]) > 0.01 * np.linalg.norm(whole["embed"])
 
 
-def test_microbatches_hold_each_wanted_row_once_and_are_cut_to_their_longest():
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        num_rows, size, longest = rng.integers(1, 40), rng.integers(1, 12), rng.integers(1, 50)
-        wanted, lengths = rng.random(num_rows) < 0.6, rng.integers(1, longest + 1, num_rows)
-        limits = token_limits(int(longest))
-        parts = microbatches(wanted, lengths, int(size), limits)
-        rows = np.concatenate([np.zeros(0, int), *(part.rows[part.used] for part in parts)])
-        np.testing.assert_array_equal(np.sort(rows), np.flatnonzero(wanted))
-        assert len(parts) == -(-wanted.sum() // size)
-        assert np.all(np.diff(lengths[rows]) >= 0)
-        for part in parts:
-            longest_here = lengths[part.rows[part.used]].max()
-            assert part.rows.shape == (size,)
-            assert part.limit == min(limit for limit in limits if limit >= longest_here)
-
-
 def test_padding_rows_and_padded_tokens_have_no_gradient():
     batch = make_batch()
     rng = np.random.default_rng(9)
@@ -239,7 +246,7 @@ def num_compiled(caplog):
 
 def test_steps_equal_adam_by_hand_whatever_was_left_out_and_compile_at_the_first_only(caplog):
     config = dataclasses.replace(PLAIN, adam_b1=0.8, adam_b2=0.95, adam_eps=1e-5, weight_decay=0.1, max_grad_norm=0.05)
-    learner = make_learner(CONFIG, VOCAB, config, TEMPERATURE, one_device())
+    learner = make_learner(CONFIG, VOCAB, config, TEMPERATURE, one_device(), prompt_widths=(1, WIDTH))
     state = learner.init(jax.tree.map(jnp.copy, params()))
     first, second = jax.tree.map(np.zeros_like, (params(), params()))
     for step, (seed, rate, num_live) in enumerate([(0, 1e-2, 4), (1, 3e-3, 5), (2, 2e-3, 4)], start=1):

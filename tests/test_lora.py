@@ -88,7 +88,7 @@ def at(tree, path):
 def logits(config, params):
     tokens = batch().prompt_tokens
     positions = np.broadcast_to(np.arange(WIDTH, dtype=np.int32), tokens.shape)
-    hidden, _ = model.forward(params, config, tokens, positions, model.causal_mask(jax.numpy.ones(tokens.shape, bool)))
+    hidden, _ = model.forward(params, config, tokens, positions, model.causal_mask(*tokens.shape))
     return np.asarray(model.logits(params, config, hidden))
 
 
@@ -237,7 +237,7 @@ def test_a_folder_is_exported_with_its_adapters_merged(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restore_policy(config.run_dir, {}, {}).params, whole)
     tokens = np.arange(10, 18, dtype=np.int32)[None]
     positions = np.arange(8, dtype=np.int32)[None]
-    mask = model.causal_mask(jax.numpy.ones((1, 8), bool))
+    mask = model.causal_mask(1, 8)
     of = {}
     for name, (config_of, params) in {"run": (run.config.model, whole), "export": (shape, exported)}.items():
         hidden, _ = model.forward(params, config_of, tokens, positions, mask)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cero_jax import memory, model, sharding
+from cero_jax.evaluation import EvaluationConfig
 from cero_jax.learner import Batch, LearnerConfig, grpo_loss, step_advantages
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig
@@ -22,21 +23,36 @@ LEARNER = LearnerConfig(rows_per_step=16, rows_per_microbatch=8, logit_chunk_tok
 SAMPLER = SamplerConfig(COMPLETION)
 
 
-def estimate(model_config=CONFIG, learner=LEARNER, mesh_config=None):
+EVALUATION = EvaluationConfig(samples=2, rows=8)
+
+
+def estimate(model_config=CONFIG, learner=LEARNER, sampler=SAMPLER, evaluation=EVALUATION, mesh_config=None):
     devices = jax.devices() if mesh_config else jax.devices()[:1]
     mesh = sharding.make_mesh(mesh_config or MeshConfig(), devices)
-    return memory.estimate(model_config, VOCAB, learner, SAMPLER, mesh, prompt_tokens=PROMPT, min_group=4)
+    return memory.estimate(
+        model_config, VOCAB, learner, sampler, evaluation, mesh, prompt_widths=(PROMPT,), min_group=4
+    )
 
 
 def test_parameters_and_cache_are_those_of_the_arrays():
     params = model.init_params(CONFIG, VOCAB, 0)
     assert estimate().parameters == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    slots = model.init_cache(CONFIG, 16, PROMPT + COMPLETION)
+    # It grows from a window of 64 over 128 to all 208 places, the last two of them beside each other.
+    slots = model.init_cache(CONFIG, 16, PROMPT + 128), model.init_cache(CONFIG, 16, PROMPT + COMPLETION)
     prompts = model.init_cache(CONFIG, 4, PROMPT)
-    assert estimate().cache == sum(leaf.nbytes for leaf in (*slots, *prompts))
+    assert estimate().cache == sum(leaf.nbytes for leaf in jax.tree.leaves((slots, prompts)))
     split = estimate(mesh_config=MeshConfig(data=2, fsdp=4))
     assert split.parameters == pytest.approx(estimate().parameters / 4, rel=0.02)  # norms are on every device
     assert split.optimizer == 2 * split.parameters
+
+
+def test_an_evaluation_of_more_rows_than_a_step_counts():
+    much = estimate(evaluation=EvaluationConfig(samples=4, rows=256))
+    assert much.cache == 256 // 16 * estimate().cache
+    assert much.drawing == 256 // 16 * estimate().drawing == 3 * 256 * VOCAB * 4
+    few = dataclasses.replace(SAMPLER, slots=8)
+    assert estimate(sampler=few, evaluation=EvaluationConfig(samples=4, rows=256)).cache < much.cache / 8
+    assert much.total > estimate().total
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -72,8 +88,8 @@ def test_configs_of_large_models_say_what_they_need_and_fit(name):
     shape = dataclasses.replace(config.model, tied_embeddings=tied, **dict(zip(fields, sizes, strict=True)))
     mesh = sharding.make_mesh(config.mesh, jax.devices()[: config.mesh.fsdp])
     needed = memory.estimate(
-        shape, vocab, config.learner, config.sampler, mesh,
-        prompt_tokens=config.task.max_prompt_tokens, min_group=config.allocator.min_group,
+        shape, vocab, config.learner, config.sampler, config.evaluation, mesh,
+        prompt_widths=(config.task.max_prompt_tokens,), min_group=config.allocator.min_group,
     )  # fmt: skip
     said = re.search(r"(\d+) GB on", loaded["__doc__"])
     assert said

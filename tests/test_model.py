@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from left_padding import causal_mask, left_padded
 
 from cero_jax import model
 from cero_jax.model import ModelConfig
@@ -43,8 +44,8 @@ def make_params(config, seed=0):
 def padded_rows(seed=0):
     """(tokens, positions, mask) of rows of unequal length, padded on the left with arbitrary tokens."""
     tokens = np.random.default_rng(seed).integers(0, VOCAB, (len(LENGTHS), WIDTH)).astype(np.int32)
-    valid, positions = model.left_padded(jnp.asarray(LENGTHS, jnp.int32), WIDTH)
-    return tokens, positions, model.causal_mask(valid)
+    valid, positions = left_padded(jnp.asarray(LENGTHS, jnp.int32), WIDTH)
+    return tokens, positions, causal_mask(valid)
 
 
 def run(params, config, tokens, positions, mask):
@@ -55,8 +56,8 @@ def run(params, config, tokens, positions, mask):
 def unpadded(tokens):
     """(tokens [1, T], positions, mask) of one row alone."""
     tokens = np.asarray(tokens, np.int32)[None]
-    valid, positions = model.left_padded(jnp.asarray([tokens.shape[1]], jnp.int32), tokens.shape[1])
-    return tokens, positions, model.causal_mask(valid)
+    valid, positions = left_padded(jnp.asarray([tokens.shape[1]], jnp.int32), tokens.shape[1])
+    return tokens, positions, causal_mask(valid)
 
 
 def loop_transformer(params, config, tokens):
@@ -169,14 +170,14 @@ def test_no_gradient_comes_from_later_tokens():
 
 
 def test_a_row_without_tokens_stays_finite_and_so_does_its_gradient():
-    valid, positions = model.left_padded(jnp.asarray([0, 2], jnp.int32), 3)
+    valid, positions = left_padded(jnp.asarray([0, 2], jnp.int32), 3)
     np.testing.assert_array_equal(valid, [[False] * 3, [False, True, True]])
     np.testing.assert_array_equal(positions, [[0, 0, 0], [0, 0, 1]])
     tokens = jnp.zeros((2, 3), jnp.int32)
 
     @jax.jit
     def loss(params):
-        hidden, _ = model.forward(params, TIED, tokens, positions, model.causal_mask(valid))
+        hidden, _ = model.forward(params, TIED, tokens, positions, causal_mask(valid))
         return model.logits(params, TIED, hidden).sum()
 
     value, gradient = jax.value_and_grad(loss)(make_params(TIED))
@@ -186,7 +187,7 @@ def test_a_row_without_tokens_stays_finite_and_so_does_its_gradient():
 
 def test_causal_mask_by_hand():
     valid = jnp.asarray([[False, True, True]])
-    np.testing.assert_array_equal(model.causal_mask(valid)[0], [[1, 0, 0], [0, 1, 0], [0, 1, 1]])
+    np.testing.assert_array_equal(causal_mask(valid)[0], [[1, 0, 0], [0, 1, 0], [0, 1, 1]])
 
 
 @pytest.mark.parametrize("config", [TIED, UNTIED, EVERYTHING], ids=["tied", "untied", "everything"])
@@ -199,7 +200,7 @@ def test_prefill_and_cached_decoding_equal_one_forward_over_the_whole_text(confi
 
     places = jnp.arange(WIDTH + space, dtype=jnp.int32)[None] - (WIDTH - lengths)[:, None]
     positions = jnp.maximum(places, 0)
-    full = run(params, config, np.concatenate([prompt, completion], axis=1), positions, model.causal_mask(places >= 0))
+    full = run(params, config, np.concatenate([prompt, completion], axis=1), positions, causal_mask(places >= 0))
 
     cache = model.init_cache(config, len(LENGTHS), WIDTH + space)
     mask = jnp.pad(mask, ((0, 0), (0, 0), (0, space)))

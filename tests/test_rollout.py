@@ -34,7 +34,7 @@ ROWS, LIMIT, WIDTH = 8, 3, 4
 
 def make_task(verify):
     prompts = encode_prompts(QUESTIONS, ANSWERS, ["all"] * 3, TOKENIZER, WIDTH)
-    nothing = Prompts((), (), np.zeros((0, WIDTH), np.int32), np.zeros(0, np.int32), ())
+    nothing = Prompts((), (), np.zeros(0, np.int32), np.zeros(1, np.int64), ())
     return Task(prompts, nothing, TOKENIZER, verify, None)
 
 
@@ -84,7 +84,7 @@ def test_steps_of_one_policy_are_laid_behind_each_other_and_a_short_batch_is_pad
         np.testing.assert_array_equal(getattr(two, name)[: 2 * ROWS], np.tile(getattr(one, name), 2))
     np.testing.assert_array_equal(two.prompt_of_row[ROWS : 2 * ROWS], one.prompt_of_row + visits)
     assert not two.row_mask[2 * ROWS :].any()
-    assert two.prompt_tokens.shape == (3 * visits, WIDTH)
+    assert two.prompt_tokens.shape == (3 * visits, 3)  # the longest prompt's tokens, not the limit
     np.testing.assert_array_equal(one.expected_tokens[:7], [7, 7, 7, 7, 5, 5, 5])
 
 
@@ -97,12 +97,12 @@ def test_observed_tokens_follow_the_completions():
 def test_sampling_batch_hold_each_prompt_once_and_point_to_it():
     task, rows = make_task(lambda q, c, a: 0.0), make_rows()
     inputs = sampling_batch(task.train, [rows], 1, MEAN_TOKENS)
-    assert inputs.prompt_tokens.shape == (ROWS // 3, WIDTH)
+    assert inputs.prompt_tokens.shape == (ROWS // 3, 3)
     for row in np.flatnonzero(rows.row_mask):
         visit, prompt = inputs.prompt_of_row[row], inputs.prompt_ids[row]
         assert prompt == (2 if row < 4 else 0)
-        np.testing.assert_array_equal(inputs.prompt_tokens[visit], task.train.tokens[prompt])
-        assert inputs.prompt_lengths[visit] == len(QUESTIONS[prompt])
+        length = inputs.prompt_lengths[visit]
+        assert TOKENIZER.decode(inputs.prompt_tokens[visit, :length]) == QUESTIONS[prompt]
     np.testing.assert_array_equal(inputs.rollout_index, [0, 1, 2, 3, 0, 1, 2, 0])
     np.testing.assert_array_equal(inputs.row_mask, np.arange(ROWS) < 7)
     assert (inputs.prompt_ids >= 0).all()
@@ -223,8 +223,8 @@ def test_one_sample_of_each_visit_is_kept_to_read():
 
 def test_the_batch_pairs_each_completion_with_its_prompt():
     batch = scored().batch
-    train = make_task(None).train
-    np.testing.assert_array_equal(batch.prompt_tokens[:7], train.tokens[[2, 2, 2, 2, 0, 0, 0]])
+    prompts = [TOKENIZER.encode("cab")] * 4 + [[*TOKENIZER.encode("a"), 0, 0]] * 3
+    np.testing.assert_array_equal(batch.prompt_tokens[:7], prompts)
     np.testing.assert_array_equal(batch.prompt_lengths[:7], [3, 3, 3, 3, 1, 1, 1])
     np.testing.assert_array_equal(batch.tokens, ROLLOUTS.tokens)
     np.testing.assert_array_equal(batch.log_probs, ROLLOUTS.log_probs)

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from left_padding import causal_mask, left_padded, to_the_right
 
-from cero_jax import model, sharding
+from cero_jax import model, prefill, sharding
 from cero_jax.model import ModelConfig
-from cero_jax.sampler import SamplerConfig, SamplingBatch, cache_sizes, make_sampler, row_keys
+from cero_jax.sampler import SamplerConfig, SamplingBatch, make_sampler, row_keys
+from cero_jax.slots import cache_sizes
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -38,10 +40,11 @@ def sampler(temperature=0.7, eos_ids=EOS, limit=LIMIT, devices=1, **settings):
 def make_batch(seed=0):
     """Prompts of 1, 4 and 2 tokens; rows of all three, the last a padding row."""
     rng = np.random.default_rng(seed)
-    prompt_of_row = np.array([0, 1, 2, 1, 0, 1, 2, 0], np.int32)
+    prompt_of_row, lengths = np.array([0, 1, 2, 1, 0, 1, 2, 0], np.int32), np.array([1, 4, 2], np.int32)
+    tokens = rng.integers(0, VOCAB, (PROMPTS, WIDTH)).astype(np.int32)
     return SamplingBatch(
-        prompt_tokens=rng.integers(0, VOCAB, (PROMPTS, WIDTH)).astype(np.int32),
-        prompt_lengths=np.array([1, 4, 2], np.int32),
+        prompt_tokens=np.stack([np.roll(row, n) for row, n in zip(tokens, lengths, strict=True)]),  # noise behind them
+        prompt_lengths=lengths,
         prompt_of_row=prompt_of_row,
         row_mask=np.arange(ROWS) < ROWS - 1,
         prompt_ids=prompt_of_row + 10,
@@ -51,14 +54,14 @@ def make_batch(seed=0):
 
 @jax.jit
 def _full_logits(params, tokens, lengths):
-    valid, positions = model.left_padded(lengths, tokens.shape[1])
-    hidden, _ = model.forward(params, CONFIG, tokens, positions, model.causal_mask(valid))
+    valid, positions = left_padded(lengths, tokens.shape[1])
+    hidden, _ = model.forward(params, CONFIG, tokens, positions, causal_mask(valid))
     return model.logits(params, CONFIG, hidden)
 
 
 def full_logits(params, batch, rollouts):
     """[R, T, V] float64 of one forward pass over prompt and completion: what each token was drawn from."""
-    prompt = batch.prompt_tokens[batch.prompt_of_row]
+    prompt = to_the_right(batch.prompt_tokens, batch.prompt_lengths)[batch.prompt_of_row]
     tokens = np.concatenate([prompt, np.asarray(rollouts.tokens)], axis=1)
     lengths = batch.prompt_lengths[batch.prompt_of_row] + rollouts.tokens.shape[1]
     out = _full_logits(params, tokens, lengths)[:, prompt.shape[1] - 1 : -1]
@@ -169,6 +172,29 @@ def test_refilled_slots_draw_what_slots_of_their_own_do(slots, window, devices):
     same_but_for_near_ties(few(params(), SEED, STEP, longest_first), want)
 
 
+def test_prompts_are_read_once_at_their_widths_and_draw_what_they_do_at_the_longest(monkeypatch):
+    """In three slots: the rows of a prompt begin windows apart, over a cache that grows for the longest."""
+    read, original = [], prefill.read
+
+    def watched(params, config, tokens, lengths):
+        jax.debug.callback(lambda tokens: read.append(np.array(tokens)), tokens)
+        return original(params, config, tokens, lengths)
+
+    batch = make_batch()._replace(expected_tokens=np.array([9, 1, 9, 2, 8, 3, 7, 0], np.float32))
+    want = sampler()(params(), SEED, STEP, batch)
+    monkeypatch.setattr(prefill, "read", watched)
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    sample = make_sampler(CONFIG, SamplerConfig(LIMIT, 0.7, slots=3, window=3), EOS, PAD, mesh, (1, WIDTH))
+    same_but_for_near_ties(sample(params(), SEED, STEP, batch), want)
+    jax.effects_barrier()
+    ahead, read[:] = len(read), []
+    same_but_for_near_ties(sample(params(), SEED, STEP, batch), want)
+    jax.effects_barrier()
+    assert ahead == 2 + PROMPTS  # every width once to compile
+    as_read = [batch.prompt_tokens[i, :width].tolist() for i, width in enumerate((1, WIDTH, WIDTH))]
+    assert sorted(tokens[0].tolist() for tokens in read) == sorted(as_read)
+
+
 @pytest.mark.parametrize("slots", [None, 3])
 def test_a_row_is_cut_at_its_own_limit(slots):
     batch, limits = make_batch(), np.array([1, 2, 3, 1, 1, 2, LIMIT, 1], np.int32)
@@ -199,8 +225,9 @@ def test_steps_of_one_policy_are_drawn_together():
 
 
 def test_cache_sizes_double_up_to_the_limit():
-    assert cache_sizes(10, SamplerConfig(100, window=16)) == (26, 42, 74, 110)
-    assert cache_sizes(10, SamplerConfig(8, window=16)) == (18,)
+    assert cache_sizes((10,), 100, 16) == (26, 42, 74, 110)
+    assert cache_sizes((10,), 8, 16) == (18,)
+    assert cache_sizes((10, 90), 100, 16) == (26, 42, 74, 122, 190)  # of 26 42 74 110, 106 122 154 190
 
 
 def test_a_second_call_with_other_values_compiles_nothing():

@@ -10,10 +10,12 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
+from left_padding import causal_mask, left_padded, to_the_right
 
 import cero_jax
 from cero_jax import model, sharding
 from cero_jax.learner import Batch, Fixed, LearnerConfig, make_learner
+from cero_jax.microbatches import Shape
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig, SamplingBatch, make_sampler, row_keys
 from cero_jax.sharding import MeshConfig
@@ -201,13 +203,14 @@ def close_calls():
     """
     given, tokens = sampling_batch(), rollouts().tokens
     lengths = batch().prompt_lengths + LIMIT
-    texts = np.concatenate([batch().prompt_tokens, tokens], axis=1)
+    prompts = to_the_right(batch().prompt_tokens, batch().prompt_lengths)
+    texts = np.concatenate([prompts, tokens], axis=1)
     keys = row_keys(jnp.uint32(0), jnp.zeros(ROWS, jnp.uint32), given.prompt_ids, given.rollout_index)
 
     @jax.jit
     def chances(params, texts, lengths, keys):
-        valid, positions = model.left_padded(lengths, WIDTH + LIMIT)
-        hidden, _ = model.forward(params, CONFIG, texts, positions, model.causal_mask(valid))
+        valid, positions = left_padded(lengths, WIDTH + LIMIT)
+        hidden, _ = model.forward(params, CONFIG, texts, positions, causal_mask(valid))
         logits = model.logits(params, CONFIG, hidden)[:, WIDTH - 1 : -1]
         folded = jax.vmap(lambda key: jax.vmap(lambda t: jax.random.fold_in(key, t))(jnp.arange(LIMIT)))(keys)
         return jax.nn.softmax(logits, axis=-1), jax.vmap(jax.vmap(jax.random.uniform))(folded)
@@ -293,7 +296,9 @@ def add_on(mesh):
     given = jax.device_put(batch(), sharding.rows(mesh))
     advantages = learner.advantages(given)
     rows = np.arange(ROWS, dtype=np.int32), np.ones(ROWS, bool)
-    return add.lower(summed, params, Fixed({}, None), given, advantages, *rows, limit=LIMIT).compile()
+    return add.lower(
+        summed, params, Fixed({}, None), given, advantages, *rows, shape=Shape(WIDTH + LIMIT, LIMIT)
+    ).compile()
 
 
 def test_a_microbatch_adds_up_gradients_and_no_activations():
@@ -314,7 +319,7 @@ def decode_on(mesh):
     parts = parts_of(make_sampler(CONFIG, SamplerConfig(LIMIT), (1,), 0, mesh))
     weights, slots = parts["copy"].lower(shaped(mesh)).out_info, parts["empty"].lower(ROWS, WIDTH + LIMIT).out_info
     texts = {"tokens": np.zeros((ROWS, WIDTH), np.int32), "lengths": np.ones(ROWS, np.int32)}
-    return parts["run_window"].lower(slots, weights).compile(), parts["read_prompts"].lower(weights, **texts).compile()
+    return parts["run_window"].lower(slots, weights).compile(), parts["read"].lower(weights, **texts).compile()
 
 
 def test_decoding_and_prefill_send_nothing_where_only_rows_are_split():

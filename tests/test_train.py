@@ -3,17 +3,19 @@
 import dataclasses
 import json
 import signal
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 import pytest
-from tiny_run import tiny_config
+from tiny_run import FirstDigit, tiny_config
 
 import train
 from cero_jax import evaluate
 from cero_jax import run as runs
 from cero_jax.allocator.base import AllocatorState
 from cero_jax.checkpoint import is_key
+from cero_jax.data import encode_prompts
 from cero_jax.report.read_run import read_run
 from cero_jax.report.summary import summarise
 from cero_jax.stop_signal import StopSignal
@@ -104,9 +106,30 @@ def rows_agree_with_the_report(rows, found):
     assert [row["ahead"] for row in rows[1:]] == [found.ahead[row["epoch"] - 1] for row in rows[1:]]
 
 
+@dataclass(frozen=True)
+class OfAllLengths(FirstDigit):
+    """The same rows without the dots that make them equally long: 3 to 5 tokens, or 9 to 25."""
+
+    def build(self, seed, tokenizer=None):
+        task = super().build(seed, tokenizer)
+
+        def without_dots(prompts):
+            questions = [question.replace(".", "") for question in prompts.questions]
+            return encode_prompts(questions, prompts.answers, prompts.labels, task.tokenizer)
+
+        return task._replace(train=without_dots(task.train), heldout=without_dots(task.heldout))
+
+
 def test_nothing_compiles_after_the_first_steps(folder):
-    """Over later epochs, whose allocations differ, no jitted function compiles again."""
-    run, state, cursor = runs.start(tiny_config(folder / "compile"))
+    """Over later epochs, whose allocations and prompts' lengths differ, no jitted function compiles again."""
+    shorter = dataclasses.replace(tiny_config("").sampler, max_completion_tokens=8)
+    untaught = dataclasses.replace(tiny_config("").warm_start, num_steps=0)
+    task = OfAllLengths(num_prompts=24, num_heldout=8)
+    changes = {"task": task, "sampler": shorter, "warm_start": untaught}
+    changes["checkpoint_every_steps"] = 2  # the first save compiles too, on several devices: within the first epoch
+    config = tiny_config(folder / "compile", **changes)
+    run, state, cursor = runs.start(config)
+    assert len(runs.widths_of(run.config, run.task.train)) > 1
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: (

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from left_padding import causal_mask, left_padded
 from safetensors.numpy import load_file, save_file
 from tiny_run import tiny_config
 
@@ -72,8 +73,8 @@ def test_logits_are_those_of_transformers(family):
     prompts = [want[f"prompt_{row}"] for row in range(3)]
     width = max(map(len, prompts))
     tokens = np.stack([np.pad(prompt, (width - len(prompt), 0)) for prompt in prompts])
-    valid, positions = model.left_padded(jnp.asarray([len(p) for p in prompts], jnp.int32), width)
-    hidden, _ = forward(params, config, tokens, positions, model.causal_mask(valid))
+    valid, positions = left_padded(jnp.asarray([len(p) for p in prompts], jnp.int32), width)
+    hidden, _ = forward(params, config, tokens, positions, causal_mask(valid))
     got = np.asarray(logits_of(params, config, hidden))
     for row, prompt in enumerate(prompts):
         np.testing.assert_allclose(got[row, width - len(prompt) :], want[f"logits_{row}"], rtol=0, atol=1e-4)
@@ -86,7 +87,7 @@ def test_greedy_decoding_with_the_cache_gives_the_tokens_of_transformers(family)
     prompts = [want[f"prompt_{row}"] for row in range(3)]
     width = max(map(len, prompts))
     batch = SamplingBatch(
-        prompt_tokens=np.stack([np.pad(prompt, (width - len(prompt), 0)) for prompt in prompts]).astype(np.int32),
+        prompt_tokens=np.stack([np.pad(prompt, (0, width - len(prompt))) for prompt in prompts]).astype(np.int32),
         prompt_lengths=np.array([len(prompt) for prompt in prompts], np.int32),
         prompt_of_row=np.arange(3, dtype=np.int32),
         row_mask=np.ones(3, bool),
@@ -110,10 +111,10 @@ def test_each_setting_of_a_family_changes_the_logits(family):
     set_here = [name for name in names if getattr(config, name) != getattr(plain, name)]
     assert len(set_here) == {"qwen2": 0, "qwen3": 0, "llama": 1, "gemma3": 7}[family]
     prompt = np.load(FIXTURES / f"{family}.npz")["prompt_2"]
-    valid, positions = model.left_padded(jnp.asarray([len(prompt)], jnp.int32), len(prompt))
+    valid, positions = left_padded(jnp.asarray([len(prompt)], jnp.int32), len(prompt))
 
     def last(config):
-        hidden, _ = forward(params, config, prompt[None], positions, model.causal_mask(valid))
+        hidden, _ = forward(params, config, prompt[None], positions, causal_mask(valid))
         return np.asarray(logits_of(params, config, hidden[:, -1]))
 
     for name in set_here:
