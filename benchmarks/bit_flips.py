@@ -25,7 +25,7 @@ import numpy as np
 import train
 from cero_jax import run as runs
 from cero_jax.checkpoint import Checkpoints, is_key
-from cero_jax.run import starting_policy
+from cero_jax.initial_policy import starting_policy
 from cero_jax.sharding import make_mesh
 from tests.tiny_run import tiny_config
 
