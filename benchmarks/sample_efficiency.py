@@ -8,7 +8,7 @@
 The question of a user: where does uniform GRPO end with 12,800 rollouts, and what budget takes another arm there? Each
 arm is run with several budgets, each a whole run that falls to its last learning rate. Every arm climbs the same grid
 of learning rate, rows a step and group size from the same place, on seeds that are not judged, until no neighbour is
-better: no chosen setting lies at the grid's edge. Each finished run is a line of sample_efficiency.jsonl and is not run
+better: no chosen setting lies at an edge that could be moved. Each finished run is a line of sample_efficiency.jsonl and is not run
 again: a stopped benchmark goes on. Runs share the machine, one core each; rollouts and steps do not depend on that,
 seconds do.
 """
@@ -31,10 +31,10 @@ from cero_jax.grpo import WITHOUT_GROUP
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "sample_efficiency.jsonl"
-WHOLE, THIRD, SIXTH = 12_800, 4_266, 2_133
-BUDGETS = (1_600, SIXTH, 3_200, THIRD, 6_400, WHOLE)  # rollouts
+WHOLE, THIRD, EIGHTH = 12_800, 4_266, 1_600
+BUDGETS = (800, EIGHTH, 3_200, THIRD, 6_400, WHOLE)  # rollouts
 RATES = (6e-5, 9e-5, 1.25e-4, 1.8e-4, 2.5e-4, 3.5e-4, 5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3)
-ROWS = (2, 4, 8, 16, 32, 64)  # of an optimiser step
+ROWS = (2, 4, 8, 16, 32, 64)  # of an optimiser step, which has two at least
 GROUPS = (1, 2, 4, 8, 16, 32)
 START = (5e-4, 8, 4)  # learning rate, rows, group
 TUNING_SEEDS, SEEDS = (100, 101, 102, 103, 104), (0, 1, 2, 3, 4)
@@ -52,10 +52,10 @@ class Arm(NamedTuple):
 ARMS = {
     "uniform": Arm("uniform", "grpo", WHOLE),  # tuned for the end that the others are to reach
     "uniform + posterior": Arm("uniform", "posterior"),
-    "uniform + reward": Arm("uniform", "reward", SIXTH),
+    "uniform + reward": Arm("uniform", "reward", EIGHTH),
     "cero": Arm("cero", "grpo"),
     "cero + posterior": Arm("cero", "posterior"),
-    "cero + reward": Arm("cero", "reward", SIXTH),
+    "cero + reward": Arm("cero", "reward", EIGHTH),
     "dynamic": Arm("uniform", "grpo", WHOLE, dynamic_sampling=True),  # DAPO
 }
 MAIN = ("uniform", "uniform + posterior", "uniform + reward", "cero", "cero + posterior", "cero + reward")
@@ -178,12 +178,12 @@ def end(result: dict) -> float:
 
 
 def neighbours(setting: Setting, least_group: int) -> list[Setting]:
-    """The settings one step away along each axis. Raises ValueError at the edge of the grid."""
+    """The settings one step away along each axis. Raises ValueError at an edge of the grid that could be moved."""
     found = []
     for field, grid in zip(Setting._fields, (RATES, ROWS, GROUPS), strict=True):
         place = grid.index(getattr(setting, field))
         least = least_group if field == "group" else grid[0]
-        if place == len(grid) - 1 or (place == 0 and field != "group"):
+        if place == len(grid) - 1 or (place == 0 and field == "learning_rate"):
             raise ValueError(f"{setting} lies at the edge of the grid: widen {field}")
         around = [grid[i] for i in (place - 1, place + 1) if i >= 0 and grid[i] >= least]
         found += [setting._replace(**{field: value}) for value in around]
@@ -288,10 +288,10 @@ def judge(
         cells += [f"{saved['ratio']:.2f} ({saved['low']:.2f} to {saved['high']:.2f}{censored})"]
         print(f"| {arm} | {' | '.join(cells)} |")
         print(f"  seed by seed: {saved['ratios']}", flush=True)
-    few = budgets.index(THIRD) + 1  # under the advantage that needs least, with more both are at the top
+    few = budgets.index(EIGHTH) + 1  # under the advantage that needs least: with more both are at the top
     saved = savings(ends["uniform + reward"][:, :few], ends["cero + reward"][:, :few], budgets[:few])
     print(
-        f"by the allocation alone, cero + reward to where uniform + reward ends with {THIRD:,}: {saved['ratio']:.2f} "
+        f"by the allocation alone, cero + reward to where uniform + reward ends with {EIGHTH:,}: {saved['ratio']:.2f} "
         f"({saved['low']:.2f} to {saved['high']:.2f}; {saved['censored']} never) {saved['ratios']}"
     )
     return ends
