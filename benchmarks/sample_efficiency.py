@@ -8,9 +8,9 @@
 The question of a user: where does uniform GRPO end with 12,800 rollouts, and what budget takes another arm there? Each
 arm is run with several budgets, each a whole run that falls to its last learning rate. Every arm climbs the same grid
 of learning rate, rows a step and group size from the same place, on seeds that are not judged, until no neighbour is
-better: no chosen setting lies at an edge that could be moved. Each finished run is a line of sample_efficiency.jsonl and is not run
-again: a stopped benchmark goes on. Runs share the machine, one core each; rollouts and steps do not depend on that,
-seconds do.
+better: no chosen setting lies at an edge that could be moved. Each finished run is a line of sample_efficiency.jsonl
+and is not run again: a stopped benchmark goes on. Runs share the machine, one core each; rollouts and steps do not
+depend on that, seconds do.
 """
 
 import argparse
