@@ -8,9 +8,9 @@
 The question of a user: where does uniform GRPO end with 12,800 rollouts, and what budget takes another arm there? Each
 arm is run with several budgets, each a whole run that falls to its last learning rate. Every arm climbs the same grid
 of learning rate, rows a step and group size from the same place, on seeds that are not judged, until no neighbour is
-better: no chosen setting lies at the grid's edge. Each finished run is a line of sample_efficiency.jsonl and is not run
-again: a stopped benchmark goes on. Runs share the machine, one core each; rollouts and steps do not depend on that,
-seconds do.
+better: no chosen setting lies at an edge that could be moved. Each finished run is a line of sample_efficiency.jsonl
+and is not run again: a stopped benchmark goes on. Runs share the machine, one core each; rollouts and steps do not
+depend on that, seconds do.
 """
 
 import argparse
@@ -31,31 +31,33 @@ from cero_jax.grpo import WITHOUT_GROUP
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "sample_efficiency.jsonl"
-WHOLE, THIRD, SIXTH = 12_800, 4_266, 2_133
-BUDGETS = (1_600, SIXTH, 3_200, THIRD, 6_400, WHOLE)  # rollouts
+WHOLE, THIRD, EIGHTH = 12_800, 4_266, 1_600
+BUDGETS = (800, EIGHTH, 3_200, THIRD, 6_400, WHOLE)  # rollouts
+LATE, EARLY = BUDGETS[2:], (*BUDGETS[:3], WHOLE)  # where an arm is judged: around where it reaches uniform's end
 RATES = (6e-5, 9e-5, 1.25e-4, 1.8e-4, 2.5e-4, 3.5e-4, 5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3)
-ROWS = (2, 4, 8, 16, 32, 64)  # of an optimiser step
+ROWS = (2, 4, 8, 16, 32, 64)  # of an optimiser step, which has two at least
 GROUPS = (1, 2, 4, 8, 16, 32)
 START = (5e-4, 8, 4)  # learning rate, rows, group
 TUNING_SEEDS, SEEDS = (100, 101, 102, 103, 104), (0, 1, 2, 3, 4)
 
 
 class Arm(NamedTuple):
-    """A method: what it is made of, and the budget with which it is tuned."""
+    """A method: what it is made of, the budget with which it is tuned, and those with which it is judged."""
 
     allocator: str
     advantage: str
     budget: int = THIRD
+    judged: tuple[int, ...] = LATE
     dynamic_sampling: bool = False
 
 
 ARMS = {
     "uniform": Arm("uniform", "grpo", WHOLE),  # tuned for the end that the others are to reach
     "uniform + posterior": Arm("uniform", "posterior"),
-    "uniform + reward": Arm("uniform", "reward", SIXTH),
+    "uniform + reward": Arm("uniform", "reward", EIGHTH, EARLY),
     "cero": Arm("cero", "grpo"),
     "cero + posterior": Arm("cero", "posterior"),
-    "cero + reward": Arm("cero", "reward", SIXTH),
+    "cero + reward": Arm("cero", "reward", EIGHTH, EARLY),
     "dynamic": Arm("uniform", "grpo", WHOLE, dynamic_sampling=True),  # DAPO
 }
 MAIN = ("uniform", "uniform + posterior", "uniform + reward", "cero", "cero + posterior", "cero + reward")
@@ -72,7 +74,7 @@ class Setting(NamedTuple):
 def cell(arm: str | Arm, setting: Setting, seed: int, budget: int, wrong_share: float = 0.4, **flags) -> dict:
     """What identifies a run."""
     arm = ARMS[arm] if isinstance(arm, str) else arm
-    of_arm = {key: value for key, value in arm._asdict().items() if key != "budget"}
+    of_arm = {key: value for key, value in arm._asdict().items() if key not in ("budget", "judged")}
     return {**of_arm, **setting._asdict(), "seed": seed, "budget": budget, "wrong_share": wrong_share, "flags": flags}
 
 
@@ -178,12 +180,12 @@ def end(result: dict) -> float:
 
 
 def neighbours(setting: Setting, least_group: int) -> list[Setting]:
-    """The settings one step away along each axis. Raises ValueError at the edge of the grid."""
+    """The settings one step away along each axis. Raises ValueError at an edge of the grid that could be moved."""
     found = []
     for field, grid in zip(Setting._fields, (RATES, ROWS, GROUPS), strict=True):
         place = grid.index(getattr(setting, field))
         least = least_group if field == "group" else grid[0]
-        if place == len(grid) - 1 or (place == 0 and field != "group"):
+        if place == len(grid) - 1 or (place == 0 and field == "learning_rate"):
             raise ValueError(f"{setting} lies at the edge of the grid: widen {field}")
         around = [grid[i] for i in (place - 1, place + 1) if i >= 0 and grid[i] >= least]
         found += [setting._replace(**{field: value}) for value in around]
@@ -236,15 +238,15 @@ def budget_needed(budgets: tuple[int, ...], ends: np.ndarray, target: float) -> 
     return float(np.exp(np.interp(target, fitted[i - 1 : i + 1], np.log(budgets[i - 1 : i + 1]))))
 
 
-def savings(uniform: np.ndarray, other: np.ndarray, budgets: tuple[int, ...] = BUDGETS) -> dict:
-    """How many times fewer rollouts `other` needs to end where uniform does with the whole budget.
+def savings(target: np.ndarray, whole: int, ends: np.ndarray, budgets: tuple[int, ...]) -> dict:
+    """How many times fewer rollouts than `whole` end at `target`.
 
-    uniform, other: [seeds, budgets] accuracies at the end. Geometric mean over seeds with a bootstrap interval. A
-    seed that never gets there is `censored` and counts as the whole budget; one that is there with the least counts as
-    that.
+    target: [seeds] accuracies that `whole` rollouts of another arm end at; ends: [seeds, budgets]. Geometric mean over
+    seeds with a bootstrap interval. A seed that never gets there is `censored` and counts as the whole budget; one that
+    is there with the least counts as that.
     """
-    needs = [budget_needed(budgets, theirs, ours[-1]) for ours, theirs in zip(uniform, other, strict=True)]
-    ratio = np.log(budgets[-1] / np.minimum(needs, budgets[-1]))
+    needs = [budget_needed(budgets, row, wanted) for wanted, row in zip(target, ends, strict=True)]
+    ratio = np.log(whole / np.minimum(needs, whole))
     # Paired: a seed brings both sides.
     draws = np.random.default_rng(0).choice(ratio, (10_000, len(ratio))).mean(axis=1)
     low, high = np.exp(np.quantile(draws, [0.025, 0.975]))
@@ -261,40 +263,40 @@ def mean_and_error(values) -> str:
     return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
 
 
-def judge(
-    best: dict[str, Setting], seeds: tuple[int, ...], wrong_share: float, budgets: tuple[int, ...] = BUDGETS
-) -> dict[str, np.ndarray]:
-    """Run each arm at its setting with every budget, print the table; each arm's accuracies [seeds, budgets]."""
+def judge(best: dict[str, Setting], wrong_share: float) -> dict[str, np.ndarray]:
+    """Run each arm at its setting with its budgets, print the table; each arm's accuracies [seeds, budgets]."""
     found = {
-        arm: run_all([cell(arm, best[arm], seed, budget, wrong_share) for seed in seeds for budget in budgets])
+        arm: run_all([cell(arm, best[arm], seed, b, wrong_share) for seed in SEEDS for b in ARMS[arm].judged])
         for arm in best
     }
-    ends = {arm: np.array([end(r) for r in results]).reshape(len(seeds), -1) for arm, results in found.items()}
-    print(f"\n{wrong_share:.0%} wrong gold answers, seeds {seeds[0]} to {seeds[-1]}")
+    ends = {arm: np.array([end(r) for r in results]).reshape(len(SEEDS), -1) for arm, results in found.items()}
+    print(f"\n{wrong_share:.0%} wrong gold answers, seeds {SEEDS[0]} to {SEEDS[-1]}")
     print(
         "| accuracy at the end of | "
-        + " | ".join(f"{budget:,}" for budget in budgets)
+        + " | ".join(f"{budget:,}" for budget in BUDGETS)
         + " | worst | optimiser steps | seconds | rows with variance | rollouts on wrong gold | times fewer rollouts "
-        "to uniform's end (95 %) |\n" + "|---" * (len(budgets) + 7) + "|"
+        "to uniform's end (95 %) |\n" + "|---" * (len(BUDGETS) + 7) + "|"
     )
     for arm, results in found.items():
+        budgets = ARMS[arm].judged
         whole = results[len(budgets) - 1 :: len(budgets)]
-        saved = savings(ends["uniform"], ends[arm], budgets)
-        censored = f", {saved['censored']} never" if saved["censored"] else ""
-        cells = [mean_and_error(column) for column in ends[arm].T]
-        cells += [f"{ends[arm][:, -1].min():.3f}"]
+        saved = savings(ends["uniform"][:, -1], WHOLE, ends[arm], budgets)
+        column = dict(zip(budgets, map(mean_and_error, ends[arm].T), strict=True))
+        cells = [column.get(budget, "") for budget in BUDGETS] + [f"{ends[arm][:, -1].min():.3f}"]
         cells += [f"{np.mean([r['curve'][-1][i] for r in whole]):.0f}" for i in (1, 3)]
         cells += [f"{np.mean([r[key] for r in results]):.0%}" for key in ("live_share", "wrong_gold_share")]
-        cells += [f"{saved['ratio']:.2f} ({saved['low']:.2f} to {saved['high']:.2f}{censored})"]
-        print(f"| {arm} | {' | '.join(cells)} |")
-        print(f"  seed by seed: {saved['ratios']}", flush=True)
-    few = budgets.index(THIRD) + 1  # under the advantage that needs least, with more both are at the top
-    saved = savings(ends["uniform + reward"][:, :few], ends["cero + reward"][:, :few], budgets[:few])
-    print(
-        f"by the allocation alone, cero + reward to where uniform + reward ends with {THIRD:,}: {saved['ratio']:.2f} "
-        f"({saved['low']:.2f} to {saved['high']:.2f}; {saved['censored']} never) {saved['ratios']}"
-    )
+        print(f"| {arm} | {' | '.join(cells)} | {in_words(saved)} |\n  seed by seed: {saved['ratios']}", flush=True)
+    # The allocation alone, under the advantage that needs least: with more than this both are at the top.
+    place = EARLY.index(EIGHTH)
+    saved = savings(ends["uniform + reward"][:, place], EIGHTH, ends["cero + reward"], EARLY)
+    print(f"cero + reward to where uniform + reward ends with {EIGHTH:,}: {in_words(saved)}, {saved['ratios']}")
     return ends
+
+
+def in_words(saved: dict) -> str:
+    """A saving with its interval, and how many seeds never got there."""
+    censored = f", {saved['censored']} never" if saved["censored"] else ""
+    return f"{saved['ratio']:.2f} ({saved['low']:.2f} to {saved['high']:.2f}{censored})"
 
 
 def draw(ends: dict[str, np.ndarray], output: Path) -> None:
@@ -309,7 +311,7 @@ def draw(ends: dict[str, np.ndarray], output: Path) -> None:
     names = {"uniform": "uniform (GRPO)"}
     figure, axis = plt.subplots(figsize=(8, 4.8))
     for place, (arm, values) in enumerate(ends.items()):
-        x = np.array(BUDGETS) * 1.02 ** (place - 2.5)  # beside one another
+        x = np.array(ARMS[arm].judged) * 1.02 ** (place - 2.5)  # beside one another
         mean, error = values.mean(axis=0), values.std(axis=0, ddof=1) / len(values) ** 0.5
         axis.errorbar(x, mean, error, color=colours[arm], label=names.get(arm, arm), lw=2, marker="o", capsize=3)
         axis.plot(x, values.T, ".", color=colours[arm], alpha=0.4, ms=5)
@@ -360,13 +362,13 @@ def main() -> None:
     print(f"best settings: {best}", flush=True)
     if args.mixes:
         for mix in (0.6, 0.0, 0.2):
-            judge({arm: best[arm] for arm in ("uniform", "uniform + reward", "cero", "cero + reward")}, SEEDS, mix)
+            judge({arm: best[arm] for arm in ("uniform", "uniform + reward", "cero", "cero + reward")}, mix)
     elif args.effects:
         effects(best["uniform"])
     elif args.allocators:
         allocators(best)
     else:
-        draw(judge(best, SEEDS, 0.4), HERE / "sample_efficiency.png")
+        draw(judge(best, 0.4), HERE / "sample_efficiency.png")
 
 
 if __name__ == "__main__":
