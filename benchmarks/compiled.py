@@ -224,7 +224,8 @@ def functions(given: Setting) -> Functions:
     made = learner.make_learner(given.model, given.vocab_size, given.learner, given.sampler.temperature, mesh)
     sample = sampler.make_sampler(given.model, given.sampler, (given.vocab_size - 1,), 0, mesh)
     # Out of their closures: nothing but this has a use for them one by one.
-    learning, sampling = inspect.getclosurevars(made.step).nonlocals, inspect.getclosurevars(sample).nonlocals
+    learning, sampling = inspect.getclosurevars(made.step).nonlocals, dict(inspect.getclosurevars(sample).nonlocals)
+    sampling |= inspect.getclosurevars(sampling["with_room"]).nonlocals
 
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.rows(mesh))

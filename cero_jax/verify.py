@@ -103,7 +103,8 @@ def probe(task: Task) -> None:
     Raises ValueError where that fails, before anything is drawn. A verifier that times out is only warned of: the first
     call may be slow.
     """
-    question, answer = task.train.questions[0], task.train.answers[0]
+    prompts = task.train if task.train.questions else task.heldout  # of an evaluation alone
+    question, answer = prompts.questions[0], prompts.answers[0]
     (found,) = judge(task, [(question, answer, answer)])
     if found.status == ERROR:
         raise ValueError(

@@ -88,9 +88,9 @@ def test_a_task_of_a_config_file_goes_through_every_command(tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     saved = json.loads((run / "config.json").read_text())
     assert saved["task"]["class"] == {"name": "Equations", "file": CONFIG}
-    assert "has spent its budget" in again()
     other = command("train.py", CONFIG, *SMALL, f"--work-dir={run}", "--task.train-of-kind=3")
     assert "task.train_of_kind was 2 and is 3" in other.stderr
+    assert "has spent its budget" in again()
     longer = again("--allocator.total-budget=80", "--allocator.num-epochs=5", "--extend=True")
     assert "80 rollouts spent" in longer
     measured = command("-m", "cero_jax.evaluate", run, "--samples=2")

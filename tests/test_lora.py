@@ -165,9 +165,9 @@ def test_a_sharded_step_is_that_of_one_device():
 
 
 def test_the_memory_of_gradients_and_optimiser_is_that_of_the_adapters():
-    sizes = {"prompt_tokens": WIDTH, "min_group": 2}
+    others = VOCAB, LEARNER, SamplerConfig(), EvaluationConfig(rows=8), one_device()
     adapted, plain = (
-        memory.estimate(config, VOCAB, LEARNER, SamplerConfig(), one_device(), **sizes) for config in (ADAPTED, PLAIN)
+        memory.estimate(config, *others, prompt_widths=(WIDTH,), min_group=2) for config in (ADAPTED, PLAIN)
     )
     number = sum(leaf.size for leaf in jax.tree.leaves(parameters()[1]))
     assert adapted.optimizer == adapted.gradients == 8 * number < plain.optimizer

@@ -272,8 +272,11 @@ def test_an_allocation_is_that_of_one_device(mesh_config):
 
 
 def parts_of(function):
-    """The jitted functions that a sampler or a learner's step calls."""
-    return inspect.getclosurevars(function).nonlocals
+    """The jitted functions that a sampler or a learner's step calls, itself or through plain functions of its own."""
+    parts = dict(inspect.getclosurevars(function).nonlocals)
+    for inner in [each for each in parts.values() if inspect.isfunction(each) and not hasattr(each, "lower")]:
+        parts |= inspect.getclosurevars(inner).nonlocals
+    return parts
 
 
 def exchanged(compiled):
@@ -331,4 +334,5 @@ def test_decoding_over_split_heads_sends_hidden_states_and_gathers_nothing():
     mesh = sharding.make_mesh(MESHES["data 2 x fsdp 2 x tensor 2"])
     found = exchanged(decode_on(mesh)[0])
     assert {each.kind for each in found} <= {"all-reduce", "collective-permute"}
-    assert max(each.bytes for each in found) == ROWS // sharding.row_shards(mesh) * CONFIG.width * 4
+    a_few = 4  # numbers a row, of the vocabulary's parts
+    assert max(each.bytes for each in found) <= ROWS // sharding.row_shards(mesh) * (CONFIG.width + a_few) * 4

@@ -33,12 +33,12 @@ def main(args: Sequence[str] | None = None) -> None:
             print(prompt_history(read_run(parsed.runs[0]), parsed.prompt))
         elif parsed.html:
             write_page(read_run(parsed.runs[0]), parsed.html)
-            print(printable(parsed.html))
+            print(printable(str(parsed.html)))
         else:
             draw_report(parsed.runs, parsed.output)
             for run in parsed.runs:
                 print(printable(describe(read_run(run))), end="\n\n")
-            print(printable(parsed.output))
+            print(printable(str(parsed.output)))
     except (OSError, ValueError) as error:
         parser.error(printable(str(error)))
 
