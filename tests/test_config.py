@@ -254,7 +254,13 @@ def test_help_lists_every_field_with_its_units():
 
 
 def test_bad_input_is_one_line_and_not_a_traceback(tmp_path):
-    done = run_train(CHAIN_SUM, f"--work-dir={tmp_path}", "--allocator.total-budget=2", "--allocator.num-epochs=1")
+    given = (
+        "--allocator.total-budget=2",
+        "--allocator.num-epochs=1",
+        "--allocator.min-group=4",
+        "--allocator.max-group=8",
+    )
+    done = run_train(CHAIN_SUM, f"--work-dir={tmp_path}", *given, "--learner.rows-per-step=8")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: allocator.total_budget=2 is smaller than one group")
