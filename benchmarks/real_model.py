@@ -1,16 +1,16 @@
-"""Does it pay on a real model? Allocations and advantages on graded equations, each arm at its best rate.
+"""Does it pay on a real model? Allocations and advantages on graded equations, each arm at its best setting.
 
     python benchmarks/real_model.py headroom models/smollm2-135m-instruct   # is there anything to allocate?
     python benchmarks/real_model.py train models/smollm2-135m-instruct      # tune every arm, judge it on other seeds
 
 benchmarks/model_folder.py makes the folder; configs/equations.py is the task: 288 equations of twelve kinds, of which
-the model as it comes gets some nearly always right, most sometimes and some never. An arm's rate climbs one grid from
-one place on seeds that are not judged, until no neighbour is better. Then `uniform` with GRPO spends the whole budget,
-and each other arm spends the whole and two thirds of it: one that ends as high with two thirds saves 1.5 times.
+the model as it comes gets some nearly always right, most sometimes and some never. Every arm climbs one grid of
+learning rate and rows a step from one place, on seeds that are not judged, until no neighbour is better. `uniform` with
+GRPO is then judged with the whole budget, each other arm with several: where does it reach what `uniform` ends at?
 
-Accuracy is over 192 held-out equations, two samples each, at temperature 1. Each finished run is a line of
-real_model.jsonl and is not run again; a stopped benchmark goes on. One run at a time, on the cores that the benchmark
-is given. Intervals are over seeds.
+Accuracy is over 192 held-out equations, four samples each, at temperature 1. Each finished run is a line of
+real_model.jsonl and is not run again; a stopped benchmark goes on. `--workers` runs go at once, which share the device;
+rollouts and accuracy do not depend on that, seconds do. Intervals are over seeds.
 
 The model that a run exports can be read back by transformers; the difference of its logits:
 
@@ -25,47 +25,65 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from sample_efficiency import in_words, mean_and_error, savings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "real_model.jsonl"
 CONFIG = HERE.parent / "configs/equations.py"
-WHOLE, LESS = 1_536, 1_024  # rollouts
-RATES = (1.25e-6, 2.5e-6, 5e-6, 1e-5, 2e-5, 4e-5, 8e-5)
-START = 1e-5
+WHOLE = 1_536  # rollouts
+RATES = (1.25e-6, 2.5e-6, 5e-6, 1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4)
+ROWS = (2, 4, 8, 16, 32, 64)  # of an optimiser step
 TUNING_SEEDS, SEEDS = (100, 101), (0, 1, 2, 3, 4)
 CONTEXT = ("3 + 4 = 7", "9 + 8 = 17", "23 + 14 = 37")  # before what `reference` and `compare` are asked
 
 
 class Arm(NamedTuple):
-    """A method: flags of train.py."""
+    """A method: flags of train.py, the budget with which it is tuned, and those with which it is judged."""
 
     allocator: str
     advantage: str
     group: int  # rollouts of the smallest, and of all under `uniform`
+    budget: int
+    judged: tuple[int, ...]
+    matched: bool = False  # the counts of such a run, each prompt's given to another prompt
 
 
+HALF = WHOLE // 2
+LATE, EARLY = (HALF, 2 * WHOLE // 3, WHOLE), (WHOLE // 4, HALF, 2 * WHOLE // 3, WHOLE)
 ARMS = {
-    "uniform": Arm("uniform", "grpo", 4),
-    "cero": Arm("cero", "grpo", 4),
-    "uniform + reward": Arm("uniform", "reward", 1),
-    "cero + reward": Arm("cero", "reward", 1),
-    "cero + posterior": Arm("cero", "posterior", 1),
-    "cero_dual": Arm("cero_dual", "grpo", 4),
+    "uniform": Arm("uniform", "grpo", 4, WHOLE, (WHOLE,)),
+    "cero": Arm("cero", "grpo", 4, WHOLE, LATE),
+    "uniform + reward": Arm("uniform", "reward", 1, HALF, EARLY),
+    "cero + reward": Arm("cero", "reward", 1, HALF, EARLY),
+    "cero + posterior": Arm("cero", "posterior", 1, WHOLE, LATE),
+    "cero + reward, prompts permuted": Arm("cero", "reward", 1, HALF, EARLY, matched=True),
+    "cero_dual": Arm("cero_dual", "grpo", 4, WHOLE, LATE),
 }
 
 
-def cell(folder: Path, arm: str, learning_rate: float, seed: int, budget: int) -> dict:
+class Setting(NamedTuple):
+    """What is tuned."""
+
+    learning_rate: float
+    rows: int
+
+
+START = Setting(2e-5, 8)
+
+
+def cell(folder: Path, arm: str, setting: Setting, seed: int, budget: int) -> dict:
     """What identifies a run."""
-    of_arm = ARMS[arm]._asdict()
-    return {"model": folder.name, **of_arm, "learning_rate": learning_rate, "seed": seed, "budget": budget}
+    of_arm = {key: value for key, value in ARMS[arm]._asdict().items() if key not in ("budget", "judged")}
+    return {"model": folder.name, **of_arm, **setting._asdict(), "seed": seed, "budget": budget}
 
 
 def command(folder: Path, cell: dict) -> list[str]:
-    """The train.py call of one run."""
+    """The arguments of train.py for one run."""
     flags = {
         "model-folder": folder.absolute(),
         "seed": cell["seed"],
@@ -73,20 +91,28 @@ def command(folder: Path, cell: dict) -> list[str]:
         "allocator.total-budget": cell["budget"],
         "allocator.min-group": cell["group"],
         "allocator.group-size": cell["group"],
+        "allocator.max-group": max(cell["group"], min(16, cell["rows"])),
         "learner.advantage": cell["advantage"],
         "learner.learning-rate": cell["learning_rate"],
-        "evaluation.every-rollouts": cell["budget"],
+        "learner.rows-per-step": cell["rows"],
+        "learner.rows-per-microbatch": min(16, cell["rows"]),
+        "evaluation.every-rollouts": cell["budget"] // 4,
     }
-    return [sys.executable, str(HERE.parent / "train.py"), str(CONFIG), *(f"--{k}={v}" for k, v in flags.items())]
+    return [str(CONFIG), *(f"--{k}={v}" for k, v in flags.items())]
 
 
 def run(folder: Path, cell: dict) -> dict:
     """Train once; the cell, its curve, what was right of each kind, and which kinds got the rollouts."""
     with tempfile.TemporaryDirectory(dir=os.environ.get("SCRATCH")) as scratch:
-        directory = Path(scratch) / "run"
-        done = subprocess.run([*command(folder, cell), f"--work-dir={directory}"], capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command(folder, cell))} failed:\n{done.stderr[-3000:]}")
+        directory, python, flags = Path(scratch) / "run", sys.executable, command(folder, cell)
+        calls = [[python, str(HERE.parent / "train.py"), *flags, f"--work-dir={directory}"]]
+        if cell["matched"]:
+            source, directory = directory, Path(scratch) / "matched"
+            calls += [[python, str(HERE / "matched.py"), str(source), *flags, f"--work-dir={directory}"]]
+        for call in calls:
+            done = subprocess.run(call, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"{' '.join(call)} failed:\n{done.stderr[-3000:]}")
         rows = [json.loads(line) for line in (directory / "metrics.jsonl").open()]
         timings = [json.loads(line) for line in (directory / "timings.jsonl").open()]
         labels = json.loads((directory / "prompts.json").read_text())["labels"]
@@ -102,7 +128,7 @@ def run(folder: Path, cell: dict) -> dict:
         "after": evals[-1]["accuracy_by_label"],
         "rollouts": rollouts,
         "live_share": round(float(np.average([row["live_share"] for row in steps], weights=drawn)), 4),
-        "seconds": round(sum(value for row in timings for key, value in row.items() if key.endswith("_seconds"))),
+        "seconds": round(sum(value for row in timings for key, value in row.items() if key.endswith("_seconds")), 1),
     }
 
 
@@ -114,14 +140,17 @@ def finished() -> dict[str, dict]:
     return {json.dumps({key: line[key] for key in keys}): line for line in map(json.loads, RESULTS.open())}
 
 
-def run_all(folder: Path, cells: list[dict]) -> list[dict]:
+def run_all(folder: Path, cells: list[dict], workers: Executor) -> list[dict]:
     """Every cell's result, running those that are not there yet."""
-    for each in cells:
-        if json.dumps(each) not in finished():
-            line = json.dumps(run(folder, each))
-            with RESULTS.open("a") as file:
-                file.write(line + "\n")
-            print("  " + " ".join(str(value) for value in each.values()), json.loads(line)["curve"], flush=True)
+
+    def one(each: dict) -> None:
+        line = json.dumps(run(folder, each))
+        with RESULTS.open("a") as file:
+            file.write(line + "\n")
+        print("  " + " ".join(str(value) for value in each.values()), json.loads(line)["curve"], flush=True)
+
+    there = finished()
+    list(workers.map(one, [each for each in cells if json.dumps(each) not in there]))
     there = finished()
     return [there[json.dumps(each)] for each in cells]
 
@@ -131,30 +160,32 @@ def end(result: dict) -> float:
     return result["curve"][-1][2]
 
 
-def tuned(folder: Path, arm: str) -> float:
-    """The rate where a climb from START ends, by the mean accuracy with the whole budget on the tuning seeds.
+def neighbours(setting: Setting) -> list[Setting]:
+    """The settings one step away along each axis. Raises ValueError at an edge of the grid that could be moved."""
+    rate, rows = RATES.index(setting.learning_rate), ROWS.index(setting.rows)
+    if rate in (0, len(RATES) - 1) or rows == len(ROWS) - 1:
+        raise ValueError(f"{setting} lies at an edge of the grid: widen it")
+    places = [(rate - 1, rows), (rate + 1, rows), (rate, rows + 1)] + [(rate, rows - 1)] * (rows > 0)
+    return [Setting(RATES[i], ROWS[j]) for i, j in places]
 
-    Raises ValueError at an end of RATES.
-    """
-    scores: dict[float, float] = {}
 
-    def score(rate: float) -> None:
-        if rate not in scores:
-            results = run_all(folder, [cell(folder, arm, rate, seed, WHOLE) for seed in TUNING_SEEDS])
-            scores[rate] = float(np.mean([end(r) for r in results]))
+def tuned(folder: Path, arm: str, workers: Executor) -> Setting:
+    """Where a climb from START ends, by the mean accuracy at the end of the arm's budget on the tuning seeds."""
+    scores: dict[Setting, float] = {}
 
-    score(START)
+    def score(settings: list[Setting]) -> None:
+        new = [s for s in settings if s not in scores and s.rows >= ARMS[arm].group]
+        cells = [cell(folder, arm, s, seed, ARMS[arm].budget) for s in new for seed in TUNING_SEEDS]
+        ends = np.array([end(r) for r in run_all(folder, cells, workers)]).reshape(len(new), len(TUNING_SEEDS))
+        scores.update(zip(new, ends.mean(axis=1).tolist(), strict=True))
+
+    score([START, *neighbours(START)])
     while True:
-        best = max(scores, key=lambda rate: scores[rate])
-        place = RATES.index(best)
-        if place in (0, len(RATES) - 1):
-            raise ValueError(f"{arm}: the best rate {best:g} is at the end of RATES: widen it")
-        around = (RATES[place - 1], RATES[place + 1])
-        if all(rate in scores for rate in around):
-            print(f"{arm}: " + ", ".join(f"{rate:g} {scores[rate]:.3f}" for rate in sorted(scores)), flush=True)
+        best, seen = max(scores, key=lambda s: scores[s]), len(scores)
+        score(neighbours(best))
+        if len(scores) == seen:
+            print(f"{arm}: " + ", ".join(f"{s.learning_rate:g} x {s.rows} {scores[s]:.3f}" for s in sorted(scores)))
             return best
-        for rate in around:
-            score(rate)
 
 
 def interval(values: np.ndarray) -> str:
@@ -164,36 +195,37 @@ def interval(values: np.ndarray) -> str:
     return f"{100 * values.mean():+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-def judge(folder: Path, best: dict[str, float]) -> None:
-    """Run each arm on the judged seeds and print the tables."""
-    results = {
-        (arm, budget): run_all(folder, [cell(folder, arm, best[arm], seed, budget) for seed in SEEDS])
-        for arm in best
-        for budget in ((WHOLE,) if arm == "uniform" else (WHOLE, LESS))
-    }
-    uniform = np.array([end(r) for r in results["uniform", WHOLE]])
-    print(f"\n{folder.name}, seeds {SEEDS[0]} to {SEEDS[-1]}; before {results['uniform', WHOLE][0]['curve'][0][2]:.3f}")
+def judge(folder: Path, best: dict[str, Setting], results: dict[str, list[list[dict]]]) -> None:
+    """Print the tables. results: of each arm, for each seed, one for each budget that it is judged with."""
+    ends = {arm: np.array([[end(r) for r in of_seed] for of_seed in some]) for arm, some in results.items()}
+    uniform = ends["uniform"][:, -1]
+    before = np.mean([of_seed[0]["curve"][0][2] for of_seed in results["uniform"]])
+    print(f"\n{folder.name}, seeds {SEEDS[0]} to {SEEDS[-1]}; before {before:.3f}")
     print(
-        f"| arm | rate | rollouts | accuracy at the end | worst | over uniform's {WHOLE:,}, points (95 %) | steps "
-        "| rows with variance | seconds |\n|---|---|---|---|---|---|---|---|---|"
+        "| arm | rate, rows a step | accuracy at the end of "
+        + " | ".join(f"{budget:,}" for budget in EARLY)
+        + " | worst | over uniform's end, points (95 %) | steps | rows with variance | times fewer rollouts to "
+        "uniform's end (95 %) |\n" + "|---" * (len(EARLY) + 7) + "|"
     )
-    for (arm, budget), some in results.items():
-        ends = np.array([end(r) for r in some])
-        means = [np.mean([r[key] for r in some]) for key in ("live_share", "seconds")]
-        steps = np.mean([r["curve"][-1][1] for r in some])
-        print(
-            f"| {arm} | {best[arm]:g} | {budget:,} | {ends.mean():.3f} | {ends.min():.3f} | {interval(ends - uniform)} "
-            f"| {steps:.0f} | {means[0]:.0%} | {means[1]:.0f} |"
-        )
-    whole = {arm: some for (arm, budget), some in results.items() if budget == WHOLE}
-    print("\n| digits | before | " + " | ".join(f"{arm}, rollouts" for arm in whole) + " |\n|---" + "|---" * 7 + "|")
-    for kind in whole["uniform"][0]["after"]:
+    for arm, some in results.items():
+        column = dict(zip(ARMS[arm].judged, map(mean_and_error, ends[arm].T), strict=True))
+        saved = savings(uniform, WHOLE, ends[arm], ARMS[arm].judged)
+        whole = [of_seed[-1] for of_seed in some]
+        cells = [f"{best[arm].learning_rate:g}, {best[arm].rows}", *(column.get(budget, "") for budget in EARLY)]
+        cells += [f"{ends[arm][:, -1].min():.3f}", interval(ends[arm][:, -1] - uniform)]
+        cells += [f"{np.mean([r['curve'][-1][1] for r in whole]):.0f}"]
+        cells += [f"{np.mean([r['live_share'] for r in whole]):.0%}", in_words(saved)]
+        print(f"| {arm} | {' | '.join(cells)} |\n  seed by seed: {saved['ratios']}", flush=True)
+    print("\n| kind | before | " + " | ".join(f"{arm}, rollouts" for arm in results) + " |")
+    print("|---" * (len(results) + 2) + "|")
+    for kind in results["uniform"][0][0]["after"]:
+        whole = [[of_seed[-1] for of_seed in some] for some in results.values()]
         cells = [
             f"{np.mean([r['after'][kind] for r in some]):.0%}, {np.mean([r['rollouts'][kind] for r in some]):.0f}"
-            for some in whole.values()
+            for some in whole
         ]
-        before = np.mean([r["before"][kind] for r in whole["uniform"]])
-        print(f"| `{kind}` | {before:.0%} | {' | '.join(cells)} |")
+        start = np.mean([r[0]["before"][kind] for r in results["uniform"]])
+        print(f"| `{kind}` | {start:.0%} | {' | '.join(cells)} |")
 
 
 def show_headroom(folder: Path, samples: int) -> None:
@@ -220,10 +252,21 @@ def show_headroom(folder: Path, samples: int) -> None:
     print(explain(headroom(right[:, None], np.full((len(right), 1), samples))))
 
 
-def main(folder: Path, arms: list[str]) -> None:
-    """Tune and judge."""
-    best = {arm: tuned(folder, arm) for arm in arms}
-    judge(folder, best)
+def main(folder: Path, arms: list[str], workers: int) -> None:
+    """Tune and judge: arms side by side, each judged as soon as it is tuned."""
+    of = {arm: arm.partition(",")[0] for arm in arms}  # a control stands at the setting of its arm
+    with ThreadPoolExecutor(workers) as pool, ThreadPoolExecutor(2 * len(arms)) as side_by_side:
+        climbs = {arm: side_by_side.submit(tuned, folder, arm, pool) for arm in dict.fromkeys(of.values())}
+
+        def judged(arm: str) -> list[list[dict]]:
+            setting, budgets = climbs[of[arm]].result(), ARMS[arm].judged
+            cells = [cell(folder, arm, setting, seed, budget) for seed in SEEDS for budget in budgets]
+            runs = run_all(folder, cells, pool)
+            return [runs[i : i + len(budgets)] for i in range(0, len(runs), len(budgets))]
+
+        results = dict(zip(arms, side_by_side.map(judged, arms), strict=True))
+        best = {arm: climbs[of[arm]].result() for arm in arms}
+    judge(folder, best, results)
 
 
 def reference(folder: Path, out: str) -> None:
@@ -268,6 +311,7 @@ if __name__ == "__main__":
         commands.add_parser(name).add_argument("folder", type=Path)
     commands.choices["headroom"].add_argument("--samples", type=int, default=8)
     commands.choices["train"].add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    commands.choices["train"].add_argument("--workers", type=int, default=1)
     for name in ("reference", "compare"):
         commands.choices[name].add_argument("npz")
     args = parser.parse_args()
@@ -275,7 +319,7 @@ if __name__ == "__main__":
         case "headroom":
             show_headroom(args.folder, args.samples)
         case "train":
-            main(args.folder, args.arms)
+            main(args.folder, args.arms, args.workers)
         case "reference":
             reference(args.folder, args.npz)
         case "compare":

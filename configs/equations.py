@@ -79,6 +79,6 @@ config = Config(
     learner=LearnerConfig(
         rows_per_step=16, rows_per_microbatch=4, learning_rate=1e-5, warmup_share=0.1, max_grad_norm=0.3
     ),
-    evaluation=EvaluationConfig(every_rollouts=768, samples=2, rows=128),
+    evaluation=EvaluationConfig(every_rollouts=384, samples=4, rows=256),
     checkpoint_every_steps=1_000_000,  # one of SmolLM2 holds 1.6 GB: only the one at the end
 )
