@@ -246,16 +246,17 @@ def compare(folder: Path, reference: str) -> None:
     import jax.numpy as jnp
 
     from cero_jax import model, sharding
+    from cero_jax.attention import Causal
     from cero_jax.huggingface import weights
 
     config, params = weights.load(folder, sharding.make_mesh(sharding.MeshConfig()))
     want, worst, same = np.load(reference), 0.0, 0
     rows = sum(name.startswith("logits") for name in want.files)
-    forward = jax.jit(lambda p, t, at, mask: model.logits(p, config, model.forward(p, config, t, at, mask)[0]))
+    forward = jax.jit(lambda p, t, at, sees: model.logits(p, config, model.forward(p, config, t, at, sees)[0]))
     for i in range(rows):
         tokens = jnp.asarray(want[f"arr_{i}"], jnp.int32)[None]
         positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-        got = np.asarray(forward(params, tokens, positions, model.causal_mask(*tokens.shape))[0])
+        got = np.asarray(forward(params, tokens, positions, Causal(jnp.full(1, tokens.shape[1], jnp.int32)))[0])
         worst = max(worst, float(np.abs(got - want[f"logits_{i}"]).max()))
         same += (got.argmax(-1) == want[f"logits_{i}"].argmax(-1)).all()
     print(f"{rows} prompts: largest difference of a logit {worst:.1e}; the likeliest tokens are the same in {same}")

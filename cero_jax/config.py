@@ -109,8 +109,9 @@ class Config:
     allocator: AllocatorConfig = field(default_factory=AllocatorConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     model_folder: str | None = None
-    """Hugging Face folder: its weights, shape and tokenizer take the place of `model` (except its dtypes, remat and
-    LoRA) and of the task's tokenizer. The trained model is written to <work_dir>/export-<rollouts>, in that format."""
+    """Hugging Face folder: its weights, shape and tokenizer take the place of `model` (except its dtypes, remat,
+    attention and LoRA) and of the task's tokenizer. The trained model is written to <work_dir>/export-<rollouts>, in
+    that format."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)

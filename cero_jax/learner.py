@@ -16,6 +16,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from cero_jax import grpo, lora, model, sharding
+from cero_jax.attention import Causal
 from cero_jax.grpo import BY_POSTERIOR, AdvantageKind, Aggregation
 from cero_jax.microbatches import Shape, microbatches, shapes_for
 from cero_jax.model import ModelConfig, Params
@@ -146,7 +147,8 @@ def completion_log_probs(
     completions = jnp.take_along_axis(batch.tokens, jnp.clip(behind, 0, limit - 1), axis=1)
     tokens = jnp.where(behind < 0, prompts, completions)
     positions = jnp.broadcast_to(place, tokens.shape)
-    hidden, _ = model.forward(params, config, tokens, positions, model.causal_mask(num_rows, places))
+    read = jnp.clip(batch.prompt_lengths + batch.lengths - 1, 1, places)
+    hidden, _ = model.forward(params, config, tokens, positions, Causal(read))
     before = batch.prompt_lengths[:, None] - 1 + jnp.arange(limit, dtype=jnp.int32)[None]  # what foretells each token
     hidden = jnp.take_along_axis(hidden, jnp.clip(before, 0, places - 1)[:, :, None], axis=1)  # [R, T, D]
 
@@ -278,7 +280,7 @@ def make_learner(
     mesh: Mesh,
     prompt_widths: tuple[int, ...] | None = None,
 ) -> Learner:
-    """The learner. Raises ValueError where rows or parameters do not divide over the mesh.
+    """The learner. Raises ValueError where rows or parameters do not divide over the mesh, or attention cannot be had.
 
     prompt_widths: prompts' lengths that micro-batches are compiled for, as `data.prompt_widths` chooses them; None: Tp.
     """
@@ -289,6 +291,7 @@ def make_learner(
             f"rows_per_step={config.rows_per_step} and rows_per_microbatch={size} must be multiples of data x fsdp = "
             f"{shards}"
         )
+    model.kernel(model_config, mesh)
     stepper = make_stepper(model_config, vocab_size, make_optimizer(config), mesh)
     row_sharding = sharding.rows(mesh)
     of_params = stepper.shardings.params

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from cero_jax import rope, sharding
-from cero_jax.attention import attend, write
+from cero_jax.attention import Causal, Choice, Kernel, attend, kernel_for, write
 from cero_jax.lora import Adapter
 from cero_jax.rope import LARGEST_BASE, RopeScaling
 from cero_jax.settings import check
@@ -86,6 +87,9 @@ class ModelConfig:
     rounded up or down at random, so that small ones add up: right on average, with some noise."""
     compute_dtype: Dtype = "float32"
     """Dtype of matrix products; norms, softmax and log-probabilities are always float32."""
+    attention: Choice = "auto"
+    """What computes attention in training and in reading prompts: fused by `cudnn` on NVIDIA's GPUs (bfloat16 or
+    float16) or by `splash` on TPUs, or by `xla`, which holds all scores. auto: fused where it can be."""
 
     def __post_init__(self):
         sizes = dict.fromkeys(("width", "num_heads", "num_kv_heads", "head_dim", "mlp_width"), (1, LARGEST_SIZE))
@@ -120,8 +124,14 @@ class View(NamedTuple):
     """Where the tokens of this call stand and what they may look at, for one kind of layer (full or sliding)."""
 
     positions: Array  # [B, T] int32
-    mask: Array  # [B, T, C] bool
+    sees: Array | Causal  # [B, T, C] bool, or without a mask
     frequency: Array  # [Dh/2] float32, radians a position
+
+
+def kernel(config: ModelConfig, mesh: Mesh | None = None) -> Kernel:
+    """What computes attention on the mesh; None: the one in use, else the first device. ValueError: see kernel_for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device if mesh is None else mesh.devices.flat[0]
+    return kernel_for(config.attention, config.compute_dtype, config.head_dim, device or jax.devices()[0])
 
 
 def rms_norm(x: Array, scale: Array, config: ModelConfig) -> Array:
@@ -177,9 +187,11 @@ class Attention(nnx.Module):
             # The cache is the scan's carry, which XLA updates in place: it is never copied whole.
             places = start[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)[None]
             cache = Cache(*(write(c, new, layer, places) for c, new in zip(cache, (k, v), strict=True)))
-            k, v = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
-        scale = (self.config.query_pre_attn_scalar or self.config.head_dim) ** -0.5
-        out = attend(q, k, v, view.mask, scale)
+            if not isinstance(view.sees, Causal):  # else nothing was there before this call
+                k, v = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in cache)
+        config = self.config
+        scale = (config.query_pre_attn_scalar or config.head_dim) ** -0.5
+        out = attend(q, k, v, view.sees, scale, kernel=kernel(config), window=config.sliding_window)
         half = jnp.einsum("bthk,hkd->btd", out, self.o[...].astype(x.dtype))
         if self.config.lora_rank:
             half = half + self.o_lora(out.reshape(*out.shape[:2], -1))
@@ -245,16 +257,19 @@ class Transformer(nnx.Module):
         if not config.tied_embeddings:
             self.unembed = _normal(rngs.params(), (config.width, vocab_size), config.width, config.param_dtype)
 
-    def __call__(self, tokens: Array, positions: Array, mask: Array, cache: Cache | None, start: Array):
+    def __call__(self, tokens: Array, positions: Array, sees: Array | Causal, cache: Cache | None, start: Array):
         config = self.config
         # Cast after the look-up and not before it: gradients of one token's row are then summed in the table's dtype.
         x = sharding.keep_rows(self.embed[...][tokens]).astype(config.compute_dtype)
         if config.scaled_embeddings:
             x = x * jnp.asarray(config.width**0.5, x.dtype)
         frequency = rope.frequencies(config.head_dim, config.rope_base, config.rope_scaling)
-        full = View(positions, mask, frequency)
+        full = View(positions, sees, frequency)
         if config.sliding_layers:
-            near = _keep_last(mask, config.sliding_window)
+            if isinstance(sees, Causal):
+                full, near = full._replace(sees=sees._replace(near=jnp.bool(False))), sees._replace(near=jnp.bool(True))
+            else:
+                near = _keep_last(sees, config.sliding_window)
             if config.sliding_rope_base is not None:
                 frequency = rope.frequencies(config.head_dim, config.sliding_rope_base)
             sliding = View(positions, near, frequency)
@@ -304,7 +319,7 @@ def forward(
     config: ModelConfig,
     tokens: Array,
     positions: Array,
-    mask: Array,
+    sees: Array | Causal,
     cache: Cache | None = None,
     start: Array | None = None,
 ) -> tuple[Array, Cache | None]:
@@ -315,7 +330,8 @@ def forward(
       config: the model's shape.
       tokens: [B, T] int32.
       positions: [B, T] int32, each token's place in its own row, padding not counted.
-      mask: [B, T, C] bool, which of the C keys each token may look at; C = T without a cache, else the cache's length.
+      sees: [B, T, C] bool, which of the C keys each token looks at; C = T without a cache, else the cache's length. Or
+        Causal, where these are the first tokens of their rows: no such array is made, and attention may be fused.
       cache: keys and values of earlier calls; this call's are added. A token beyond the cache's end is not written.
       start: [B] int32, the cache place of each row's first token of this call; None: 0.
 
@@ -325,7 +341,7 @@ def forward(
     vocab_size = params["embed"].shape[0]
     model = nnx.merge(_graphdef(config, vocab_size), params)
     start = jnp.zeros(tokens.shape[0], jnp.int32) if start is None else start
-    return model(tokens, positions, mask, cache, start)
+    return model(tokens, positions, sees, cache, start)
 
 
 def logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
@@ -367,11 +383,3 @@ def _keep_last(mask: Array, window: int) -> Array:
     """
     allowed_from_here = jax.lax.cumsum(mask.astype(jnp.int32), axis=2, reverse=True)  # the key itself included
     return mask & (allowed_from_here <= window)
-
-
-def causal_mask(num_rows: int, width: int) -> Array:
-    """[B, T, T] bool: a token sees itself and those before it, so padding behind a row's end is seen by padding only.
-
-    num_rows: B. width: T.
-    """
-    return jnp.broadcast_to(jnp.tril(jnp.ones((width, width), bool)), (num_rows, width, width))

@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from cero_jax import model, sharding
+from cero_jax.attention import Causal
 from cero_jax.model import Cache, ModelConfig, Params
 
 BYTES_AT_ONCE = 2**29  # of activations on a device, of the prompts that are read at once
@@ -94,7 +95,6 @@ def read(params: Params, config: ModelConfig, tokens: Array, lengths: Array) -> 
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), tokens.shape)
     cache = model.init_cache(config, num_prompts, width)
     start = jnp.zeros(num_prompts, jnp.int32)
-    mask = model.causal_mask(num_prompts, width)
-    hidden, cache = model.forward(params, config, tokens, positions, mask, cache, start)
+    hidden, cache = model.forward(params, config, tokens, positions, Causal(lengths), cache, start)
     assert cache is not None
     return Prefilled(jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0], lengths, cache)

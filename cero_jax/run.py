@@ -220,7 +220,7 @@ def build_task(config: Config, started: str = "") -> tuple[Config, Task]:
         task = config.task.build(config.seed, None)
         probe(task)
         return config, task
-    kept = {name: getattr(config.model, name) for name in ("lora_rank", "lora_alpha", "remat")}
+    kept = {name: getattr(config.model, name) for name in ("lora_rank", "lora_alpha", "remat", "attention")}
     folder = str(local_path(config.model_folder))
     model_config, _ = read_config(folder, **dtypes(config))
     tokenizer = FolderTokenizer(folder, datetime.fromisoformat(started) if started else None)

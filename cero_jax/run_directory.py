@@ -42,6 +42,7 @@ SAID_ON_RESUME = {  # changeable too, but not without a word
     "sampler.slots": _BITS,
     "sampler.window": _BITS,
     "model.remat": _BITS,
+    "model.attention": _BITS,
     "learner.rows_per_microbatch": _BITS,
     "learner.logit_chunk_tokens": _BITS,
     "task.verifier_seconds": _LIMITS,

@@ -243,6 +243,7 @@ def make_sampler(
       mesh: of the devices.
       prompt_widths: the lengths that prompts are padded to, rising, as `data.prompt_widths` chooses them; None: Tp.
     """
+    model.kernel(model_config, mesh)  # raises before any work where there is none
     by_row = sharding.rows(mesh)
     heads = "tensor" if model_config.num_kv_heads % mesh.shape["tensor"] == 0 else None
     in_cache = NamedSharding(mesh, P(None, *sharding.ROWS, None, heads))

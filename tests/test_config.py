@@ -46,6 +46,8 @@ def with_allocator(**changes):
         ({"mesh": MeshConfig(fsdp=3)}, r"does not cover the 8 device"),
         ({"mesh": MeshConfig(fsdp=8), "model": ModelConfig(width=12)}, r"parameter \S+ .* does not divide"),
         ({"mesh": MeshConfig(data=4, tensor=2), "sampler": SamplerConfig(slots=6)}, r"slots=6 must be multiples"),
+        ({"model": ModelConfig(attention="cudnn")}, r"model.attention='cudnn' needs a GPU of NVIDIA.* cpu: say .auto."),
+        ({"model": ModelConfig(attention="splash")}, r"attention='splash' needs a TPU, and this is cpu: say .auto."),
         ({"model": ModelConfig(max_positions=30)}, r"exceed the model's context of 30 tokens: lower task."),
         (with_allocator(num_epochs=0), r"allocator.num_epochs=0 must be at least 1"),
         ({"success_threshold": 0.0}, r"success_threshold=0.0 must be above lowest_reward=0.0"),

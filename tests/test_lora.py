@@ -14,6 +14,7 @@ from tiny_run import tiny_config
 import train
 from cero_jax import lora, memory, model, sharding
 from cero_jax import run as runs
+from cero_jax.attention import Causal
 from cero_jax.config import AllocatorConfig
 from cero_jax.evaluate import restore_policy
 from cero_jax.evaluation import EvaluationConfig
@@ -88,7 +89,8 @@ def at(tree, path):
 def logits(config, params):
     tokens = batch().prompt_tokens
     positions = np.broadcast_to(np.arange(WIDTH, dtype=np.int32), tokens.shape)
-    hidden, _ = model.forward(params, config, tokens, positions, model.causal_mask(*tokens.shape))
+    sees = Causal(np.full(len(tokens), WIDTH, np.int32))
+    hidden, _ = model.forward(params, config, tokens, positions, sees)
     return np.asarray(model.logits(params, config, hidden))
 
 
@@ -237,13 +239,13 @@ def test_a_folder_is_exported_with_its_adapters_merged(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restore_policy(config.run_dir, {}, {}).params, whole)
     tokens = np.arange(10, 18, dtype=np.int32)[None]
     positions = np.arange(8, dtype=np.int32)[None]
-    mask = model.causal_mask(1, 8)
+    sees = Causal(np.full(1, 8, np.int32))
     of = {}
     for name, (config_of, params) in {"run": (run.config.model, whole), "export": (shape, exported)}.items():
-        hidden, _ = model.forward(params, config_of, tokens, positions, mask)
+        hidden, _ = model.forward(params, config_of, tokens, positions, sees)
         of[name] = np.asarray(model.logits(params, config_of, hidden))
     np.testing.assert_allclose(of["export"], of["run"], atol=1e-4)
-    before, _ = model.forward(weights.load(folder, one_device())[1], shape, tokens, positions, mask)
+    before, _ = model.forward(weights.load(folder, one_device())[1], shape, tokens, positions, sees)
     assert np.abs(np.asarray(model.logits(exported, shape, before)) - of["run"]).max() > 1e-3
 
     changed, other = tmp_path / "changed", weights.load(folder, one_device())[1]

@@ -291,7 +291,7 @@ def test_a_setting_that_changes_no_mathematics_is_said_and_gone_on_with():
         config,
         name="renamed",
         mesh=MeshConfig(fsdp=2),
-        model=dataclasses.replace(config.model, remat=True),
+        model=dataclasses.replace(config.model, remat=True, attention="xla"),
         sampler=dataclasses.replace(config.sampler, slots=16, window=8),
         learner=dataclasses.replace(config.learner, rows_per_microbatch=4, logit_chunk_tokens=64),
         task=Dataset(path="y.jsonl", verifier_seconds=9.0, verifier_memory_mb=4096),
@@ -299,8 +299,8 @@ def test_a_setting_that_changes_no_mathematics_is_said_and_gone_on_with():
     check_resumable(cursor, changed, "h")
     bits, limits = "the run's last bits may be others", "which answers time out may change"
     said = {line.split()[1]: line for line in changes_to_say(cursor, changed)}
-    for name in ("mesh.fsdp", "model.remat", "sampler.slots", "sampler.window", "learner.rows_per_microbatch",
-                 "learner.logit_chunk_tokens"):  # fmt: skip
+    for name in ("mesh.fsdp", "model.remat", "model.attention", "sampler.slots", "sampler.window",
+                 "learner.rows_per_microbatch", "learner.logit_chunk_tokens"):  # fmt: skip
         assert said.pop(name).endswith(bits)
     for name in ("task.verifier_seconds", "task.verifier_memory_mb"):
         assert said.pop(name).endswith(limits)

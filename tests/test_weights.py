@@ -338,12 +338,12 @@ def test_a_run_starts_from_a_folder_and_ends_with_one(tmp_path):
     assert (exported / "model.safetensors").stat() == before  # not written again
 
 
-def test_the_folder_sets_the_shape_and_the_run_the_dtypes_and_remat(tmp_path):
-    chosen = ModelConfig(param_dtype="bfloat16", compute_dtype="bfloat16", remat=True)
+def test_the_folder_sets_the_shape_and_the_run_the_dtypes_remat_and_attention(tmp_path):
+    kept = {"param_dtype": "bfloat16", "compute_dtype": "bfloat16", "remat": True, "attention": "xla"}
+    chosen = ModelConfig(**kept)
     run, _, _ = runs.start(folder_config(tmp_path, model=chosen))
     run.close()
-    shape = dataclasses.replace(loaded("qwen2")[0], param_dtype="bfloat16", compute_dtype="bfloat16", remat=True)
-    assert run.config.model == shape
+    assert run.config.model == dataclasses.replace(loaded("qwen2")[0], **kept)
 
 
 @pytest.mark.parametrize(
