@@ -10,11 +10,13 @@ cores. A row is a line of the file as soon as it is measured, with the card, jax
 crashes or is stopped is a row with its error. The table is of each section's latest run on a card.
 
 - `ceilings`: bytes a second of a large copy, read and written, and FLOPs a second of a large bfloat16 matmul.
-- `decode`: tokens a second of the sampler's call (prompts read, one window, copied to the host), of that window alone,
-  and of its step alone, without a loop around it. Bytes: weights once a step, keys and values of the tokens so far.
+- `decode`: tokens a second of the sampler's call (prompts read, one window, copied to the host) and of that window
+  alone. Bytes: weights once a step, keys and values of the tokens so far.
 - `training`: the learner's step, FLOPs as 6 x parameters x tokens (what `remat` computes again is not counted).
 - `attention`: forward and backward of causal attention alone.
 - `allocator`: a round of allocate and update, beside reading and writing the state once.
+- `kernels`: the seconds that the device's kernels take of a window and of a learner's step, by the profiler: what is
+  left is launching and waiting.
 - `embedded`, `embedded_cpu`: `python train.py configs/chain_sum.py`, start to end, nothing compiled before.
 
 Weights and inputs are random. Seconds are medians after a first call; `compile s` is the compiler's time of a row, less
@@ -52,6 +54,7 @@ SECTIONS = {  # seconds after which each is stopped, tiny ones aside
     "allocator": 40,
     "attention": 60,
     "embedded": 150,
+    "kernels": 60,
     "embedded_cpu": 240,
 }
 ENVIRONMENTS = {
@@ -170,7 +173,7 @@ def line(row: dict, here: Any, sheet: Any) -> str:
                 f"{row[unit] / 1e12:.3g} {UNITS[unit]}",
                 *(f"{row[unit] / top:.0%}" if top else "" for top in tops),
             ]
-    rest = [f"{row['compile_seconds']:.1f}", row.get("note", "")]
+    rest = [f"{row['compile_seconds']:.1f}", row.get("note", "").replace("|", "/")]
     return "| " + " | ".join([row["section"], name, *cells, *achieved, *rest]) + " |"
 
 

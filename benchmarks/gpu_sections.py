@@ -4,6 +4,7 @@ A section is a function of the sizes that returns its cases; a case yields rows:
 and FLOPs a second, and a note.
 """
 
+import collections
 import inspect
 import itertools
 import json
@@ -25,13 +26,12 @@ from allocator_speed import state_of
 from jax.sharding import Mesh
 
 import cero_jax
-from cero_jax import learner as learning
-from cero_jax import model, sampler, sharding
-from cero_jax.learner import Batch, Fixed, LearnerConfig
+from cero_jax import model, sharding
+from cero_jax.attention import Causal, Kernel, attend
+from cero_jax.learner import Batch, Fixed, LearnerConfig, make_learner
 from cero_jax.microbatches import Shape
 from cero_jax.model import Cache, ModelConfig, Params
-from cero_jax.sampler import SamplerConfig, SamplingBatch
-from cero_jax.slots import Slots
+from cero_jax.sampler import SamplerConfig, SamplingBatch, make_sampler
 
 ROOT = Path(__file__).parent.parent
 SHAPES = generation.SHAPES | {"tiny": (2, 64, 4, 2, 128, 512)}
@@ -130,8 +130,6 @@ def ceilings(sizes: Sizes) -> Cases:
 
 def make_model(shape: str, **settings: Any) -> tuple[ModelConfig, int, Params, Mesh]:
     """Of the shape: ModelConfig, vocabulary size, random parameters, and the mesh of the one device they lie on."""
-    if "attention" not in ModelConfig.__dataclass_fields__ and settings.pop("attention", "xla") != "xla":
-        raise ValueError("this version has no fused attention")
     layers, width, heads, kv_heads, mlp, vocab_size = SHAPES[shape]
     config = ModelConfig(
         num_layers=layers, width=width, num_heads=heads, num_kv_heads=kv_heads, head_dim=width // heads, mlp_width=mlp,
@@ -143,80 +141,78 @@ def make_model(shape: str, **settings: Any) -> tuple[ModelConfig, int, Params, M
     return config, vocab_size, make(), mesh
 
 
+class Decoding(NamedTuple):
+    """Ways to draw the same tokens, each given its call's number."""
+
+    call: Callable[[int], Any]  # the sampler's: prompts are read, one window of steps follows, tokens come to the host
+    window: Callable[[int], Any]  # that window alone
+    tokens: int  # of a call
+    read: float  # bytes that it must read
+
+
+def make_decoding(sizes: Sizes, shape: str, rows: int) -> Decoding:
+    """Of random weights in bfloat16, in groups of 8 rollouts."""
+    config, vocab_size, params, mesh = make_model(shape, param_dtype="bfloat16", attention="xla")
+    new, row = sizes.new_tokens, np.arange(rows, dtype=np.int32)
+    sample = make_sampler(config, SamplerConfig(new, window=new), (), 0, mesh)
+    batch = SamplingBatch(
+        prompt_tokens=np.random.default_rng(0).integers(0, vocab_size, (-(-rows // 8), sizes.prompt_tokens), np.int32),
+        prompt_lengths=np.full(-(-rows // 8), sizes.prompt_tokens, np.int32),
+        prompt_of_row=row // 8,
+        row_mask=np.ones(rows, bool),
+        prompt_ids=row // 8,
+        rollout_index=row % 8,
+    )
+    inside = inspect.getclosurevars(sample).nonlocals  # nothing but a benchmark has a use for them one by one
+    space = sizes.prompt_tokens + new
+    empty = inside["with_room"](None, rows, (space,), space)
+    normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    cache = Cache(*(normal(jax.random.key(i), c.shape, c.dtype) for i, c in enumerate(empty.cache)))
+    hidden = normal(jax.random.key(2), empty.hidden.shape, empty.hidden.dtype)
+    slots = empty._replace(hidden=hidden, limit=jnp.full(rows, new, jnp.int32), cache=cache)
+    slots = jax.device_put(slots, jax.tree.map(lambda x: x.sharding, empty))
+    length, drawn, done = np.full(rows, sizes.prompt_tokens, np.int32), np.zeros(rows, np.int32), np.zeros(rows, bool)
+
+    def window(_: int) -> Any:
+        nonlocal slots
+        again = jax.device_put({"length": length, "drawn": drawn, "done": done}, sharding.rows(mesh))
+        slots = inside["run_window"](slots._replace(**again), params)
+        return slots.length
+
+    read = new * decode_bytes(config, vocab_size, rows, sizes.prompt_tokens + (new + 1) / 2)
+    return Decoding(lambda i: sample(params, np.uint32(0), np.uint32(i), batch).tokens, window, rows * new, read)
+
+
 def decode(sizes: Sizes) -> Cases:
     every = itertools.product(sizes.shapes, sizes.slots)
     return {f"{shape}, {rows} rows": partial(decode_rows, sizes, shape, rows) for shape, rows in every}
 
 
 def decode_rows(sizes: Sizes, shape: str, rows: int) -> Iterator[dict]:
-    """Of the sampler's call, of its window and of its step: seconds of a step, tokens and bytes a second."""
-    config, vocab_size, params, mesh = make_model(shape, param_dtype="bfloat16")
-    new, prompts, row = sizes.new_tokens, -(-rows // 8), np.arange(rows, dtype=np.int32)
-    space = sizes.prompt_tokens + new
-    read = decode_bytes(config, vocab_size, rows, sizes.prompt_tokens + (new + 1) / 2)
-
-    def figures(part: str, seconds: float) -> dict:
-        """Of `new` steps that took so long."""
-        speeds = {"tokens_per_second": rows * new / seconds, "bytes_per_second": read * new / seconds}
-        return {"part": part, "seconds": seconds / new, **speeds, "note": f"{read / 1e9:.2f} GB a step"}
-
-    settings = SamplerConfig(new, window=new)
-    sample = sampler.make_sampler(config, settings, (), 0, mesh)
-    batch = SamplingBatch(
-        prompt_tokens=np.random.default_rng(0).integers(0, vocab_size, (prompts, sizes.prompt_tokens), np.int32),
-        prompt_lengths=np.full(prompts, sizes.prompt_tokens, np.int32),
-        prompt_of_row=row // 8,
-        row_mask=np.ones(rows, bool),
-        prompt_ids=row // 8,
-        rollout_index=row % 8,
-    )
-    seconds = median_seconds(lambda i: sample(params, np.uint32(0), np.uint32(i), batch).tokens)
-    yield figures("the sampler's call", seconds)
-
-    inside = inspect.getclosurevars(sample).nonlocals  # nothing but a benchmark has a use for them one by one
-    empty = inside["with_room"](None, rows, (space,), space)
-    normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
-    cache = Cache(*(normal(jax.random.key(i), c.shape, c.dtype) for i, c in enumerate(empty.cache)))
-    layout = jax.tree.map(lambda x: x.sharding, empty)
-    slots = empty._replace(hidden=normal(jax.random.key(2), empty.hidden.shape, empty.hidden.dtype), cache=cache)
-    slots = jax.device_put(slots._replace(limit=jnp.full(rows, new, jnp.int32)), layout)
-    begun = {
-        "length": np.full(rows, sizes.prompt_tokens, np.int32),
-        "drawn": np.zeros(rows, np.int32),
-        "done": np.zeros(rows, bool),
-    }
-
-    @partial(jax.jit, donate_argnums=0, out_shardings=layout)
-    def step(slots: Slots, params: Params) -> Slots:
-        one = {"config": SamplerConfig(new, window=1), "eos_ids": (), "pad_id": 0, "stop_early": False}
-        return sharding.on(mesh, sampler.decode)(params, slots, model_config=config, **one)
-
-    def run(advance: Callable, times: int, _: int) -> Any:
-        nonlocal slots
-        slots = slots._replace(**jax.device_put(begun, sharding.rows(mesh)))
-        for _ in range(times):
-            slots = advance(slots, params)
-        return slots.length
-
-    yield figures("its window", median_seconds(partial(run, inside["run_window"], 1)))
-    yield figures("its step", median_seconds(partial(run, step, new)))
+    """Of the sampler's call and of its window: seconds of a step, tokens and bytes a second."""
+    made = make_decoding(sizes, shape, rows)
+    for part, call in (("the sampler's call", made.call), ("its window", made.window)):
+        seconds = median_seconds(call)
+        speeds = {"tokens_per_second": made.tokens / seconds, "bytes_per_second": made.read / seconds}
+        note = f"{made.read / sizes.new_tokens / 1e9:.2f} GB a step"
+        yield {"part": part, "seconds": seconds / sizes.new_tokens, **speeds, "note": note}
 
 
-def training(sizes: Sizes) -> Cases:
-    kinds = (("cudnn", True), ("xla", True), ("cudnn", False))
-    every = [(shape, *kind) for kind in kinds for shape in sizes.shapes]
-    return {
-        f"{shape}, {kernel}{', remat' if remat else ''}": partial(train, sizes, shape, kernel, remat)
-        for shape, kernel, remat in every
-    }
+class Training(NamedTuple):
+    """A learner's step."""
+
+    step: Callable[[int], Any]
+    tokens: int  # of a step
+    flops: float  # 6 a parameter and token: 2 forward, 4 backward
+    exact: float  # FLOPs with attention's, and with logits of completion tokens alone
 
 
-def train(sizes: Sizes, shape: str, kernel: str, remat: bool) -> Iterator[dict]:
-    """Of the learner's step, with that kernel of attention: seconds, tokens and FLOPs a second."""
+def make_training(sizes: Sizes, shape: str, kernel: str, remat: bool) -> Training:
+    """Of random weights, stored in float32 and computed with in bfloat16; rows are as long as they may be."""
     config, vocab_size, params, mesh = make_model(shape, attention=kernel, remat=remat)
     rows, at_once, (width, limit) = sizes.rows, sizes.rows_at_once, sizes.row_tokens
     settings = LearnerConfig(rows_per_step=rows, rows_per_microbatch=at_once)
-    learner = learning.make_learner(config, vocab_size, settings, 1.0, mesh)
+    learner = make_learner(config, vocab_size, settings, 1.0, mesh)
     rng, fixed = np.random.default_rng(0), Fixed({}, None)
     batch = Batch(
         prompt_tokens=rng.integers(0, vocab_size, (rows, width), np.int32),
@@ -229,46 +225,59 @@ def train(sizes: Sizes, shape: str, kernel: str, remat: bool) -> Iterator[dict]:
         row_mask=np.ones(rows, bool),
         row_weight=np.ones(rows, np.float32),
     )
-    num_params = sum(p.size for p in jax.tree.leaves(params))
+    num_params, tokens = sum(p.size for p in jax.tree.leaves(params)), rows * (width + limit)
     state, advantages = learner.init(params), learner.advantages(batch)
-    del params
     # A run compiles a shape for each of three lengths of completion; these rows are all of the longest.
     inside, longest = inspect.getclosurevars(learner.step).nonlocals, Shape(width + limit, limit)
     inputs = (inside["nothing"](state.params), state.params, fixed, jax.device_put(batch, sharding.rows(mesh)))
     some = np.zeros(at_once, np.int32), np.ones(at_once, bool)
     inside["compiled"][longest] = inside["add"].lower(*inputs, advantages, *some, shape=longest).compile()
-    del inputs
 
     def step(_: int) -> Any:
         nonlocal state
         state, metrics = learner.step(state, fixed, batch, advantages, np.float32(1e-6), np.ones(rows, bool))
         return state.step, metrics
 
-    seconds, tokens = median_seconds(step, repeats=3), rows * (width + limit)
-    exact = generation.step_flops(config, vocab_size, rows, width, limit) / seconds
-    yield {
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "flops_per_second": 6 * num_params * tokens / seconds,  # 2 a parameter and token forward, 4 backward
-        "note": f"{exact / 1e12:.3g} TFLOP/s with attention's, logits of completions alone",
+    exact = generation.step_flops(config, vocab_size, rows, width, limit)
+    return Training(step, tokens, 6.0 * num_params * tokens, exact)
+
+
+def training(sizes: Sizes) -> Cases:
+    kinds = (("cudnn", True), ("xla", True), ("cudnn", False))  # kernel of attention, remat
+    every = [(shape, *kind) for kind in kinds for shape in sizes.shapes]
+    return {
+        f"{shape}, {kernel}{', remat' if remat else ''}": partial(train, sizes, shape, kernel, remat)
+        for shape, kernel, remat in every
     }
 
 
+def train(sizes: Sizes, shape: str, kernel: str, remat: bool) -> Iterator[dict]:
+    """Of a learner's step: seconds, tokens and FLOPs a second."""
+    made = make_training(sizes, shape, kernel, remat)
+    seconds = median_seconds(made.step, repeats=3)
+    speeds = {"tokens_per_second": made.tokens / seconds, "flops_per_second": made.flops / seconds}
+    note = f"{made.exact / seconds / 1e12:.3g} TFLOP/s with attention's, logits of completions alone"
+    yield {"seconds": seconds, **speeds, "note": note}
+
+
 def attention(sizes: Sizes) -> Cases:
-    every = itertools.product(sizes.lengths, ("cudnn", "xla"))
-    return {f"{length:,} tokens, {kernel}": partial(attend, sizes, length, kernel) for length, kernel in every}
+    kernels: tuple[Kernel, ...] = ("cudnn", "xla")
+    every = itertools.product(sizes.lengths, kernels)
+    return {f"{length:,} tokens, {kernel}": partial(attention_alone, sizes, length, kernel) for length, kernel in every}
 
 
-def attend(sizes: Sizes, length: int, kernel: str) -> Iterator[dict]:
+def attention_alone(sizes: Sizes, length: int, kernel: Kernel) -> Iterator[dict]:
     """Of attention's forward and backward over `tokens_at_once` tokens in rows of `length`."""
     (heads, kv_heads, size), rows = sizes.heads, sizes.tokens_at_once // length
     normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
     shapes = [(rows, length, n, size) for n in (heads, kv_heads, kv_heads, heads)]
     *inputs, towards = (normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(shapes))
 
+    causal = Causal(jnp.full(rows, length, jnp.int32))
+
     @jax.jit
     def gradient(q, k, v, towards):
-        out, pull = jax.vjp(partial(jax.nn.dot_product_attention, is_causal=True, implementation=kernel), q, k, v)
+        out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, causal, size**-0.5, kernel=kernel), q, k, v)
         return out, pull(towards)
 
     seconds = median_seconds(lambda _: gradient(*inputs, towards), calls=20)
@@ -304,6 +313,40 @@ def allocate(num_prompts: int) -> Iterator[dict]:
     yield {"seconds": seconds, "note": f"{note}: {1e3 * seconds / ms['stream']:.1f} streams"}
 
 
+def kernels(sizes: Sizes) -> Cases:
+    shape = sizes.shapes[0]
+    windows = {f"{shape}, {rows} rows, a window": partial(decode_kernels, sizes, shape, rows) for rows in sizes.slots}
+    return windows | {f"{shape}, xla, remat, a learner's step": partial(training_kernels, sizes, shape)}
+
+
+def decode_kernels(sizes: Sizes, shape: str, rows: int) -> Iterator[dict]:
+    yield profile(make_decoding(sizes, shape, rows).window)
+
+
+def training_kernels(sizes: Sizes, shape: str) -> Iterator[dict]:
+    yield profile(make_training(sizes, shape, "xla", True).step)
+
+
+def profile(call: Callable[[int], Any]) -> dict:
+    """Seconds that the device's kernels take in a call, what share that is of the call's, and the longest of them."""
+    whole = median_seconds(call, repeats=3)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            jax.block_until_ready(call(0))
+        (file,) = Path(folder).rglob("*.xplane.pb")
+        planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+    on_gpu = jax.default_backend() == "gpu"
+    plane, lines = ("/device:GPU", "Stream") if on_gpu else ("/host:CPU", "tf_XLA")  # on a CPU only to try it
+    taken = collections.Counter()
+    for line in (line for each in planes if each.name.startswith(plane) for line in each.lines):
+        if line.name.startswith(lines):
+            for event in line.events:
+                taken[event.name] += event.duration_ns / 1e9
+    busy = sum(taken.values())
+    longest = ", ".join(f"{name[:60]} {part / busy:.0%}" for name, part in taken.most_common(8))
+    return {"seconds": busy, "note": f"{busy / whole:.0%} of the {1e3 * whole:.3g} ms that passed; {longest}"}
+
+
 def embedded(sizes: Sizes) -> Cases:
     return {"chain_sum": partial(run_embedded, sizes)}
 
@@ -315,10 +358,10 @@ def run_embedded(sizes: Sizes) -> Iterator[dict]:
         start = time.perf_counter()
         env = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{scratch}/cache"}
         env.pop("XLA_PYTHON_CLIENT_PREALLOCATE", None)  # which leaves the memory to this process
-        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *task], env=env, check=False)
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *task], env=env, capture_output=True, text=True)
         seconds = time.perf_counter() - start
         if done.returncode:
-            raise RuntimeError(f"train.py ended with status {done.returncode}")
+            raise RuntimeError(f"train.py ended with status {done.returncode}: {done.stderr[-200:]}")
         rows = [json.loads(line) for line in (Path(scratch) / "run" / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if row["kind"] == "eval"][-1]
     note = f"accuracy {last['accuracy']:.3f} with {last['spent']:,} rollouts"
@@ -331,6 +374,7 @@ MEASURES: dict[str, Callable[[Sizes], Cases]] = {
     "training": training,
     "attention": attention,
     "allocator": allocator,
+    "kernels": kernels,
     "embedded": embedded,
     "embedded_cpu": embedded,
 }
