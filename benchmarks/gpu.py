@@ -72,9 +72,12 @@ def measure(section: str, tiny: bool, shared: dict, out: Path) -> None:
     from gpu_sections import FULL, MEASURES, TINY
 
     compiling = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda name, seconds, **_: compiling.append(seconds) if name.endswith("/backend_compile_duration") else None
-    )
+
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
+        if event.endswith("/backend_compile_duration"):
+            compiling.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     shared |= {"section": section, "card": jax.devices()[0].device_kind, "jax": jax.__version__}
     for case, rows in MEASURES[section](TINY if tiny else FULL).items():
         compiling.clear()

@@ -114,7 +114,7 @@ def median_seconds(call: Callable[[int], Any], calls: int = 1, repeats: int = 5)
 
 def ceilings(sizes: Sizes) -> Cases:
     def copy():
-        x = jax.random.normal(jax.random.key(0), sizes.copied, jnp.float32)
+        x = jax.random.normal(jax.random.key(0), (sizes.copied,), jnp.float32)
         add = jax.jit(lambda x: x + 1)
         seconds = median_seconds(lambda _: add(x), calls=10)
         yield {"seconds": seconds, "bytes_per_second": 2 * x.nbytes / seconds}
@@ -166,7 +166,7 @@ def make_decoding(sizes: Sizes, shape: str, rows: int) -> Decoding:
     inside = inspect.getclosurevars(sample).nonlocals  # nothing but a benchmark has a use for them one by one
     space = sizes.prompt_tokens + new
     empty = inside["with_room"](None, rows, (space,), space)
-    normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    normal: Any = jax.jit(jax.random.normal, static_argnames=("shape", "dtype"))
     cache = Cache(*(normal(jax.random.key(i), c.shape, c.dtype) for i, c in enumerate(empty.cache)))
     hidden = normal(jax.random.key(2), empty.hidden.shape, empty.hidden.dtype)
     slots = empty._replace(hidden=hidden, limit=jnp.full(rows, new, jnp.int32), cache=cache)
@@ -269,7 +269,7 @@ def attention(sizes: Sizes) -> Cases:
 def attention_alone(sizes: Sizes, length: int, kernel: Kernel) -> Iterator[dict]:
     """Of attention's forward and backward over `tokens_at_once` tokens in rows of `length`."""
     (heads, kv_heads, size), rows = sizes.heads, sizes.tokens_at_once // length
-    normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+    normal: Any = jax.jit(jax.random.normal, static_argnames=("shape", "dtype"))
     shapes = [(rows, length, n, size) for n in (heads, kv_heads, kv_heads, heads)]
     *inputs, towards = (normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(shapes))
 
