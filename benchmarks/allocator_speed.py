@@ -11,7 +11,6 @@ used without further ado.
 import argparse
 import time
 
-import cvxpy  # pyright: ignore[reportMissingImports]
 import jax
 import numpy as np
 
@@ -84,6 +83,8 @@ def sizes():
 
 def solvers(num_prompts):
     """One epoch of the rivals at N prompts against a convex solver and a dynamic program."""
+    import cvxpy  # pyright: ignore[reportMissingImports]
+
     budget = 8 * num_prompts
     yield "| objective | ours ms | solver | solver ms | ratio |"
     yield "|---|---|---|---|---|"
