@@ -10,6 +10,7 @@ import pytest
 from left_padding import causal_mask, left_padded
 
 from cero_jax import model
+from cero_jax.attention import Causal
 from cero_jax.model import ModelConfig
 from cero_jax.rope import RopeScaling
 
@@ -220,6 +221,19 @@ def test_prefill_and_cached_decoding_equal_one_forward_over_the_whole_text(confi
         )
         steps.append(logits_of(params, config, hidden))
     np.testing.assert_allclose(np.concatenate(steps, axis=1), full[:, WIDTH - 1 :], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [UNTIED, EVERYTHING], ids=["untied", "everything"])
+def test_causal_is_the_mask_that_it_stands_for_also_behind_a_cache(config):
+    """Padding behind the tokens; what is read into the cache and seen is then what a decoding step sees there."""
+    params, lengths = make_params(config), jnp.asarray(LENGTHS, jnp.int32)
+    tokens, positions = padded_rows()[0], jnp.broadcast_to(jnp.arange(WIDTH, dtype=jnp.int32), (len(LENGTHS), WIDTH))
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((WIDTH, WIDTH), bool)), (len(LENGTHS), WIDTH, WIDTH))
+    want = forward(params, config, tokens, positions, mask, model.init_cache(config, len(LENGTHS), WIDTH))
+    got = forward(params, config, tokens, positions, Causal(lengths), model.init_cache(config, len(LENGTHS), WIDTH))
+    alone, _ = forward(params, config, tokens, positions, Causal(lengths))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    np.testing.assert_array_equal(alone, got[0])
 
 
 def test_keep_last_by_hand():
