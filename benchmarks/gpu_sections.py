@@ -316,7 +316,7 @@ def allocate(num_prompts: int) -> Iterator[dict]:
 def kernels(sizes: Sizes) -> Cases:
     shape = sizes.shapes[0]
     windows = {f"{shape}, {rows} rows, a window": partial(decode_kernels, sizes, shape, rows) for rows in sizes.slots}
-    return windows | {f"{shape}, xla, remat, a learner's step": partial(training_kernels, sizes, shape)}
+    return windows | {f"{shape}, remat, a learner's step": partial(training_kernels, sizes, shape)}
 
 
 def decode_kernels(sizes: Sizes, shape: str, rows: int) -> Iterator[dict]:
@@ -324,7 +324,7 @@ def decode_kernels(sizes: Sizes, shape: str, rows: int) -> Iterator[dict]:
 
 
 def training_kernels(sizes: Sizes, shape: str) -> Iterator[dict]:
-    yield profile(make_training(sizes, shape, "xla", True).step)
+    yield profile(make_training(sizes, shape, "auto", True).step)
 
 
 def profile(call: Callable[[int], Any]) -> dict:
