@@ -342,6 +342,8 @@ def profile(call: Callable[[int], Any]) -> dict:
         if line.name.startswith(lines):
             for event in line.events:
                 taken[event.name] += event.duration_ns / 1e9
+    if not taken:
+        raise RuntimeError(f"no kernels in the profile, which has {[each.name for each in planes]}")
     busy = sum(taken.values())
     longest = ", ".join(f"{name[:60]} {part / busy:.0%}" for name, part in taken.most_common(8))
     return {"seconds": busy, "note": f"{busy / whole:.0%} of the {1e3 * whole:.3g} ms that passed; {longest}"}
