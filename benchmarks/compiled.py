@@ -105,6 +105,7 @@ class Case(NamedTuple):
     config: str
     target: str
     mesh: tuple[int, int, int]  # data, fsdp, tensor
+    tokens: int | None = None  # of a completion at most; None: the config's
 
 
 class Program(NamedTuple):
@@ -117,6 +118,7 @@ class Program(NamedTuple):
     sent: float  # bytes that the chip sends
     flops: float
     kernels: list[str]  # attention kernels
+    squares: list[str]  # arrays that grow with the square of a row's length: scores, masks
 
 
 def main() -> None:
@@ -125,7 +127,7 @@ def main() -> None:
     for config in args.configs:
         for name in args.targets:
             for mesh in args.meshes or [_usual_mesh(config, TARGETS[name])]:
-                report(Case(config, name, mesh), args.programs, args.largest)
+                report(Case(config, name, mesh, args.completion_tokens), args.programs, args.largest)
 
 
 def _arguments() -> argparse.Namespace:
@@ -133,6 +135,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--configs", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--meshes", nargs="+", type=_mesh, help="data,fsdp,tensor; default: one for each config")
+    parser.add_argument("--completion-tokens", type=int, help="instead of the config's sampler.max_completion_tokens")
     parser.add_argument("--programs", nargs="+", default=["add", "finish", "copy", "read", "run_window"])
     parser.add_argument("--largest", type=int, default=0, help="so many of each program's largest collectives")
     parser.add_argument("--libtpu", type=Path, help="the directory that libtpu was installed in")
@@ -159,6 +162,9 @@ def _find_compilers(libtpu: Path | None, cuda: Path | None) -> None:
     if cuda:
         os.environ["PATH"] = f"{cuda}/nvidia/cuda_nvcc/bin:{os.environ['PATH']}"
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_triton_gemm=false"
+        from jax._src.cudnn import fused_attention_stablehlo
+
+        fused_attention_stablehlo.check_cudnn_version = lambda: 90800  # as the H100 has it; jax would ask the library
 
 
 def devices(target: Target) -> list:
@@ -196,7 +202,7 @@ def setting(case: Case) -> Setting:
         dataclasses.replace(config.model, **shape),
         vocab_size,
         dataclasses.replace(config.learner, rows_per_step=rows),
-        config.sampler,
+        dataclasses.replace(config.sampler, max_completion_tokens=case.tokens or config.sampler.max_completion_tokens),
         config.evaluation,
         config.task.max_prompt_tokens,
         config.allocator.min_group,
@@ -209,6 +215,7 @@ class Functions(NamedTuple):
 
     lower: dict[str, Callable]
     beside: dict[str, int]  # bytes that a chip holds beside the arguments of each
+    width: dict[str, int]  # places of a row in each
     read: int  # bytes that a step of decoding reads: parameters and cache, once
 
 
@@ -274,6 +281,7 @@ def functions(given: Setting) -> Functions:
             "read": learned + moments + on_a_chip(slots.cache),
             "run_window": learned + moments + on_a_chip(sampling["read"].lower(weights, **texts).out_info),
         },
+        width={"add": shape.width - 1, "read": given.prompt_tokens},
         read=on_a_chip(weights) - looked_up + on_a_chip(slots.cache),
     )
 
@@ -285,8 +293,8 @@ def on_a_chip(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def compiled(lowered: Any, target: str) -> Program:
-    """What the compiler makes of a function; from the cache where it was compiled before."""
+def compiled(lowered: Any, target: str, width: int) -> Program:
+    """What the compiler makes of a function; from the cache where it was compiled before. width: places of a row."""
     import jaxlib.version
 
     text = lowered.as_text() + target + jaxlib.version.__version__
@@ -297,10 +305,10 @@ def compiled(lowered: Any, target: str) -> Program:
         memory = {name: getattr(stats, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")}
         CACHE.mkdir(exist_ok=True)
         path.write_bytes(gzip.compress(json.dumps(memory | {"text": executable.as_text()}).encode()))
-    return account(**json.loads(gzip.decompress(path.read_bytes())))
+    return account(**json.loads(gzip.decompress(path.read_bytes())), width=width)
 
 
-def account(text: str, argument: int, output: int, alias: int, temp: int) -> Program:
+def account(text: str, width: int, argument: int, output: int, alias: int, temp: int) -> Program:
     """A program by its text and by the compiler's figures of its memory, in bytes."""
     lines = hlo.instructions(text)
     found = hlo.collectives(lines)
@@ -313,6 +321,7 @@ def account(text: str, argument: int, output: int, alias: int, temp: int) -> Pro
         sent=hlo.sent(found),
         flops=hlo.flops(lines),
         kernels=hlo.kernels(lines),
+        squares=hlo.squares(lines, width) if width else [],
     )
 
 
@@ -329,12 +338,13 @@ def report(case: Case, names: list[str], largest: int) -> None:
     run, found = functions(given), {}
     print(f"\n{case.config} on {case.target}, data x fsdp x tensor = {case.mesh}", flush=True)
     for name in names:
-        program = found[name] = compiled(run.lower[name](), case.target)
+        program = found[name] = compiled(run.lower[name](), case.target, run.width.get(name, 0))
         kinds = ", ".join(f"{kind} {amount / GB:.2f}" for kind, amount in program.collectives.items()) or "none"
         print(
             f"{name}: {(program.held + run.beside[name]) / GB:.2f} GB a chip ({program.temporary / GB:.2f} temporary); "
             f"collectives {sum(program.collectives.values()) / GB:.2f} GB ({kinds}); {program.flops / 1e12:.3f} TFLOP; "
-            f"attention kernels: {', '.join(program.kernels) or 'none'}",
+            f"attention kernels: {', '.join(program.kernels) or 'none'}; "
+            f"arrays [.., T, T]: {', '.join(program.squares[:3]) or 'none'}",
             flush=True,
         )
         for amount, times, shapes, source in program.largest[:largest]:

@@ -51,7 +51,7 @@ SECTIONS = {  # seconds after which each is stopped, tiny ones aside
     "ceilings": 40,
     "decode": 90,
     "training": 120,
-    "allocator": 40,
+    "allocator": 60,
     "attention": 60,
     "embedded": 150,
     "kernels": 60,

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2}  # bytes; others end in their bits
+# Attention kernels, by their place in the name of an instruction or of its target: how many products of [T, T] with
+# [T, Dh] they compute for each head, some of them again for the gradient. The first that fits.
+KERNELS = {"fmhaSoftmaxBackward": 5, "fmhaSoftmax": 2, "splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)(?=\s[\w\-]+\()|\S+) ([\w\-]+)\((.*)$")
@@ -174,10 +177,16 @@ def by_kind(found: list[Collective]) -> dict[str, float]:
 
 
 def flops(program: list[Instruction]) -> float:
-    """Floating-point operations of matrix products on one chip, two for each multiplication and addition."""
+    """Floating-point operations of matrix products on one chip, two for each multiplication and addition.
+
+    Of attention kernels half of all scores, which a causal one needs: a window is not taken off.
+    """
     shape_of = {(each.computation, each.name): each.shape for each in program}
     total = 0.0
     for each in program:
+        if kernel := _kernel(each):
+            total += each.times * KERNELS[kernel] * _scores(each)
+            continue
         by_library = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', each.rest)  # as GPUs write products
         if each.kind not in ("dot", "convolution") and not by_library:
             continue
@@ -210,9 +219,30 @@ def _summed(rest: str, kernel: tuple[int, ...]) -> int:
     return summed
 
 
+def _kernel(each: Instruction) -> str:
+    """The attention kernel that an instruction calls; "" for others."""
+    if each.kind != "custom-call":
+        return ""
+    target = re.search(r'custom_call_target="([^"]+)"', each.rest)
+    return next((name for name in KERNELS if name in each.name or (target and name in target[1])), "")
+
+
+def _scores(each: Instruction) -> float:
+    """Multiplications and additions of one product that an attention kernel computes for all heads: causal, half."""
+    operands = shapes(each.rest.split("operand_layout_constraints=")[1])
+    queries = next(sizes for dtype, sizes in operands if dtype in ("bf16", "f16", "f32") and sizes[2:])
+    # cuDNN: [B, T, H, Dh]; splash: [..., H, T, Dh]
+    return math.prod(queries) * queries[1 if "fmha" in each.rest else -2]
+
+
 def kernels(program: list[Instruction]) -> list[str]:
-    """The names of attention kernels that the program calls."""
-    targets = (re.search(r'custom_call_target="([^"]+)"', each.rest) for each in program if each.kind == "custom-call")
-    return sorted(
-        {target[1] for target in targets if target and re.search("fmha|tpu_custom_call|attention", target[1])}
-    )
+    """The names of the attention kernels that the program calls."""
+    return sorted({name for each in program if (name := _kernel(each))})
+
+
+def squares(program: list[Instruction], length: int) -> list[str]:
+    """The shapes with two axes of that length, or of it filled up to a multiple of 128: scores and masks."""
+    axes = (length, -(-length // 128) * 128)
+    found = {(dtype, sizes) for each in program for dtype, sizes in shapes(each.shape)}
+    square = [array for array in found if sum(size in axes for size in array[1]) >= 2]
+    return [f"{dtype}{list(sizes)}" for dtype, sizes in sorted(square, key=lambda array: -size(*array))]

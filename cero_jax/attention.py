@@ -120,11 +120,16 @@ def _by_rows_and_heads(function: Callable, sees: Causal) -> Callable:
 
 
 def _cudnn(q: Array, k: Array, v: Array, lengths: Array, *, scale: float, window: int | None) -> Array:
-    """NVIDIA's flash attention. Padding is skipped, but in a window: there cuDNN does not take lengths."""
+    """NVIDIA's flash attention. Padding is skipped, but in a window: there cuDNN does not take lengths.
+
+    T is filled up to an even number: jax refuses the gradient of an odd one.
+    """
+    width = q.shape[1]
+    q, k, v = (jnp.pad(x, ((0, 0), (0, width % 2), (0, 0), (0, 0))) for x in (q, k, v))
     causal = functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=True, implementation="cudnn")
     if window is None:
-        return causal(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
-    return causal(q, k, v, local_window_size=(window - 1, 0))  # tokens before a token, and behind it
+        return causal(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)[:, :width]
+    return causal(q, k, v, local_window_size=(window - 1, 0))[:, :width]  # tokens before a token, and behind it
 
 
 def _splash(q: Array, k: Array, v: Array, lengths: Array, *, scale: float, window: int | None) -> Array:

@@ -75,7 +75,7 @@ def estimate(
     cache, read, logits = max(drawing, key=lambda parts: parts[0] + max(parts[1:]))
 
     here = microbatch_rows(learner, shards) // shards
-    layer = here * prefill.row_bytes(c, length, 2, tensor)
+    layer = here * prefill.row_bytes(c, length, 2, mesh)
     kept = here * length * c.width * size * c.num_layers + layer if c.remat else layer * c.num_layers
     chunk = min(learner.logit_chunk_tokens, sampler.max_completion_tokens)
     return Estimate(
@@ -118,7 +118,7 @@ def _drawing(
     sizes = cache_sizes(prompt_widths, sampler.max_completion_tokens, sampler.window)
     places = sum(sizes[-2:])  # it grows into a new one, with the old one beside it
     width, chunk = prompt_widths[-1], prefill.chunk_rows(c, prompt_widths, prompts, mesh)
-    read = max(each // shards * prefill.row_bytes(c, width, 3, tensor) for width, each in chunk.items())
+    read = max(each // shards * prefill.row_bytes(c, width, 3, mesh) for width, each in chunk.items())
     return in_cache * (slots * places + prompts * width), read, 3 * slots * vocab_size * 4 // tensor
 
 

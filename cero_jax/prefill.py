@@ -41,15 +41,17 @@ class Reading(NamedTuple):
     place: np.ndarray  # [U] int32, in its chunk
 
 
-def row_bytes(config: ModelConfig, length: int, num_scores: int, tensor: int) -> int:
-    """Bytes of activations that one layer holds of a row of `length` tokens, on each of `tensor` devices.
+def row_bytes(config: ModelConfig, length: int, num_scores: int, mesh: Mesh) -> int:
+    """Bytes of activations that one layer holds of a row of `length` tokens, on each device that heads are split over.
 
-    The inputs and outputs of the layer's matrix products in compute dtype, and num_scores times attention's scores in
-    float32: before and after the mask, and as probabilities.
+    The inputs and outputs of the layer's matrix products in compute dtype. In float32, num_scores times attention's
+    scores, before and after the mask and as probabilities; of fused attention only their sum for each token and head.
     """
+    tensor = mesh.shape["tensor"]
     inner = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim + 3 * config.mlp_width
     products = length * (4 * config.width + inner / tensor) * jnp.dtype(config.compute_dtype).itemsize
-    return int(products + num_scores * config.num_heads / tensor * length**2 * 4)
+    scores = num_scores * length**2 if model.kernel(config, mesh) == "xla" else length
+    return int(products + config.num_heads / tensor * scores * 4)
 
 
 def chunk_rows(config: ModelConfig, widths: tuple[int, ...], num_prompts: int, mesh: Mesh) -> dict[int, int]:
@@ -60,7 +62,7 @@ def chunk_rows(config: ModelConfig, widths: tuple[int, ...], num_prompts: int, m
     """
     shards, parts = sharding.row_shards(mesh), 4 if len(widths) > 1 else 1
     most = -(-num_prompts // (parts * shards))
-    fit = {width: BYTES_AT_ONCE // row_bytes(config, width, 3, mesh.shape["tensor"]) for width in widths}
+    fit = {width: BYTES_AT_ONCE // row_bytes(config, width, 3, mesh) for width in widths}
     return {width: max(1, min(most, rows)) * shards for width, rows in fit.items()}
 
 

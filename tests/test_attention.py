@@ -166,6 +166,21 @@ def test_on_gpus_a_step_calls_cudnn_on_each_devices_part_and_makes_no_scores(mon
     assert f"{WIDTH}x{WIDTH}x" in by_xla.lower(*inputs).as_text()
 
 
+def test_an_odd_number_of_tokens_has_a_gradient_on_gpus(monkeypatch):
+    """jax refuses one of cuDNN's; a row of the learner has its tokens less one."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 90800)
+    shapes = [jax.ShapeDtypeStruct((2, 63, heads, 8), jnp.bfloat16) for heads in (4, 2, 2)]
+
+    def total(q, k, v):
+        sees = Causal(jnp.asarray([63, 5], jnp.int32))
+        return attention.attend(q, k, v, sees, 1.0, kernel="cudnn").astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(total, (0, 1, 2))).trace(*shapes)
+    assert [each.shape for each in jax.tree.leaves(traced.out_info)] == [each.shape for each in shapes]
+    calls = list(kernel_calls(traced.lower(lowering_platforms=("cuda",)).as_text()))
+    assert [operands[0] for *_, operands in calls] == ["2x64x4x8xbf16"] * 2  # forward and backward
+
+
 @SPLIT
 @pytest.mark.parametrize("near", [None, True])
 def test_each_device_attends_for_its_own_rows_and_heads(near, monkeypatch):

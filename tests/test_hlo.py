@@ -34,12 +34,20 @@ ENTRY %main (a: bf16[16,1024,512], b: bf16[16,512,256]) -> bf16[16,1024,256] {
   %a = bf16[16,1024,512]{2,1,0} parameter(0)
   %b = bf16[16,512,256]{2,1,0} parameter(1)
   %loop = (s32[], bf16[4,8]{1,0}) while(%a), condition=%limit, body=%body
-  %kernel = f32[2]{0} custom-call(%a), custom_call_target="tpu_custom_call"
+  %splash_mha_dq.1 = (f32[9]{0}, f32[3,8,4]{2,1,0}) custom-call(%a), custom_call_target="tpu_custom_call", \
+operand_layout_constraints={s8[1,2,2]{2,1,0}, f32[3,8,4]{2,1,0}, f32[1,8,4]{2,1,0}}
   ROOT %fused = bf16[16,1024,256]{2,1,0} fusion(%a, %b), kind=kOutput, calls=%batch
 }
 """
 CUDA = """
 ENTRY %main (a: bf16[32,64], b: bf16[64,16]) -> bf16[32,16] {
+  %q = bf16[5,6,3,4]{3,2,1,0} parameter(2)
+  %mask = pred[6,6]{1,0} parameter(3)
+  %scores = f32[5,3,6,6]{3,2,1,0} parameter(4)
+  %filled = f32[128,100]{1,0} parameter(5)
+  %attended = (bf16[5,3,6,4]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), \
+custom_call_target="__cudnn$fmhaSoftmax", operand_layout_constraints={bf16[5,6,3,4]{3,2,1,0}, bf16[5,6,3,4]{3,2,1,0}}, \
+backend_config={"bmm1_dot_dimension_numbers":{"lhs_contracting_dimensions":["3"]}}
   %a = bf16[32,64]{1,0} parameter(0)
   %b = bf16[64,16]{1,0} parameter(1)
   %out = (bf16[32,16]{1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", \
@@ -55,12 +63,16 @@ def test_a_tpus_text():
     assert gather == ("all-gather", 16 * 8 * 2, ((16, 8),), 4, 28, "")
     assert reduce == ("all-reduce", 4 * 8 * 4, ((4, 8),), 2, 28, "jit(f)/sum")
     assert hlo.sent([gather, reduce]) == 28 * (256 * 3 / 4 + 2 * 128 / 2)
-    assert hlo.flops(lines) == 2 * 16 * 1024 * 512 * 256
-    assert hlo.kernels(lines) == ["tpu_custom_call"]
+    assert hlo.flops(lines) == 2 * 16 * 1024 * 512 * 256 + 3 * 2 * (3 * 8 * 8 * 4) / 2
+    assert hlo.kernels(lines) == ["splash_mha_dq"]
 
 
 def test_a_gpus_text():
-    assert hlo.flops(hlo.instructions(CUDA)) == 2 * 32 * 64 * 16
+    lines = hlo.instructions(CUDA)
+    assert hlo.flops(lines) == 2 * 32 * 64 * 16 + 2 * 2 * (5 * 6 * 6 * 3 * 4) / 2
+    assert hlo.kernels(lines) == ["fmhaSoftmax"]
+    assert hlo.squares(lines, 6) == ["f32[5, 3, 6, 6]", "pred[6, 6]"]
+    assert hlo.squares(lines, 100) == ["f32[128, 100]"]
 
 
 def test_a_loop_that_does_not_say_how_often_it_runs_is_refused():

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from cero_jax import memory, model, sharding
+from cero_jax import attention, memory, model, prefill, sharding
 from cero_jax.evaluation import EvaluationConfig
 from cero_jax.learner import Batch, LearnerConfig, grpo_loss, step_advantages
 from cero_jax.model import ModelConfig
@@ -80,8 +80,9 @@ PUBLISHED = {  # shapes and vocabularies of the models' own config.json
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_configs_of_large_models_say_what_they_need_and_fit(name):
-    """On as many devices of 80 GB as the config splits parameters over."""
+def test_configs_of_large_models_say_what_they_need_and_fit(name, monkeypatch):
+    """On as many H100 as the config splits parameters over."""
+    monkeypatch.setattr(attention, "_why_not_cudnn", lambda *_: None)
     path = Path(__file__).parent.parent / "configs" / f"{name}.py"
     loaded, (*sizes, tied, vocab) = runpy.run_path(str(path)), PUBLISHED[name]
     config, fields = loaded["config"], ("num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width")
@@ -94,6 +95,18 @@ def test_configs_of_large_models_say_what_they_need_and_fit(name):
     said = re.search(r"(\d+) GB on", loaded["__doc__"])
     assert said
     assert round(needed.total / memory.GB) == int(said[1]) < 70
+
+
+def test_fused_attention_holds_no_scores(monkeypatch):
+    """What it holds of a row grows with its tokens, not with their square."""
+    monkeypatch.setattr(attention, "_why_not_cudnn", lambda *_: None)
+    one = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    for num_scores in (2, 3):
+        short, long = (prefill.row_bytes(CONFIG, length, num_scores, one) for length in (1000, 8000))
+        assert long == 8 * short
+    scores = CONFIG.num_layers * LEARNER.rows_per_microbatch * CONFIG.num_heads * (PROMPT + COMPLETION) ** 2 * 4
+    fewer = estimate(dataclasses.replace(CONFIG, attention="xla")).activations - estimate().activations
+    assert 1.9 * scores < fewer < 2 * scores
 
 
 def test_too_much_memory_is_reported_with_advice():
