@@ -2,11 +2,12 @@
 
     python benchmarks/allocator.py --log grpo_counts.jsonl --out benchmarks/allocator.md
 
-Sections (--only): fixed, dual, drift, log, short, choices, published. A quarter of an hour on two cores. Speed:
+Sections (--only): fixed, dual, drift, log, short, choices, pace, published. A quarter of an hour on two cores. Speed:
 allocator_speed.py.
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -18,7 +19,7 @@ import cero_jax
 from cero_jax import simulate
 
 PROMPTS = 1000
-SECTIONS = ("fixed", "dual", "drift", "log", "short", "choices", "published")
+SECTIONS = ("fixed", "dual", "drift", "log", "short", "choices", "pace", "published")
 
 
 def fixed_utilities(make, num_epochs, tau, **own):
@@ -139,8 +140,8 @@ def short(seeds, first_seed):
         yield row(f"{100 * hopeless:.0f} % hopeless", world, seeds, settings(512, 50, 25_600, 4, first_seed))
 
 
-def choices(path, seeds, first_seed):
-    """What each constant of `cero` buys: value relative to uniform, and the share that goes to hopeless prompts."""
+def worlds_of(path, first_seed):
+    """{name: (world, settings)} in which variants of `cero` are compared."""
     worlds = {}
     for num_epochs in (8, 32):
         setup = settings(PROMPTS, num_epochs, 8 * PROMPTS * num_epochs, 2, first_seed)
@@ -154,6 +155,12 @@ def choices(path, seeds, first_seed):
     for hopeless in (0.4, 0.6):
         world = simulate.drifting(512, hopeless=hopeless, own=2.0, transfer=3.0)
         worlds[f"short, {100 * hopeless:.0f} % hopeless"] = world, settings(512, 50, 25_600, 4, first_seed)
+    return worlds
+
+
+def choices(path, seeds, first_seed):
+    """What each constant of `cero` buys: value relative to uniform, and the share that goes to hopeless prompts."""
+    worlds = worlds_of(path, first_seed)
     variants = {
         "default": {},
         "explore 0": {"explore": 0.0},
@@ -182,6 +189,53 @@ def choices(path, seeds, first_seed):
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
+def paced(pace: Callable[[float, float], float], *, total_budget, num_epochs, **own):
+    """`cero` whose epochs get pace(progress in [0, 1), price over that of the last epochs) times their even share.
+
+    The price: what a rollout more would add at the even share. Runs outside jit, one run at a time.
+    """
+    base = cero_jax.cero(total_budget=total_budget, num_epochs=num_epochs, **own)
+    prices: list[float] = []
+
+    def init(num_prompts, seed=0):
+        prices.clear()
+        return base.init(num_prompts, seed)
+
+    def allocate(state):
+        left, epoch = total_budget - int(state.ledger.spent), len(prices)
+        prices.append(float(base.allocate(state)[1].budget_dual))
+        if epoch == num_epochs - 1:
+            return base.allocate(state, None, left)
+        usual = np.exp(np.mean(np.log(np.maximum(prices[-9:-1] or prices, 1e-12))))
+        share = pace(epoch / num_epochs, max(prices[-1], 1e-12) / usual)
+        return base.allocate(state, None, round(left / (num_epochs - epoch) * share))
+
+    return base._replace(init=init, allocate=allocate)
+
+
+def pace(path, seeds, first_seed):
+    """When, not only where: `cero` whose epochs get more or less than their even share; value relative to uniform."""
+    paces = {
+        "even (default)": lambda _, price: 1.0,
+        "from 1.1 down to 0.9": lambda x, _: 1.1 - 0.2 * x,
+        "from 1.3 down to 0.7": lambda x, _: 1.3 - 0.6 * x,
+        "from 0.9 up to 1.1": lambda x, _: 0.9 + 0.2 * x,
+        "from 0.7 up to 1.3": lambda x, _: 0.7 + 0.6 * x,
+        "price, within 3 %": lambda _, price: np.clip(price, 0.97, 1.03),
+        "price, within 30 %": lambda _, price: np.clip(price, 0.7, 1.3),
+    }
+    worlds = worlds_of(path, first_seed)
+    yield "| | " + " | ".join(worlds) + " |"
+    yield "|---" * (len(worlds) + 1) + "|"
+    base = {key: simulate.run_seeds(cero_jax.uniform, w, seeds=seeds, settings=s) for key, (w, s) in worlds.items()}
+    for name, each in paces.items():
+        cells = []
+        for key, (world, setup) in worlds.items():
+            outcome = simulate.run_seeds(partial(paced, each), world, seeds=seeds, settings=setup)
+            cells.append(f"{float((outcome.value / base[key].value).mean()):.3f}")
+        yield f"| {name} | " + " | ".join(cells) + " |"
+
+
 def main():
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--log", help="a log of a real run; without it the sections log and published are left out")
@@ -198,6 +252,7 @@ def main():
         "log": partial(log, args.log, **seeds),
         "short": partial(short, **seeds),
         "choices": partial(choices, args.log, **seeds),
+        "pace": partial(pace, args.log, **seeds),
         "published": partial(replication.published, args.log, **seeds),
     }
     for name in args.only:
