@@ -257,7 +257,7 @@ def functions(given: Setting) -> Functions:
     chosen = np.zeros(size, np.int32), np.ones(size, bool)
     summed = learning["nothing"].lower(trained).out_info
     state = made.init.lower(trained).out_info
-    weights = sampling["copy"].lower(params).out_info
+    weights = jax.tree.map(place, sampling["copy"].lower(params).out_info, sharding.shard_copy(params, mesh))
     visits = rows * given.learner.steps_per_batch // given.min_group
     prompts = prefill.chunk_rows(given.model, (given.prompt_tokens,), visits, mesh)[given.prompt_tokens]
     shape = microbatches.Shape(given.prompt_tokens + tokens, tokens)

@@ -110,14 +110,29 @@ def _list(instruction: Instruction, name: str) -> str:
 
 
 def _rounds(loop: Instruction, bodies: dict[str, list[Instruction]]) -> int:
-    """How often a loop runs: as the compiler notes it, or the largest number that its condition compares with."""
+    """How often a loop runs: as the compiler notes it, or the largest number that its condition compares with, over
+    what a round adds to its counter.
+    """
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(known[1])
     condition = list(_walk(bodies, _attribute(loop, "condition"), 1))
     limits = [int(each.rest) for each in condition if each.kind == "constant" and re.fullmatch(r"\d+", each.rest)]
     if not limits:
         raise ValueError(f"the loop {loop.name} does not say how often it runs: {loop.rest[:200]}")
-    return max(limits)
+    return -(-max(limits) // _step(loop, bodies))
+
+
+def _step(loop: Instruction, bodies: dict[str, list[Instruction]]) -> int:
+    """What a round adds to the number that the loop's condition looks at: 1, where the text does not say."""
+    looks_at = [each for each in bodies[_attribute(loop, "condition")] if each.kind == "get-tuple-element"]
+    body = {each.name: each for each in bodies[_attribute(loop, "body")]}
+    result = list(body.values())[-1]
+    if len(looks_at) != 1 or result.kind != "tuple":
+        return 1
+    index = re.search(r"index=(\d+)", looks_at[0].rest)
+    counter = body.get(result.operands[int(index[1])]) if index else None
+    added = [body[name].rest for name in counter.operands if name in body] if counter and counter.kind == "add" else []
+    return next((int(number) for number in added if re.fullmatch(r"\d+", number)), 1)
 
 
 def collectives(program: list[Instruction]) -> list[Collective]:
@@ -193,7 +208,7 @@ def flops(program: list[Instruction]) -> float:
         out = math.prod(shapes(each.shape)[0][1])
         left, right = (shapes(shape_of[each.computation, name])[0][1] for name in each.operands[:2])
         if each.kind == "convolution":
-            summed = _summed(each.rest, right)
+            summed = _summed(each.rest, left, right, shapes(each.shape)[0][1])
         else:
             axes = by_library[1] if by_library else _list(each, "lhs_contracting_dims")
             summed = math.prod(left[int(axis)] for axis in re.findall(r"\d+", axes))
@@ -201,22 +216,36 @@ def flops(program: list[Instruction]) -> float:
     return total
 
 
-def _summed(rest: str, kernel: tuple[int, ...]) -> int:
-    """Products that are summed for each value of a convolution: its input features, and places of its window.
+def _summed(rest: str, image: tuple[int, ...], kernel: tuple[int, ...], out: tuple[int, ...]) -> float:
+    """Products that are summed for a value of a convolution on average: input features times places of its window.
 
-    TPUs write matrix products so; a window over a dilated axis stands for a batch and sums nothing.
+    TPUs write matrix products so. A window that reaches into padding, or between the places of a dilated axis, stands
+    for an axis that only one side has, or for a batch: there it sums nothing.
     """
-    labels = re.search(r"dim_labels=\w+_(\w+)->", rest)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest)
     assert labels
-    summed = kernel[labels[1].index("i")]
+    summed = float(kernel[labels[2].index("i")])
     window = re.search(r"window=\{([^}]*)\}", rest)
-    if window and (sizes := re.search(r"size=([\dx]+)", window[1])):
-        dilated = re.search(r"(?:lhs_dilate)=([\dx]+)", window[1])
-        factors = dilated[1].split("x") if dilated else ["1"] * len(sizes[1].split("x"))
-        summed *= math.prod(
-            int(n) for n, factor in zip(sizes[1].split("x"), factors, strict=True) if int(factor) == 1 and int(n) > 1
+    if not window:
+        return summed
+    given = {name: values.split("x") for name, values in re.findall(r"(\w+)=([\d_x\-]+)", window[1])}
+    for axis in range(len(given["size"])):
+        stride, dilated, apart = (
+            int(given[n][axis]) if n in given else 1 for n in ("stride", "lhs_dilate", "rhs_dilate")
         )
+        before = int(given["pad"][axis].split("_")[0]) if "pad" in given else 0
+        sizes = (shape[names.index(str(axis))] for shape, names in ((image, labels[1]), (out, labels[3])))
+        summed *= _met(*sizes, int(given["size"][axis]), stride, before, dilated, apart)
     return summed
+
+
+def _met(places: int, outs: int, window: int, stride: int, before: int, dilated: int, apart: int) -> float:
+    """Of a window's places along an axis, how many meet a place of the image, on average over the results."""
+    length, met = (places - 1) * dilated + 1, 0
+    for first in range(-before, window * apart - before, apart):
+        at = range(first, first + outs * stride, stride)
+        met += sum(0 <= place < length and place % dilated == 0 for place in at)
+    return met / outs
 
 
 def _kernel(each: Instruction) -> str:

@@ -122,14 +122,16 @@ def _by_rows_and_heads(function: Callable, sees: Causal) -> Callable:
 def _cudnn(q: Array, k: Array, v: Array, lengths: Array, *, scale: float, window: int | None) -> Array:
     """NVIDIA's flash attention. Padding is skipped, but in a window: there cuDNN does not take lengths.
 
-    T is filled up to an even number: jax refuses the gradient of an odd one.
+    T is filled up to an even number: of an odd one jax takes no gradient.
     """
     width = q.shape[1]
-    q, k, v = (jnp.pad(x, ((0, 0), (0, width % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    q, k, v = (_filled_up(x, 2) for x in (q, k, v))
     causal = functools.partial(jax.nn.dot_product_attention, scale=scale, is_causal=True, implementation="cudnn")
     if window is None:
-        return causal(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)[:, :width]
-    return causal(q, k, v, local_window_size=(window - 1, 0))[:, :width]  # tokens before a token, and behind it
+        out = causal(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+    else:
+        out = causal(q, k, v, local_window_size=(window - 1, 0))  # tokens before a token, and behind it
+    return out[:, :width]
 
 
 def _splash(q: Array, k: Array, v: Array, lengths: Array, *, scale: float, window: int | None) -> Array:
@@ -137,8 +139,8 @@ def _splash(q: Array, k: Array, v: Array, lengths: Array, *, scale: float, windo
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and needed on TPUs alone
 
     width = q.shape[1]
-    padded = -(-width // SPLASH_BLOCKS[-1]) * SPLASH_BLOCKS[-1]
-    q, k, v = (jnp.pad(x, ((0, 0), (0, padded - width), (0, 0), (0, 0))).swapaxes(1, 2) for x in (q * scale, k, v))
+    q, k, v = (_filled_up(x, SPLASH_BLOCKS[-1]).swapaxes(1, 2) for x in (q * scale, k, v))
+    padded = q.shape[2]
     segment = (jnp.arange(padded, dtype=jnp.int32)[None] < lengths[:, None]).astype(jnp.int32)
     shape, block = (padded, padded), next(size for size in SPLASH_BLOCKS if padded % size == 0)
     mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
@@ -149,6 +151,11 @@ def _splash(q: Array, k: Array, v: Array, lengths: Array, *, scale: float, windo
     )
     out: Any = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segment, segment))
     return out.swapaxes(1, 2)[:, :width]
+
+
+def _filled_up(x: Array, multiple: int) -> Array:
+    """[B, T, heads, Dh] with zeros behind, up to a multiple of that many places."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
 
 
 def _attend_one(q: Array, k: Array, v: Array, mask: Array, scale: float) -> Array:

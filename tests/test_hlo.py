@@ -13,6 +13,10 @@ TPU = """
 %batch (left: bf16[16,1024,512], right: bf16[16,512,256]) -> bf16[16,1024,256] {
   %left = bf16[16,1024,512]{2,1,0:T(8,128)(2,1)} parameter(0)
   %right = bf16[16,512,256]{2,1,0} parameter(1)
+  %row = bf16[1024,1,512]{2,1,0} parameter(2)
+  %heads = bf16[512,12,32]{2,1,0} parameter(3)
+  %outer = bf16[1024,12,32]{2,1,0} convolution(%row, %heads), window={size=12 pad=11_11 rhs_reversal=1}, \
+dim_labels=b0f_i0o->b0f
   ROOT %out = bf16[16,1024,256]{2,1,0} convolution(%left, %right), window={size=16 stride=15 lhs_dilate=16}, \
 dim_labels=0bf_0io->0bf
 }
@@ -63,7 +67,7 @@ def test_a_tpus_text():
     assert gather == ("all-gather", 16 * 8 * 2, ((16, 8),), 4, 28, "")
     assert reduce == ("all-reduce", 4 * 8 * 4, ((4, 8),), 2, 28, "jit(f)/sum")
     assert hlo.sent([gather, reduce]) == 28 * (256 * 3 / 4 + 2 * 128 / 2)
-    assert hlo.flops(lines) == 2 * 16 * 1024 * 512 * 256 + 3 * 2 * (3 * 8 * 8 * 4) / 2
+    assert hlo.flops(lines) == 2 * 16 * 1024 * 512 * 256 + 2 * 1024 * 512 * 12 * 32 + 3 * 2 * (3 * 8 * 8 * 4) / 2
     assert hlo.kernels(lines) == ["splash_mha_dq"]
 
 
@@ -73,6 +77,21 @@ def test_a_gpus_text():
     assert hlo.kernels(lines) == ["fmhaSoftmax"]
     assert hlo.squares(lines, 6) == ["f32[5, 3, 6, 6]", "pred[6, 6]"]
     assert hlo.squares(lines, 100) == ["f32[128, 100]"]
+
+
+def test_a_loop_that_counts_in_steps():
+    steps = TPU.replace(
+        "%sum = ",
+        """%counter = s32[] get-tuple-element(%p), index=0
+  %two = s32[] constant(2)
+  %more = s32[] add(%counter, %two)
+  %sum = """,
+    )
+    steps = steps.replace(
+        '{op_name="jit(f)/sum"}\n', '{op_name="jit(f)/sum"}\n  ROOT %next = (s32[], f32[4,8]) tuple(%more, %sum)\n'
+    )
+    steps = steps.replace("%n = s32", "%seen = s32[] get-tuple-element(%q), index=0\n  %n = s32")
+    assert {each.times for each in hlo.collectives(hlo.instructions(steps))} == {14}
 
 
 def test_a_loop_that_does_not_say_how_often_it_runs_is_refused():
