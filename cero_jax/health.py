@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from textwrap import shorten
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ from cero_jax.config import Config
 from cero_jax.learner import Batch
 from cero_jax.rewards import ERROR, NO_ANSWER, STATUSES, TIMED_OUT, TOO_LONG, UNJUDGED, WRONG
 from cero_jax.rollout import ScoredStep, step_samples
+from cero_jax.terminal import one_line
 
 FIRST_ROLLOUTS = 200  # without a success, after which that is said; then at each doubling
 FIRST_STEPS = 20  # optimiser steps before one may be called a spike
@@ -35,7 +35,7 @@ class Health(NamedTuple):
     ever_right: bool = False
     status: dict[str, int] = {}  # of those rollouts  # noqa: RUF012 (never changed in place)
     failed: int = 0  # rollouts of the run that the verifier failed on
-    unjudged_steps: int = 0  # in a row, of which the verifier said nothing
+    unjudged_steps: int = 0  # in a row, of which the verifier was asked and said nothing
     skipped_steps: int = 0  # optimiser steps in a row that were left out, their gradient being no number
     usual: dict[str, list[float]] = {}  # of a figure: its mean, its mean deviation, steps seen  # noqa: RUF012
 
@@ -78,8 +78,8 @@ def _judged(health: Health, scored: ScoredStep, answers: Sequence[str]) -> tuple
         row = next(row for row, each in enumerate(scored.verdicts) if each.status == ERROR)
         told.append(
             f"the verifier failed on {status[ERROR]} of {int(drawn.sum())} rollouts, first on prompt "
-            f"{scored.plan.prompt_ids[row]}: {scored.verdicts[row].extracted}. They are charged and no evidence, and "
-            "counted under status in the metrics from here on"
+            f"{scored.plan.prompt_ids[row]}: {one_line(scored.verdicts[row].extracted)}. They are charged and no "
+            "evidence, and counted under status in the metrics from here on"
         )
     right = bool(scored.num_correct.any())
     after = health._replace(
@@ -87,7 +87,7 @@ def _judged(health: Health, scored: ScoredStep, answers: Sequence[str]) -> tuple
         ever_right=health.ever_right or right,
         status={} if right else {name: health.status.get(name, 0) + status[name] for name in STATUSES},
         failed=health.failed + status[ERROR],
-        unjudged_steps=health.unjudged_steps + 1 if asked and failed == asked else 0,
+        unjudged_steps=health.unjudged_steps + (asked > 0) if failed == asked else 0,  # all were cut: nothing is said
     )
     if _doublings(after.since_right) > _doublings(health.since_right):
         told.append(
@@ -113,8 +113,8 @@ def nothing_right(health: Health, samples: list[dict[str, Any]]) -> str:
     ]
     for each in [each for each in samples if each["status"] == most][:1]:
         names = "completion", "extracted", "gold"
-        texts = {name: shorten(str(each[name]), 160, placeholder=" ...") for name in names}
-        lines.append(f"  for example prompt {each['prompt_id']}, {most}: {texts!r}")
+        texts = ", ".join(f"{name} {one_line(repr(each[name]), 160)}" for name in names)
+        lines.append(f"  for example prompt {each['prompt_id']}, {most}: {texts}")
     return "\n".join(lines)
 
 

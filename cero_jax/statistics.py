@@ -28,12 +28,13 @@ def bootstrap_interval(
     percentiles are widened for small N as Student's t widens the normal (the expanded percentile interval: Hesterberg
     2015, arXiv 1411.5279). scale: the least and the largest that a value can be; where values lie beyond, it reaches to
     them. Where all values are the same a bootstrap sees no spread: the interval is then the exact binomial one over
-    prompts (Clopper and Pearson), of the share that the value is of the scale. N = 1 gives the scale.
+    prompts (Clopper and Pearson), of the share that the value is of the scale. N = 1 gives the scale, and so does a
+    scale of one value.
     """
     values = np.asarray(values, float)
     number, tail = len(values), (1 - confidence) / 2
     least, most = min(scale[0], values.min()), max(scale[1], values.max())
-    if number < 2:
+    if number < 2 or least == most:
         return float(least), float(most)
     if np.all(values == values[0]):
         share = (values[0] - least) / (most - least)

@@ -9,7 +9,7 @@ from tiny_run import tiny_config
 
 from cero_jax.dynamic_sampling import nothing_held
 from cero_jax.health import FIRST_STEPS, SPIKE, Health, at_the_end, deviations, followed, observe, tried_again, trouble
-from cero_jax.rewards import NO_ANSWER, TIMED_OUT, Verdict
+from cero_jax.rewards import NO_ANSWER, TIMED_OUT, TOO_LONG, Verdict
 
 DRAWN = int(make_rows().row_mask.sum())  # 7 rollouts a step, of which one is cut
 
@@ -37,7 +37,7 @@ def test_that_nothing_is_right_is_said_after_the_first_hundreds_and_at_each_doub
     steps = 200 // DRAWN + 1
     assert head.startswith(f"nothing was right in {DRAWN * steps} rollouts, the first of the run ({5 * steps} wrong, ")
     assert f"{steps} no answer, {steps} too long): is this the verifier for these gold answers" in head
-    assert "prompt 2, wrong: {'completion': 'a', 'extracted': '', 'gold': '3'}" in sample
+    assert sample == "  for example prompt 2, wrong: completion 'a', extracted '', gold '3'"
     health, told = after(health, 1100 // DRAWN, wrong)
     assert [text.split()[4] for text in told] == ["406", "805"]
     health, told = after(health, 1, lambda q, c, a: 1.0)
@@ -67,8 +67,23 @@ def test_a_failing_verifier_is_said_once_and_stops_the_run_after_whole_steps_of_
     assert "judged no rollout of 3 steps in a row (max_unjudged_steps): mend it" in trouble(stopped, config)
     assert tried_again(stopped, config) == stopped._replace(unjudged_steps=0)
     assert tried_again(health, config) == health
+    step = scored_by(raises)  # one of which every row was cut: the verifier was not asked, and is no better for it
+    cut = step._replace(truncated=step.plan.row_mask, verdicts=[Verdict(0.0, TOO_LONG)] * len(step.verdicts))
+    assert observe(health, cut, {}, ANSWERS)[0].unjudged_steps == 2
     half = lambda q, c, a: raises(q, c, a) if c == "a" else 0.0  # noqa: E731
     assert after(health, 1, half)[0].unjudged_steps == 0
+
+
+def test_what_others_wrote_is_printed_on_its_line_and_readable_without_a_blank_in_it():
+    def failing(question, completion, answer):
+        raise RuntimeError("no\n\x1b[2Jtable")
+
+    (told,) = after(Health(), 1, failing)[1]
+    assert r"RuntimeError: no \x1b[2Jtable. They are" in told
+    long = lambda q, c, a: Verdict(0.0, NO_ANSWER, "答案" * 200 + "\x1b")  # noqa: E731
+    _, told = after(Health(since_right=195), 1, long)
+    assert "extracted '答案答案" in told[0]
+    assert told[0].replace("\n", "").isprintable()
 
 
 def test_steps_left_out_are_counted_in_a_row_and_stop_the_run():

@@ -1,5 +1,6 @@
 """Verifiers in processes of their own: each way to go wrong is made for real, and the other rows stand."""
 
+import json
 import os
 import re
 import signal
@@ -8,6 +9,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import Future
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +83,12 @@ def test_what_is_no_reward_is_refused(wrong):
 def test_any_kind_of_number_is_a_reward(reward):
     assert verdict(reward).status == RIGHT
     assert type(verdict(reward).reward) is float
+
+
+def test_a_verdict_holds_plain_values_whatever_a_verifier_put_there():
+    """What it read goes into samples.jsonl: a Fraction there ended the run."""
+    assert verdict(Verdict(np.float32(1), RIGHT, Fraction(3, 4))) == Verdict(1.0, RIGHT, "3/4")  # type: ignore[arg-type]
+    assert json.dumps(verdict(Verdict(np.float32(1), np.str_(RIGHT), np.int64(7)))) == '[1.0, "right", "7"]'
 
 
 def is_running(pid):

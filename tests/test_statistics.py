@@ -85,3 +85,4 @@ def test_an_interval_holds_on_any_scale():
     # values beyond the scale: it reaches to them, and nothing is nan
     assert bootstrap_interval(np.full(30, -100.0)) == (-100.0, pytest.approx(-100 + 101 * 0.11570, rel=1e-3))
     assert bootstrap_interval(np.array([7.0])) == (0.0, 7.0)
+    assert bootstrap_interval(np.full(30, 5.0), scale=(5.0, 5.0)) == (5.0, 5.0)  # no reward above the lowest is known

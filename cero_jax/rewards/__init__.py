@@ -53,7 +53,8 @@ def verdict(result: float | Verdict) -> Verdict:
     if abs(reward) > MAX_REWARD:
         raise ValueError(f"it gave {reward:g}: a reward must lie within -{MAX_REWARD:g} and {MAX_REWARD:g}")
     if own:
-        return own._replace(reward=reward)
+        read = "" if own.extracted is None else str(own.extracted)
+        return Verdict(reward, STATUSES[STATUSES.index(own.status)], read)  # plain values, which JSON holds
     return Verdict(reward, RIGHT if reward >= 0.5 else WRONG)
 
 

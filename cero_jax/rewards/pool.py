@@ -150,7 +150,7 @@ class Pool:
             if each.status == ERROR and not self._logged:
                 self._logged = True
                 logging.getLogger("cero_jax").warning(
-                    "verifier %s: %s (reward 0; later errors are only counted)",
+                    "verifier %s: %s (no evidence; later errors are only counted)",
                     self.function,
                     printable(each.extracted),
                 )
@@ -253,7 +253,7 @@ def _verify(question: str, completion: str, answer: str) -> Verdict:
     signal.setitimer(signal.ITIMER_REAL, _orphan_seconds)  # the kernel ends it then: SIGALRM has no handler
     try:
         result = verdict(_function(question, completion, answer))
-        return Verdict(result.reward, str(result.status), str(result.extracted)[:500])
+        return result._replace(extracted=result.extracted[:500])
     except MemoryError:
         os._exit(OUT_OF_MEMORY)
     except BaseException as error:  # SystemExit among them
