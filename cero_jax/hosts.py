@@ -29,13 +29,13 @@ AT_FIRST = 1024  # bytes that an exchange takes in its first message: most need 
 
 
 def join() -> None:
-    """Join the other processes of this run, where there are others; before anything touches a device.
+    """Join the other processes of this run, where there are others, and once; before anything touches a device.
 
     Where JAX sees a cluster (a TPU pod, Slurm, Open MPI) it knows the rest; else all of BY_HAND are given in the
     environment. Raises ValueError where only some of them are, or they are no numbers.
     """
     given = _given_by_hand(os.environ)
-    if not given and not _in_a_cluster(os.environ):
+    if jax.distributed.is_initialized() or not (given or _in_a_cluster(os.environ)):
         return
     # The run has handlers of its own; JAX's would take SIGTERM away from them.
     jax.config.update("jax_enable_preemption_service", False)

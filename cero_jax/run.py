@@ -40,6 +40,7 @@ from cero_jax.learner import Batch, Fixed, Learner, make_learner
 from cero_jax.metrics import MetricsWriter, Progress, Unwritten, say_once
 from cero_jax.model import Params
 from cero_jax.optimizer import TrainState
+from cero_jax.pace import Clock, Profile
 from cero_jax.packing import StepPlan, plan
 from cero_jax.read_files import local_path
 from cero_jax.report.mechanism import epoch_row
@@ -87,6 +88,8 @@ class Run(NamedTuple):
     checkpoints: Checkpoints
     metrics: MetricsWriter | Unwritten
     progress: Progress | Unwritten
+    clock: Clock
+    profile: Profile
 
     def params(self, state: State) -> Params:
         """The policy's parameters, those that are frozen among them."""
@@ -128,15 +131,19 @@ class Run(NamedTuple):
 
     def save(self, state: State, cursor: Cursor) -> Cursor:
         """Checkpoint the state, with how far the metrics files reach."""
-        return self.checkpoints.save(cursor._replace(metrics_position=self.metrics.position()), state)
+        with self.clock.beside():
+            return self.checkpoints.save(cursor._replace(metrics_position=self.metrics.position()), state)
 
     def log_step(self, cursor: Cursor, step: ScoredStep, metrics: dict, learn_seconds: float) -> Cursor:
         """Write what a step came to, some of its completions, and show it; say what goes wrong, and remember it."""
         seen, more, told = health.observe(Health(**cursor.health), step, metrics, self.task.train.answers)
         cursor = cursor._replace(health=seen._asdict())
-        for text in told:
+        phases, stalled = self.clock.step(step.seconds, learn_seconds)
+        for text in filter(None, [*told, stalled]):
             say_once(f"step {cursor.step}: {text}")
-        self.log("step", cursor, metrics | more, {"sample_seconds": step.seconds, "learn_seconds": learn_seconds})
+        timings = {"sample_seconds": step.seconds.of_a_step, "learn_seconds": learn_seconds} | phases
+        self.log("step", cursor, metrics | more, timings)
+        self.profile.at(cursor.step)
         self.metrics.write_samples("train", cursor.spent, step_samples(step))
         reward, live = metrics["reward"], metrics["live_share"]
         self.progress.update(cursor.spent, epoch=cursor.epoch, reward=reward, accuracy=cursor.accuracy, live=live)
@@ -150,7 +157,8 @@ class Run(NamedTuple):
         """Measure held-out accuracy, write it, and show one completion."""
         began, config = time.perf_counter(), self.config
         policy, scale = self.params(state), (config.success_threshold, config.lowest_reward)
-        result = evaluate(self.sample, policy, self.task, config.evaluation, config.seed, *scale)
+        with self.clock.beside():
+            result = evaluate(self.sample, policy, self.task, config.evaluation, config.seed, *scale)
         cursor = cursor._replace(accuracy=result.accuracy, evaluated=cursor.spent)
         self.log("eval", cursor, result.metrics(), {"eval_seconds": time.perf_counter() - began})
         self.metrics.write_samples("eval", cursor.spent, [each for each in result.samples if each["sample"] == 0])
@@ -200,6 +208,7 @@ class Run(NamedTuple):
         self.checkpoints.close()
         self.metrics.close()
         self.progress.close()
+        self.profile.close()
 
 
 @contextmanager
@@ -349,6 +358,8 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         checkpoints=checkpoints,
         metrics=hosts.alike(lambda: MetricsWriter(directory, cursor.metrics_position) if writes else Unwritten()),
         progress=Progress(total=config.allocator.total_budget, initial=cursor.spent) if writes else Unwritten(),
+        clock=Clock(),
+        profile=Profile(config.profile_steps, directory / "profile"),
     )
     held, total = len(task.heldout.questions), config.allocator.total_budget
     hosts.tell(

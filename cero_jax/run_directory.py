@@ -25,6 +25,7 @@ CHANGEABLE_ON_RESUME = (  # fields, or the beginnings of their names
     "work_dir",
     "evaluation",
     "checkpoint_every_steps",
+    "profile_steps",
     "max_unjudged_steps",
     "learner.max_skipped_steps",
     "extend",

@@ -13,6 +13,7 @@ import numpy as np
 
 from cero_jax import hosts
 from cero_jax.data import Prompts, Task
+from cero_jax.pace import Seconds
 from cero_jax.rewards import ERROR, TIMED_OUT, TOO_LONG, UNJUDGED, Verdict, verdict
 from cero_jax.sampler import Rollouts, SamplingBatch
 
@@ -160,14 +161,17 @@ class Verification:
         part = self._thread.submit(verify, self._task, self._task.train, self._batch.prompt_ids, rollouts, mask)
         self._parts.append((np.flatnonzero(mask), part))
 
-    def result(self) -> tuple[Verified, float]:
-        """All rows, once the last is judged, and the seconds since the drawing began. Raises as `verify` does."""
-        num_rows = len(self._batch.row_mask)
+    def result(self) -> tuple[Verified, Seconds]:
+        """All rows, once the last is judged, and how long that took: called as the last of them is drawn.
+
+        Raises as `verify` does.
+        """
+        drawn, num_rows = time.perf_counter(), len(self._batch.row_mask)
         whole = Verified([""] * num_rows, [PADDING] * num_rows, np.zeros(num_rows, np.float32))
         with self._thread:
             for row, completion, judged in itertools.chain(*hosts.each_has(self._judged)):
                 whole.completions[row], whole.verdicts[row], whole.reward[row] = completion, judged, judged.reward
-        return whole, time.perf_counter() - self._began
+        return whole, Seconds(drawn - self._began, time.perf_counter() - drawn)
 
     def _judged(self) -> list[tuple[int, str, Verdict]]:
         """The rows that this process judges, once it has, each with its completion."""
