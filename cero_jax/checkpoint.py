@@ -50,6 +50,7 @@ class Cursor(NamedTuple):
     accuracy: float | None = None  # held out, when last measured
     evaluated: int = 0  # rollouts spent by then
     start_hash: str = ""  # of the parameters that RL started from, where resuming reads them again
+    devices: str = ""  # that it goes on with, in words
     metrics_position: dict | None = None  # how far the metrics files reach
     checkpoint_number: int = 0
     saved_step: int = 0  # step of that checkpoint

@@ -54,6 +54,7 @@ from cero_jax.run_directory import (
     check_resumable,
     check_shared,
     check_work_dir,
+    devices_here,
     open_run_dir,
     set_metrics_aside,
     write_settings,
@@ -344,6 +345,7 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         state = state._replace(allocator=state.allocator._replace(ledger=ledger))
         cursor = cursor._replace(finished=False, config=fresh.config)
     writes = hosts.leads()
+    cursor = cursor._replace(devices=devices_here())
     run = Run(
         config=config,
         directory=directory,

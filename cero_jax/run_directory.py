@@ -75,13 +75,20 @@ def check_resumable(cursor: Cursor, config: Config, prompts_hash: str) -> None:
 
 
 def changes_to_say(cursor: Cursor, config: Config) -> list[str]:
-    """A line for each setting that was changed on resume and changes no mathematics, but more than nothing."""
-    return [
+    """A line for each change on resume, of a setting or of the devices, that changes no mathematics, but the bits."""
+    now = devices_here()
+    said = [f"warning: {cursor.devices} before, {now} now: {_BITS}"] if cursor.devices not in ("", now) else []
+    return said + [
         f"warning: {text}: {SAID_ON_RESUME[field]}"
         for key, text in _changes(cursor, config).items()
         for field in SAID_ON_RESUME
         if _is_of(key, (field,))
     ]
+
+
+def devices_here() -> str:
+    """The processes and devices of this run, in words."""
+    return f"{jax.process_count()} process(es), {jax.device_count()} device(s)"
 
 
 def _changes(cursor: Cursor, config: Config) -> dict[str, str]:

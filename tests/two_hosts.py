@@ -8,42 +8,58 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import train
-from cero_jax import evaluate, hosts, metrics, run_directory, sharding
+from cero_jax import evaluate, hosts, metrics, run_directory, sharding, warm_start
 from cero_jax.config import Config
-from cero_jax.rewards import Verdict
-from tests.tiny_run import FirstDigit, tiny_config
+from cero_jax.rewards import RIGHT, WRONG, Verdict
+from cero_jax.sampler import SamplerConfig
+from cero_jax.tasks.chain_sum import ChainSum
+from cero_jax.tokenizer import AlphabetTokenizer
+from cero_jax.warm_start import WarmStartConfig
+from tests.tiny_run import tiny_config
 
 STOPPED_AFTER = 6  # rows of metrics
 
 
+class EveryTokenEnds(AlphabetTokenizer):
+    """A completion is one token, and reads as its id: with one length there is little to compile."""
+
+    eos_ids = tuple(range(1, 14))
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
 @dataclasses.dataclass(frozen=True)
-class JudgedSomewhere(FirstDigit):
-    """Its verifier leaves a trace of the process in which it judges."""
+class JudgedSomewhere(ChainSum):
+    """A third of the tokens are right; the verifier leaves a trace of the process in which it judges."""
 
     traces: str = ""
 
     def build(self, seed, tokenizer=None):
         task = super().build(seed, tokenizer)
-        assert task.verify is not None
-        first_digit = task.verify
 
         def verify(question, completion, answer):
-            if self.traces:
-                with open(f"{self.traces}/judged-{os.getpid()}", "a") as file:
-                    file.write(".")
-            return Verdict(float(first_digit(question, completion, answer)), "right", completion[:1])
+            with open(f"{self.traces}/judged-by-{os.getpid()}", "a") as file:
+                file.write(".")
+            right = int(completion) % 3 == 0
+            return Verdict(float(right), RIGHT if right else WRONG, completion)
 
-        return task._replace(verify=verify)
+        return task._replace(tokenizer=EveryTokenEnds("0123456789.="), verify=verify)
 
 
 def hosts_config(work_dir, **changes) -> Config:
-    """The tiny run, its verifier watched."""
+    """The tiny run with as little in it to compile as can be."""
     traces = str(Path(work_dir).parent)
-    task = JudgedSomewhere(num_prompts=24, num_heldout=8, traces=traces)
-    return tiny_config(work_dir, **({"task": task} | changes))
+    settings = dict(  # noqa: C408
+        task=JudgedSomewhere(num_prompts=24, num_heldout=8, traces=traces),
+        sampler=SamplerConfig(max_completion_tokens=1),
+        warm_start=WarmStartConfig(num_steps=0),
+    )
+    return tiny_config(work_dir, **(settings | changes))
 
 
 def raised(function) -> str:
@@ -56,19 +72,23 @@ def raised(function) -> str:
 
 
 def exchanges(folder: Path) -> dict:
-    """What the functions of hosts.py and sharding.py come to in this process."""
+    """What the functions that make several processes one run come to in this process."""
     me = jax.process_index()
 
     def fails_in_one():
         if me == 1:
             raise FileNotFoundError("train.jsonl: no such file")
 
-    Path(f"{folder}/host-{me}").mkdir()
-    os.chdir(f"{folder}/host-{me}")  # so that one path leads each process to a folder of its own
-    run_directory.SHARED_SECONDS = 0.1
     mesh = sharding.make_mesh(sharding.MeshConfig())
+    by_row = sharding.rows(mesh)
     numbers = np.arange(4 * jax.device_count(), dtype=np.int32).reshape(-1, 4)
-    placed = sharding.place({"a": numbers, "b": None}, sharding.rows(mesh))
+    placed = sharding.place({"a": numbers, "b": None}, by_row)
+    warm_start.write_cache(folder / "cache/warm", placed)
+    target = {"a": jax.ShapeDtypeStruct(numbers.shape, jnp.int32, sharding=by_row), "b": None}
+    read = warm_start.read_cache(folder / "cache/warm", target)
+    (folder / f"host-{me}").mkdir()
+    os.chdir(folder / f"host-{me}")  # so that one path leads each process to a folder of its own
+    run_directory.SHARED_SECONDS = 0.1
     return {
         "each": [len(text) for text in hosts.each_has(lambda: "x" * 5000 * me)],
         "alike": raised(lambda: hosts.alike(fails_in_one)),
@@ -77,6 +97,7 @@ def exchanges(folder: Path) -> dict:
         "leads": hosts.leads(),
         "whole": bool((sharding.fetch(placed)["a"] == numbers).all()),
         "here": sum(shard.data.size for shard in placed["a"].addressable_shards) / numbers.size,
+        "read": bool((sharding.fetch(read)["a"] == numbers).all()),
         "not_shared": raised(lambda: run_directory.check_shared(Path("/proc/self/cwd/runs"))),
         "other_settings": raised(lambda: run_directory.check_alike(tiny_config(folder, seed=me), "a hash")),
     }
