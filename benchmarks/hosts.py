@@ -98,6 +98,8 @@ def be_a_process(case: str, devices: int, folder: Path, event: str) -> int:
     from cero_jax.checkpoint import fail_at_once
 
     hosts.join()
+    if case == "exchange":
+        return time_exchanges()
     if event:
         number, process, row = map(int, event.split(":"))
         log, passed = run.Run.log, []
@@ -117,6 +119,25 @@ def be_a_process(case: str, devices: int, folder: Path, event: str) -> int:
     if status == 0:
         evaluate.main([str(folder / "run"), "--samples=2", "--rows=16", f"--output={folder}/samples.jsonl"])
     return status
+
+
+def time_exchanges(rounds: int = 200) -> int:
+    """Print what exchanges of two sizes take, over so many of them."""
+    import statistics
+
+    from cero_jax import hosts
+
+    said = []
+    for size in (100, 1_000_000):
+        taken, began = [], time.process_time()
+        for _ in range(rounds + 1):
+            start = time.perf_counter()
+            hosts.each_has(lambda size=size: b"x" * size)
+            taken.append(time.perf_counter() - start)
+        busy = (time.process_time() - began) / rounds
+        said.append(f"{size:,} bytes: median {1e3 * statistics.median(taken):.1f} ms, {1e3 * busy:.1f} ms of processor")
+    print(f"an exchange, of each process {'; '.join(said)}", flush=True)
+    return 0
 
 
 # --- what starts them ---
@@ -216,21 +237,30 @@ def compare(case: str, processes: int, folder: Path) -> bool:
 # --- faults ---
 
 
+def never_stopped(folder: Path) -> Path:
+    """The folder of a small run by two processes, which is made once."""
+    whole = folder.parent / "whole"
+    if not whole.exists():
+        end = start("small", whole, 2, 2)
+        assert end.statuses == [0, 0], end.printed
+    return whole
+
+
 def dead(folder: Path, process: int) -> bool:
     """One process is killed; the other ends soon, says which is dead, and the same command ends as if nothing was."""
-    before = start("small", folder / "whole", 2, 2)
+    before = never_stopped(folder)
     after = start("small", folder / "cut", 2, 2, f"{int(signal.SIGKILL)}:{process}:6")
     other = 1 - process
     took = after.seconds[other] - after.seconds[process]
     words = [line for line in after.printed[other].splitlines() if "task" in line.lower() or "error" in line.lower()]
     again = start("small", folder / "cut", 2, 2)
-    alike = again.statuses == [0, 0] and made(folder / "cut") == made(folder / "whole")
+    alike = again.statuses == [0, 0] and made(folder / "cut") == made(before)
     print(
         f"process {process} killed: the other ended after {took:.0f} s with status {after.statuses[other]}; the same "
         f"command ends {'as the run never stopped, to the bit' if alike else f'OTHERWISE {again.statuses}'}; it said:"
     )
     print("\n".join(f"    {line[:400]}" for line in words[-3:]), flush=True)
-    return took < 60 and after.statuses[other] != 0 and alike and before.statuses == [0, 0]
+    return took < 60 and after.statuses[other] != 0 and alike
 
 
 def hang(folder: Path) -> bool:
@@ -248,33 +278,60 @@ def hang(folder: Path) -> bool:
     return end.statuses == [0, 0] and timed_out > 0 < judged
 
 
+def damaged(folder: Path) -> bool:
+    """The newest checkpoint has other bytes than were saved: both put it aside and go on from the one before."""
+    whole = never_stopped(folder)
+    first = start("small", folder / "cut", 2, 2, f"{int(signal.SIGTERM)}:1:14")
+    newest = max((folder / "cut/run/checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    for arrays in (path for path in newest.rglob("d/*") if path.is_file()):
+        content = bytearray(arrays.read_bytes())
+        content[len(content) // 2] ^= 4
+        arrays.write_bytes(content)
+    again = start("small", folder / "cut", 2, 2)
+    said = sum("put aside" in printed for printed in again.printed)
+    alike = again.statuses == [0, 0] and made(folder / "cut") == made(whole)
+    print(
+        f"a damaged checkpoint: statuses {again.statuses}, said by {said} of 2 processes; the end is "
+        f"{'that of the run never damaged, to the bit' if alike else 'ANOTHER'}, {max(again.seconds):.0f} s",
+        flush=True,
+    )
+    return alike and said == 1 and first.statuses == [143, 143]
+
+
+def exchange(folder: Path) -> bool:
+    """What an exchange between two processes costs."""
+    end = start("exchange", folder, 2, 2)
+    print(end.printed[0].splitlines()[-1] if end.statuses == [0, 0] else f"FAILED: {end.printed}", flush=True)
+    return end.statuses == [0, 0]
+
+
 def elastic(folder: Path) -> bool:
     """Two processes, then one with one device, then one with four: each stopped by SIGTERM but the last."""
-    whole = start("small", folder / "whole", 2, 2)
+    whole = never_stopped(folder)
     first = start("small", folder / "cut", 2, 2, f"{int(signal.SIGTERM)}:1:6")
     second = start("small", folder / "cut", 1, 1, f"{int(signal.SIGTERM)}:0:8")
     third = start("small", folder / "cut", 1, 4)
     ends = [first.statuses, second.statuses, third.statuses]
-    rows, expected = steps_of(folder / "cut"), steps_of(folder / "whole")
+    rows, expected = steps_of(folder / "cut"), steps_of(whole)
     drawn = sum(sum(row["num_rollouts"]) for row in rows)
     same = [row["prompt_ids"] + row["num_rollouts"] for row in rows] == [
         row["prompt_ids"] + row["num_rollouts"] for row in expected
     ]
-    bits = (
-        "all metrics, too" if rows == expected else f"other bits {first_difference(folder / 'cut', folder / 'whole')}"
-    )
+    bits = "all metrics, too" if rows == expected else f"other bits {first_difference(folder / 'cut', whole)}"
     print(
         f"2 processes, then 1 device, then 4: statuses {ends}; {drawn} rollouts drawn, {rows[-1]['spent']} spent of "
         f"240; who got them is {'the same' if same else 'OTHERWISE'} as with 2 processes throughout; {bits}",
         flush=True,
     )
-    return ends == [[143, 143], [143], [0]] and drawn == rows[-1]["spent"] == 240 and whole.statuses == [0, 0]
+    return ends == [[143, 143], [143], [0]] and drawn == rows[-1]["spent"] == 240
 
 
 FAULTS = {
     "dead": lambda folder: dead(folder, 1),
     "dead_first": lambda folder: dead(folder, 0),
+    "damaged": damaged,
     "hang": hang,
+    "exchange": exchange,
     "elastic": elastic,
 }
 
@@ -285,9 +342,9 @@ def main() -> None:
     parser.add_argument("--processes", nargs="*", type=int, default=[2, 4])
     parser.add_argument("--faults", nargs="*", default=list(FAULTS), choices=FAULTS)
     args, folder = parser.parse_args(), Path(tempfile.mkdtemp())
-    print("| case | processes | beside one process with as many devices | seconds, theirs and its |\n|---|---|---|---|")
+    if args.cases:
+        print("| case | processes | beside one process with as many devices | seconds, both |\n|---|---|---|---|")
     good = [compare(case, number, folder) for case in args.cases for number in args.processes]
-    print(flush=True)
     good += [FAULTS[name](folder / name) for name in args.faults]
     sys.exit(0 if all(good) else 1)
 
