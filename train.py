@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before the imports, which take seconds: Ctrl-C the
 import jax
 import numpy as np
 
+from cero_jax import hosts
 from cero_jax.checkpoint import Cursor, fail_at_once
 from cero_jax.config import Config, from_command_line
 from cero_jax.dynamic_sampling import collect
@@ -40,11 +41,11 @@ def train(run: Run, state: State, cursor: Cursor) -> int:
     stop = StopSignal()
     if cursor.accuracy is None:  # never evaluated: the point at 0 rollouts
         cursor = run.evaluate(state, cursor)
-    while not (cursor.finished or stop.number or run.trouble(cursor)):
+    while not (cursor.finished or stop.agreed() or run.trouble(cursor)):
         state, cursor = train_epoch(run, state, cursor, stop)
     if cursor.finished and cursor.evaluated < cursor.spent:
         cursor = run.evaluate(state, cursor)
-    status = run.finish(state, run.save(state, cursor), stop.number)
+    status = run.finish(state, run.save(state, cursor), stop.agreed())
     stop.close()
     return status
 
@@ -64,10 +65,10 @@ def train_epoch(run: Run, state: State, cursor: Cursor, stop: StopSignal) -> tup
             state, cursor = learn(run, state, cursor, scored)
         if cursor.spent >= cursor.evaluated + config.evaluation.every_rollouts:
             cursor = run.evaluate(state, cursor)
-        run.checkpoints.check()  # a save goes on in the background, and may have failed there
+        hosts.alike(run.checkpoints.check)  # a save goes on in the background, and may have failed there
         if cursor.step >= cursor.saved_step + config.checkpoint_every_steps:
             cursor = run.save(state, cursor)
-        if stop.number or run.trouble(cursor):  # not before the first batch: a resume would allocate the epoch again
+        if stop.agreed() or run.trouble(cursor):  # not before the first batch: a resume would allocate the epoch again
             break
     if cursor.epoch_step == len(epoch_plans):
         # Nothing was left to allocate; but `cero_dual` may also leave an epoch empty that is not the last.
@@ -138,12 +139,11 @@ def learn(run: Run, state: State, cursor: Cursor, scored: ScoredStep) -> tuple[S
 if __name__ == "__main__":
     try:
         with quit_while_starting():
+            hosts.join()
             started = start(from_command_line(sys.argv[1:]))
-    except ValueError as error:
-        sys.exit(f"error: {error}")
-    except OSError:
-        fail_at_once()
+    except Exception:
+        fail_at_once(ValueError, OSError)
     try:
         sys.exit(train(*started))
     except Exception:
-        fail_at_once()
+        fail_at_once(OSError, FloatingPointError)  # the latter: a policy that is no number, not worth saving

@@ -8,6 +8,7 @@ lie a checksum of each array and one of all that: what a disk gives back is what
 
 import errno
 import itertools
+import json
 import logging
 import os
 import re
@@ -15,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -23,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from cero_jax import hosts
 from cero_jax.checksums import described, text_checksum, type_of
 
 KEPT = 2  # the newest, and one more in case it is damaged
@@ -47,6 +50,7 @@ class Cursor(NamedTuple):
     accuracy: float | None = None  # held out, when last measured
     evaluated: int = 0  # rollouts spent by then
     start_hash: str = ""  # of the parameters that RL started from, where resuming reads them again
+    devices: str = ""  # that it goes on with, in words
     metrics_position: dict | None = None  # how far the metrics files reach
     checkpoint_number: int = 0
     saved_step: int = 0  # step of that checkpoint
@@ -135,6 +139,9 @@ class Checkpoints:
 
     def cursor(self) -> Cursor | None:
         """The newest checkpoint's cursor, None where nothing was saved. Raises ValueError where none can be read."""
+        return hosts.of_first(self._newest)
+
+    def _newest(self) -> Cursor | None:
         while numbers := self._numbers():
             try:
                 return self._read_cursor(max(numbers))[0]
@@ -152,7 +159,7 @@ class Checkpoints:
             try:
                 return cursor, self._restore(cursor.checkpoint_number, like, part)
             except Damaged as error:
-                self._pass_over(cursor.checkpoint_number, error)
+                hosts.of_first(partial(self._pass_over, cursor.checkpoint_number, error))
             before = self.cursor()
             assert before is not None  # else _pass_over raised
             cursor = before
@@ -167,14 +174,18 @@ class Checkpoints:
         )
         with self._failures_named():
             self._manager.wait_until_finished()
-            for number in self._numbers():
-                if number >= cursor.checkpoint_number:  # not this run's: Orbax would save nothing, and say nothing
-                    aside = put_aside(self._directory / str(number))
-                    _say(f"{self._directory / str(number)}: not a checkpoint of this run, put aside as {aside}")
+            hosts.of_first(partial(self._make_way, cursor.checkpoint_number))
             self._manager.reload()
             if not self._manager.save(cursor.checkpoint_number, args=args):
                 raise OSError("Orbax did not save it")
         return cursor
+
+    def _make_way(self, next_number: int) -> None:
+        """Put aside what is not this run's and would keep Orbax from saving, which it would not say."""
+        for number in self._numbers():
+            if number >= next_number:
+                aside = put_aside(self._directory / str(number))
+                _say(f"{self._directory / str(number)}: not a checkpoint of this run, put aside as {aside}")
 
     def check(self) -> None:
         """Raise OSError where the last save failed; one that is still under way is not waited for."""
@@ -198,7 +209,7 @@ class Checkpoints:
         """A checkpoint's cursor, and what its arrays must be: [dtype and shape, checksum] by name."""
         path = self._directory / str(number)
         with _damage_named(path):
-            saved = self._manager.restore(number, args=ocp.args.Composite(cursor=ocp.args.JsonRestore()))["cursor"]
+            saved = json.loads((path / "cursor/metadata").read_bytes())  # as Orbax's JsonSave wrote it
             layout, checksum = saved.get("layout", 1), saved.pop("checksum", None)
             if checksum != text_checksum(saved) and (layout == LAYOUT or checksum is not None):
                 raise ValueError("its cursor is not what was saved")
@@ -213,13 +224,14 @@ class Checkpoints:
 
     def _restore(self, number: int, like: Any, part: str) -> Any:
         packed = {name: _abstract(leaf) for name, leaf in _pack(like, part).items()}
-        path, (_, kept) = self._directory / str(number), self._read_cursor(number)
+        path, (_, kept) = self._directory / str(number), hosts.of_first(partial(self._read_cursor, number))
         _check_asked(path, packed, kept, whole=not part)
         args = ocp.args.PyTreeRestore(
             packed, ocp.checkpoint_utils.construct_restore_args(packed), partial_restore=bool(part)
         )
         with _damage_named(path):
-            restored = self._manager.restore(number, args=ocp.args.Composite(state=args))["state"]
+            composite = ocp.args.Composite(state=args)
+            restored = hosts.alike(lambda: self._manager.restore(number, args=composite)["state"])
             found = described(restored)
             if changed := [name for name in packed if found[name] != kept[name]]:
                 raise ValueError(f"{', '.join(changed[:3])}: not the bits that were saved")
@@ -284,15 +296,17 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return record.levelno < logging.WARNING or not ("orbax" in record.pathname or "orbax" in record.getMessage())
 
 
-def fail_at_once() -> NoReturn:
-    """Print the exception being handled, an OSError in one line, and end the process with status 1.
+def fail_at_once(*expected: type[Exception]) -> NoReturn:
+    """Print the exception being handled, in one line where it is `expected`, and end the process with status 1.
 
-    sys.exit would wait for Orbax's writer threads, which never end after a failed save.
+    sys.exit would wait for Orbax's writer threads, which never end after a failed save, and for other processes.
     """
     error = sys.exc_info()[1]
-    if isinstance(error, OSError | FloatingPointError):  # the latter: a policy that is no number, not worth saving
-        _say(f"error: {error}")
+    if isinstance(error, expected):
+        _say(f"error: {hosts.noted(error)}")
     else:
         traceback.print_exc()
     sys.stdout.flush()  # os._exit flushes nothing
+    if isinstance(error, jax.errors.JaxRuntimeError):
+        hosts.wait_for_the_dead()
     os._exit(1)

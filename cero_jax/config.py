@@ -21,6 +21,7 @@ from cero_jax.evaluation import EvaluationConfig
 from cero_jax.grpo import WITHOUT_GROUP, AdvantageKind
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
+from cero_jax.pace import parsed as profiled
 from cero_jax.read_files import local_path
 from cero_jax.rewards import MAX_REWARD
 from cero_jax.sampler import SamplerConfig
@@ -132,6 +133,8 @@ class Config:
     stops."""
     checkpoint_every_steps: int = 100
     """Steps (of learner.rows_per_step rollouts) between two checkpoints; a stop by signal saves one more."""
+    profile_steps: str | None = None
+    """FIRST:END: a trace of these steps, END not among them, by JAX's profiler, in <work_dir>/profile."""
     work_dir: str | None = None
     """Where everything of the run goes; None is runs/<name>-<allocator>-<seed>."""
     extend: bool = False
@@ -140,6 +143,7 @@ class Config:
     def __post_init__(self):
         check(self)
         check_seed(self.seed)
+        profiled(self.profile_steps)
         if isinstance(self.task, type) or not (dataclasses.is_dataclass(self.task) and hasattr(self.task, "build")):
             raise ValueError(
                 f"task={self.task!r} must be a dataclass of settings with a method build(seed, tokenizer), which gives "

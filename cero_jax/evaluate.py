@@ -6,19 +6,20 @@ python -m cero_jax.evaluate RUN [--data FILE ...] [--samples 16]
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from cero_jax import lora, model, sharding
-from cero_jax.checkpoint import Checkpoints
+from cero_jax import hosts, lora, model, sharding
+from cero_jax.checkpoint import Checkpoints, fail_at_once
 from cero_jax.config import Config, check_seed, from_json
 from cero_jax.data import Task
 from cero_jax.evaluation import evaluate, scores_table
 from cero_jax.initial_policy import check_same_start, starting_policy
+from cero_jax.metrics import say_once
 from cero_jax.model import Params
 from cero_jax.read_files import local_path
 from cero_jax.run import build_task, check_context, check_rows, sampler_of
@@ -58,7 +59,7 @@ def restore_policy(
         cursor = checkpoints.cursor()
     if checkpoints is None or cursor is None:
         raise ValueError(f"{path.parent}: no checkpoint in it yet: let the run go on")
-    config, task = build_task(changed, cursor.started)
+    config, task = hosts.alike(partial(build_task, changed, cursor.started))
     check_context(config, task.heldout)
     try:
         mesh = sharding.make_mesh(config.mesh)
@@ -119,17 +120,20 @@ def main(args: Sequence[str] | None = None) -> None:
     sampler_changes = {key: given[key] for key in ("temperature", "max_completion_tokens") if given[key] is not None}
     evaluation_changes = {"samples": given["samples"]} | ({} if given["rows"] is None else {"rows": given["rows"]})
     try:
+        hosts.join()
         check_seed(given["seed"])
         policy = restore_policy(Path(given["run"]), task_changes, sampler_changes, evaluation_changes)
         config = policy.config
         scale = config.success_threshold, config.lowest_reward
         result = evaluate(policy.sample, policy.params, policy.task, config.evaluation, given["seed"], *scale)
         output = local_path(given["output"] or str(Path(given["run"]) / f"samples-{policy.spent}.jsonl"))
-        write_samples(output, result.samples)
+        hosts.of_first(partial(write_samples, output, result.samples))
     except (OSError, ValueError, FloatingPointError) as error:
+        if hosts.several():
+            fail_at_once(OSError, ValueError, FloatingPointError)
         parser.error(printable(str(error)))
-    print(scores_table(result.scores))
-    print(f"{policy.spent:,} rollouts spent; {len(result.samples):,} samples to read in {output}", file=sys.stderr)
+    hosts.tell(scores_table(result.scores))
+    say_once(f"{policy.spent:,} rollouts spent; {len(result.samples):,} samples to read in {output}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cero_jax import hosts
 from cero_jax.data import Prompts, Task
 from cero_jax.model import Params
 from cero_jax.rewards import RIGHT, STATUSES, WRONG, Verdict
@@ -15,7 +16,7 @@ from cero_jax.sampler import EVAL_STEP, Rollouts, Sampler, SamplingBatch
 from cero_jax.settings import check
 from cero_jax.statistics import bootstrap_interval, pass_at_k
 from cero_jax.terminal import printable
-from cero_jax.verify import on_scale, verify
+from cero_jax.verify import on_scale, own_rows, verify
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ def evaluate(
         for batch in sampling_batches(task.heldout, config):
             rollouts = sample(params, np.uint32(seed), np.uint32(EVAL_STEP), batch)
             judged.append(judge.submit(_judged, task, batch, rollouts))
-        samples = _on_scale([each for batch in judged for each in batch.result()], lowest_reward)
+        found = hosts.each_has(lambda: [each for batch in judged for each in batch.result()])
+    samples = _on_scale([_sample(task.heldout, *each) for part in found for each in part], lowest_reward)
     samples.sort(key=lambda each: (each["prompt_id"], each["sample"]))
     reward = np.array([each["reward"] for each in samples], np.float32).reshape(num_prompts, config.samples)
     scale = min(lowest_reward, float(reward.min())), max(1.0, float(reward.max()))
@@ -138,25 +140,36 @@ def sampling_batches(prompts: Prompts, config: EvaluationConfig) -> Iterator[Sam
         )
 
 
-def _judged(task: Task, batch: SamplingBatch, rollouts: Rollouts) -> list[dict[str, Any]]:
-    """The real rows of a batch, each as a sample to read."""
-    prompts, ids = task.heldout, batch.prompt_ids
-    judged, lengths = verify(task, prompts, ids, rollouts, batch.row_mask), np.asarray(rollouts.lengths)
+def _judged(task: Task, batch: SamplingBatch, rollouts: Rollouts) -> list[tuple[int, int, str, Verdict, int]]:
+    """The rows of a batch that this process judges: prompt id, sample, completion, verdict, length."""
+    ids, mine = batch.prompt_ids, own_rows(batch.row_mask)
+    completions, verdicts, reward = verify(task, task.heldout, ids, rollouts, mine)
     return [
-        {
-            "prompt_id": int(ids[row]),
-            "sample": int(batch.rollout_index[row]),
-            "label": prompts.labels[ids[row]],
-            "question": prompts.questions[ids[row]],
-            "answer": prompts.answers[ids[row]],
-            "completion": judged.completions[row],
-            "extracted": judged.verdicts[row].extracted,
-            "status": judged.verdicts[row].status,
-            "reward": float(judged.reward[row]),
-            "length": int(lengths[row]),
-        }
-        for row in np.flatnonzero(batch.row_mask)
+        (
+            int(ids[row]),
+            int(batch.rollout_index[row]),
+            completions[row],
+            verdicts[row]._replace(reward=float(reward[row])),
+            int(rollouts.lengths[row]),
+        )
+        for row in np.flatnonzero(mine)
     ]
+
+
+def _sample(prompts: Prompts, prompt_id: int, sample: int, completion: str, judged: Verdict, length: int) -> dict:
+    """A completion with what was made of it, to read."""
+    return {
+        "prompt_id": prompt_id,
+        "sample": sample,
+        "label": prompts.labels[prompt_id],
+        "question": prompts.questions[prompt_id],
+        "answer": prompts.answers[prompt_id],
+        "completion": completion,
+        "extracted": judged.extracted,
+        "status": judged.status,
+        "reward": judged.reward,
+        "length": length,
+    }
 
 
 def _on_scale(samples: list[dict[str, Any]], lowest_reward: float) -> list[dict[str, Any]]:

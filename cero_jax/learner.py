@@ -212,7 +212,7 @@ def rows_with_gradient(batch: Batch, advantages: Advantages, config: LearnerConf
     if config.kl_coef:
         return np.asarray(batch.row_mask)
     least = config.least_advantage if config.advantage in BY_POSTERIOR else 0.0
-    return np.abs(np.asarray(advantages.advantage)) > least
+    return np.abs(sharding.fetch(advantages.advantage)) > least
 
 
 def grpo_loss(
@@ -333,7 +333,7 @@ def make_learner(
     def step(state: TrainState, fixed: Fixed, batch: Batch, advantages: Advantages, learning_rate, rows: np.ndarray):
         shapes = shapes_for(prompt_widths or (batch.prompt_tokens.shape[1],), token_limits(batch.tokens.shape[1]))
         parts = microbatches(rows, np.asarray(batch.prompt_lengths), np.asarray(batch.lengths), size, shapes)
-        batch, summed = jax.device_put(batch, row_sharding), nothing(state.params)
+        batch, summed = sharding.place(batch, row_sharding), nothing(state.params)
         if not compiled:  # all shapes at the first call, so that none compiles in the middle of a run
             inputs = (summed, state.params, fixed, batch, advantages, *parts[0][:2])
             compiled.update({shape: add.lower(*inputs, shape=shape).compile() for shape in shapes})

@@ -22,6 +22,8 @@ from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttr
 from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
+from cero_jax import hosts
+
 FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
 LINE = "{n}/{total} rollouts, {rate_noinv_fmt}, {remaining} left{postfix}"  # in tqdm's names
 
@@ -160,10 +162,31 @@ def _record(**event: Any) -> bytes:
     return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
 
 
+class Unwritten:
+    """The metrics and the progress of a run's other processes: the first writes and shows them."""
+
+    def write(self, row: dict[str, Any], timings: dict[str, Any]) -> None: ...
+
+    def write_samples(self, kind: str, spent: int, samples: list[dict[str, Any]]) -> None: ...
+
+    def position(self) -> dict[str, int]:
+        return {}
+
+    def update(self, spent: int, **figures: float | int | None) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def say(text: str) -> None:
     """Write to stderr, above the line that moves. Where nobody can read it any more, the run goes on all the same."""
     with contextlib.suppress(OSError):
         tqdm.write(text, file=sys.stderr)
+
+
+def say_once(text: str) -> None:
+    """The same, once for all processes of a run."""
+    if hosts.leads():
+        say(text)
 
 
 def _scalars(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, float]]:

@@ -12,6 +12,7 @@ import numpy as np
 from cero_jax.allocator.base import AllocatorState
 from cero_jax.data import Prompts
 from cero_jax.learner import Batch, live_rows
+from cero_jax.pace import Seconds
 from cero_jax.packing import StepPlan
 from cero_jax.rewards import STATUSES, Verdict
 from cero_jax.sampler import Rollouts, SamplingBatch
@@ -35,7 +36,7 @@ class ScoredStep(NamedTuple):
     truncated: np.ndarray  # [R] bool
     completions: list[str]  # [R] text, "" for padding
     verdicts: list[Verdict]  # [R]
-    seconds: float  # that drawing and verifying took, its share of the batch's
+    seconds: Seconds  # that drawing and verifying took, of all steps drawn together
 
 
 def sampling_batch(prompts: Prompts, plans: list[StepPlan], num_steps: int, mean_tokens: np.ndarray) -> SamplingBatch:
@@ -79,16 +80,17 @@ def score_steps(
     plans: list[StepPlan],
     rollouts: Rollouts,
     verified: Verified,
-    seconds: float,
+    seconds: Seconds,
     beliefs: list[Beliefs] | list[None],
     truncated: Literal["wrong", "mask"],
     success_threshold: float,
     lowest_reward: float,
 ) -> list[ScoredStep]:
     """Each step's share of what was drawn together; the arguments as in `to_batch`."""
+    seconds = seconds._replace(steps=len(plans))
     parts = split_steps(rollouts, verified, len(plans[0].row_mask))
     return [
-        to_batch(prompts, plan, *part, seconds / len(plans), believed, truncated, success_threshold, lowest_reward)
+        to_batch(prompts, plan, *part, seconds, believed, truncated, success_threshold, lowest_reward)
         for plan, believed, part in zip(plans, beliefs, parts, strict=False)  # a padded batch has more parts
     ]
 
@@ -106,7 +108,7 @@ def to_batch(
     plan: StepPlan,
     rollouts: Rollouts,
     verified: Verified,
-    seconds: float,
+    seconds: Seconds,
     beliefs: Beliefs | None,
     truncated: Literal["wrong", "mask"],
     success_threshold: float,

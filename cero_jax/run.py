@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from cero_jax import dynamic_sampling, health, lora, memory, sharding
+from cero_jax import dynamic_sampling, health, hosts, lora, memory, sharding
 from cero_jax.allocator.base import AllocateFn, AllocatorState, UpdateFn
 from cero_jax.allocator.posterior import under_fitted_prior
 from cero_jax.checkpoint import Checkpoints, Cursor
@@ -37,9 +37,10 @@ from cero_jax.initial_policy import (
     starting_policy,
 )
 from cero_jax.learner import Batch, Fixed, Learner, make_learner
-from cero_jax.metrics import MetricsWriter, Progress, say
+from cero_jax.metrics import MetricsWriter, Progress, Unwritten, say_once
 from cero_jax.model import Params
 from cero_jax.optimizer import TrainState
+from cero_jax.pace import Clock, Profile
 from cero_jax.packing import StepPlan, plan
 from cero_jax.read_files import local_path
 from cero_jax.report.mechanism import epoch_row
@@ -49,8 +50,11 @@ from cero_jax.report.summary import describe
 from cero_jax.rollout import Beliefs, ScoredStep, step_samples
 from cero_jax.run_directory import (
     changes_to_say,
+    check_alike,
     check_resumable,
+    check_shared,
     check_work_dir,
+    devices_here,
     open_run_dir,
     set_metrics_aside,
     write_settings,
@@ -83,8 +87,10 @@ class Run(NamedTuple):
     believe: Callable  # jitted: (AllocatorState, prompt_ids [U]) -> alpha, beta [U], under the prior fitted to all
     fixed: Fixed
     checkpoints: Checkpoints
-    metrics: MetricsWriter
-    progress: Progress
+    metrics: MetricsWriter | Unwritten
+    progress: Progress | Unwritten
+    clock: Clock
+    profile: Profile
 
     def params(self, state: State) -> Params:
         """The policy's parameters, those that are frozen among them."""
@@ -126,15 +132,19 @@ class Run(NamedTuple):
 
     def save(self, state: State, cursor: Cursor) -> Cursor:
         """Checkpoint the state, with how far the metrics files reach."""
-        return self.checkpoints.save(cursor._replace(metrics_position=self.metrics.position()), state)
+        with self.clock.beside():
+            return self.checkpoints.save(cursor._replace(metrics_position=self.metrics.position()), state)
 
     def log_step(self, cursor: Cursor, step: ScoredStep, metrics: dict, learn_seconds: float) -> Cursor:
         """Write what a step came to, some of its completions, and show it; say what goes wrong, and remember it."""
         seen, more, told = health.observe(Health(**cursor.health), step, metrics, self.task.train.answers)
         cursor = cursor._replace(health=seen._asdict())
-        for text in told:
-            say(f"step {cursor.step}: {text}")
-        self.log("step", cursor, metrics | more, {"sample_seconds": step.seconds, "learn_seconds": learn_seconds})
+        phases, stalled = self.clock.step(step.seconds, learn_seconds)
+        for text in filter(None, [*told, stalled]):
+            say_once(f"step {cursor.step}: {text}")
+        timings = {"sample_seconds": step.seconds.of_a_step, "learn_seconds": learn_seconds} | phases
+        self.log("step", cursor, metrics | more, timings)
+        self.profile.at(cursor.step)
         self.metrics.write_samples("train", cursor.spent, step_samples(step))
         reward, live = metrics["reward"], metrics["live_share"]
         self.progress.update(cursor.spent, epoch=cursor.epoch, reward=reward, accuracy=cursor.accuracy, live=live)
@@ -148,15 +158,16 @@ class Run(NamedTuple):
         """Measure held-out accuracy, write it, and show one completion."""
         began, config = time.perf_counter(), self.config
         policy, scale = self.params(state), (config.success_threshold, config.lowest_reward)
-        result = evaluate(self.sample, policy, self.task, config.evaluation, config.seed, *scale)
+        with self.clock.beside():
+            result = evaluate(self.sample, policy, self.task, config.evaluation, config.seed, *scale)
         cursor = cursor._replace(accuracy=result.accuracy, evaluated=cursor.spent)
         self.log("eval", cursor, result.metrics(), {"eval_seconds": time.perf_counter() - began})
         self.metrics.write_samples("eval", cursor.spent, [each for each in result.samples if each["sample"] == 0])
         example = {key: shorten(str(value), 80, placeholder=" ...") for key, value in result.example.items()}
         line = f"{cursor.spent:>9,} rollouts: held-out accuracy {result.accuracy:.3f}; {example}"
-        say(line)
+        say_once(line)
         if cursor.finished:
-            say(scores_table(result.scores))
+            say_once(scores_table(result.scores))
         return cursor
 
     def export(self, state: State, cursor: Cursor) -> Path | None:
@@ -167,7 +178,7 @@ class Run(NamedTuple):
         if self.config.model_folder is None:
             return None
         folder = self.directory / f"export-{cursor.spent}"
-        if not folder.exists():
+        if not hosts.of_first(folder.exists):
             with _written(folder):
                 weights.save(folder, self.config.model_folder, self.config.model, self.params(state))
         return folder
@@ -177,12 +188,14 @@ class Run(NamedTuple):
         self.close()
         if not cursor.finished:
             why = self.trouble(cursor) or "the same command goes on from there"
-            print(f"stopped and saved after {cursor.spent:,} rollouts; {why}")
+            hosts.tell(f"stopped and saved after {cursor.spent:,} rollouts; {why}")
             return 128 + signal if signal else 1
         for text in health.at_the_end(Health(**cursor.health), state.held):
-            print(text)
+            hosts.tell(text)
         if folder := self.export(state, cursor):
-            print(f"the trained model, for transformers or vLLM: {folder}")
+            hosts.tell(f"the trained model, for transformers or vLLM: {folder}")
+        if not hosts.leads():
+            return 0
         picture = self.directory / "report.png"
         with _written(picture):
             draw_report([self.directory], picture)
@@ -196,6 +209,7 @@ class Run(NamedTuple):
         self.checkpoints.close()
         self.metrics.close()
         self.progress.close()
+        self.profile.close()
 
 
 @contextmanager
@@ -272,8 +286,10 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     """Build, check and restore. Raises ValueError on bad input, before any work is done or lost."""
     check_work_dir(config.run_dir)
     check_saved_as_it_is(config)
-    started = saved_start(config.run_dir) or datetime.now().isoformat(timespec="seconds")
-    config, task = build_task(config, started)
+    check_shared(config.run_dir)
+    now = hosts.of_first(lambda: datetime.now().isoformat(timespec="seconds"))
+    started = saved_start(config.run_dir) or now
+    config, task = hosts.alike(partial(build_task, config, started))
     num_prompts, tokenizer = len(task.train.questions), task.tokenizer
     assert config.allocator.prior is not None  # filled in
     config.check(num_prompts)
@@ -285,17 +301,21 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     temperature, widths = config.sampler.temperature, widths_of(config, task.train)
     learner = make_learner(config.model, tokenizer.vocab_size, config.learner, temperature, mesh, widths)
     sample = sampler_of(config, task, mesh)
-    print(memory_needed(config, task, mesh))
+    hosts.tell(memory_needed(config, task, mesh))
+    fresh = Cursor(config=to_json(config), prompts_hash=prompts_hash(task.train), started=started)
+    check_alike(config, fresh.prompts_hash)
     directory, cache_dir = open_run_dir(config)
 
     checkpoints = Checkpoints(directory / "checkpoints")
-    fresh = Cursor(config=to_json(config), prompts_hash=prompts_hash(task.train), started=started)
     cursor = checkpoints.cursor() or fresh
     check_resumable(cursor, config, fresh.prompts_hash)
-    write_settings(directory, config, task, fresh.prompts_hash)
+    hosts.of_first(lambda: write_settings(directory, config, task, fresh.prompts_hash))
 
-    at_start = allocator.init(num_prompts, config.seed), jnp.zeros(num_prompts, jnp.int32)
-    allocator_state, num_rollouts = jax.device_put(at_start, everywhere)
+    @partial(jax.jit, out_shardings=everywhere)
+    def at_start() -> tuple[AllocatorState, Array]:
+        return allocator.init(num_prompts, config.seed), jnp.zeros(num_prompts, jnp.int32)
+
+    allocator_state, num_rollouts = at_start()
     mean_tokens = np.full(num_prompts, config.sampler.max_completion_tokens, np.float32)
     held = None
     if config.dynamic_sampling:
@@ -308,9 +328,9 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         check_resumable(cursor, config, fresh.prompts_hash)  # again: it may be an earlier one, under an earlier budget
         cursor = cursor._replace(health=health.tried_again(Health(**cursor.health), config)._asdict())
         for text in changes_to_say(cursor, config):
-            say(text)
+            say_once(text)
     else:
-        set_metrics_aside(directory)
+        hosts.of_first(lambda: set_metrics_aside(directory))
     fixed = Fixed({}, None)
     if needs_start(config, cursor):
         params = starting_policy(config, task, mesh, cache_dir)
@@ -320,10 +340,12 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         if not cursor.checkpoint_number:
             state = state._replace(policy=learner.init(params))
     if config.extend:
-        total = jax.device_put(jnp.int32(config.allocator.total_budget), everywhere)
+        total = sharding.place(np.int32(config.allocator.total_budget), everywhere)
         ledger = state.allocator.ledger._replace(total=total)
         state = state._replace(allocator=state.allocator._replace(ledger=ledger))
         cursor = cursor._replace(finished=False, config=fresh.config)
+    writes = hosts.leads()
+    cursor = cursor._replace(devices=devices_here())
     run = Run(
         config=config,
         directory=directory,
@@ -336,16 +358,20 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         believe=jax.jit(partial(believe, prior=config.allocator.prior), out_shardings=everywhere),
         fixed=fixed,
         checkpoints=checkpoints,
-        metrics=MetricsWriter(directory, position=cursor.metrics_position),
-        progress=Progress(total=config.allocator.total_budget, initial=cursor.spent),
+        metrics=hosts.alike(lambda: MetricsWriter(directory, cursor.metrics_position) if writes else Unwritten()),
+        progress=Progress(total=config.allocator.total_budget, initial=cursor.spent) if writes else Unwritten(),
+        clock=Clock(),
+        profile=Profile(config.profile_steps, directory / "profile"),
     )
     held, total = len(task.heldout.questions), config.allocator.total_budget
-    print(
+    hosts.tell(
         f"{config.name}, {config.allocator.name}: {num_prompts:,} prompts, {held:,} held out; {cursor.spent:,} of "
         f"{total:,} rollouts spent; {directory}"
     )
     if cursor.finished:
-        print(f"{directory} has spent its budget; to go on, give a larger allocator.total_budget and --extend=True")
+        hosts.tell(
+            f"{directory} has spent its budget; to go on, give a larger allocator.total_budget and --extend=True"
+        )
     return run, state, cursor
 
 

@@ -6,12 +6,14 @@ import os
 import re
 import socket
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TextIO
 
 import jax
 
+from cero_jax import hosts
 from cero_jax.checkpoint import Cursor, put_aside
 from cero_jax.config import Config, flat, to_json
 from cero_jax.data import Task
@@ -23,6 +25,7 @@ CHANGEABLE_ON_RESUME = (  # fields, or the beginnings of their names
     "work_dir",
     "evaluation",
     "checkpoint_every_steps",
+    "profile_steps",
     "max_unjudged_steps",
     "learner.max_skipped_steps",
     "extend",
@@ -48,6 +51,7 @@ SAID_ON_RESUME = {  # changeable too, but not without a word
     "task.verifier_seconds": _LIMITS,
     "task.verifier_memory_mb": _LIMITS,
 }
+SHARED_SECONDS = 5.0  # until a file that one host made has to be seen by the others
 _held: dict[Path, TextIO] = {}  # the locks of this process, by directory, until it ends
 
 
@@ -72,13 +76,20 @@ def check_resumable(cursor: Cursor, config: Config, prompts_hash: str) -> None:
 
 
 def changes_to_say(cursor: Cursor, config: Config) -> list[str]:
-    """A line for each setting that was changed on resume and changes no mathematics, but more than nothing."""
-    return [
+    """A line for each change on resume, of a setting or of the devices, that changes no mathematics, but the bits."""
+    now = devices_here()
+    said = [f"warning: {cursor.devices} before, {now} now: {_BITS}"] if cursor.devices not in ("", now) else []
+    return said + [
         f"warning: {text}: {SAID_ON_RESUME[field]}"
         for key, text in _changes(cursor, config).items()
         for field in SAID_ON_RESUME
         if _is_of(key, (field,))
     ]
+
+
+def devices_here() -> str:
+    """The processes and devices of this run, in words."""
+    return f"{jax.process_count()} process(es), {jax.device_count()} device(s)"
 
 
 def _changes(cursor: Cursor, config: Config) -> dict[str, str]:
@@ -108,21 +119,72 @@ def check_work_dir(run_dir: Path) -> None:
 def open_run_dir(config: Config) -> tuple[Path, Path]:
     """The run directory, held by this process until it ends, and the cache beside it for all runs.
 
+    Of several processes the first holds it for all.
+
     Turns on JAX's persistent compilation cache there, unless the environment names one: a restart is quick. Raises
     ValueError where it cannot be written, or another process holds it.
     """
     run_dir = config.run_dir
     cache_dir = run_dir.parent / ".cache"
+    hosts.of_first(lambda: _make(run_dir, cache_dir))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return run_dir, cache_dir
+
+
+def _make(run_dir: Path, cache_dir: Path) -> None:
     try:
         for directory in (run_dir, cache_dir / "jax"):
             directory.mkdir(parents=True, exist_ok=True)
         hold(run_dir)
     except OSError as error:
         raise _unwritable(run_dir, error) from error
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return run_dir, cache_dir
+
+
+def check_shared(run_dir: Path) -> None:
+    """Raise ValueError where the processes of a run do not all see one directory, and so one set of checkpoints."""
+    if not hosts.several():
+        return
+    trace = hosts.of_first(lambda: _leave_a_trace(run_dir))
+    seen = hosts.each_has(lambda: _is_seen(trace))
+    hosts.of_first(trace.unlink)
+    if not all(seen):
+        blind = ", ".join(str(index) for index, sees in enumerate(seen) if not sees)
+        raise ValueError(
+            f"the work directory {run_dir} of process 0 is not that of process {blind}: give a --work-dir on a file "
+            "system that all hosts share"
+        )
+
+
+def check_alike(config: Config, prompts_hash: str) -> None:
+    """Raise ValueError, naming what and where, if a process was given other settings or prompts than the first."""
+    given = hosts.each_has(lambda: flat(to_json(config)) | {"run_dir": str(config.run_dir), "prompts": prompts_hash})
+    for index, other in enumerate(given):
+        for key in given[0].keys() | other.keys():
+            if other.get(key) != given[0].get(key):
+                raise ValueError(
+                    f"process {index} has {key}={other.get(key)!r}, process 0 {given[0].get(key)!r}: give all the same "
+                    "command and data"
+                )
+
+
+def _leave_a_trace(run_dir: Path) -> Path:
+    """A new file, under a name that no host has looked for yet: file systems remember what was not there."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle, path = tempfile.mkstemp(prefix="seen-by-all-", dir=run_dir)
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
+    os.close(handle)
+    return Path(path)
+
+
+def _is_seen(path: Path) -> bool:
+    until = time.monotonic() + SHARED_SECONDS
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    return path.exists()
 
 
 def hold(run_dir: Path) -> None:

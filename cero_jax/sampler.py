@@ -220,7 +220,7 @@ def _longest_first(batch: SamplingBatch) -> np.ndarray:
 
 def _take_out(slots: Slots, ended: np.ndarray, rows: np.ndarray, out: Rollouts) -> None:
     """Copy what was drawn in the slots `ended` [n] to the `rows` [n] of `out`. Waits for the device."""
-    tokens, log_probs, lengths, by_eos = jax.device_get((slots.tokens, slots.log_probs, slots.drawn, slots.ended))
+    tokens, log_probs, lengths, by_eos = sharding.fetch((slots.tokens, slots.log_probs, slots.drawn, slots.ended))
     out.tokens[rows], out.log_probs[rows], out.lengths[rows] = tokens[ended], log_probs[ended], lengths[ended]
     out.truncated[rows] = ~by_eos[ended]
 
@@ -371,7 +371,7 @@ def make_sampler(
                     del held[i]
             slots = run_window(slots, params)
             # The host waits, once a window: it decides which rollouts come next.
-            done, length = map(np.array, jax.device_get((slots.done, slots.length)))
+            done, length = map(np.array, sharding.fetch((slots.done, slots.length)))
             ready = np.flatnonzero(done & (row_of_slot >= 0))
             if ready.size:
                 rows = row_of_slot[ready]

@@ -15,10 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cero_jax.hosts import several
 from cero_jax.settings import check
 
 ROWS = P(("data", "fsdp"))
@@ -136,6 +139,24 @@ def rows(mesh: Mesh) -> NamedSharding:
 def row_shards(mesh: Mesh) -> int:
     """The number of pieces that rows are split into; rows_per_step must be a multiple of it."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def place(tree: Any, where: NamedSharding) -> Any:
+    """NumPy arrays, the same in every process, on the mesh: each process gives its own devices what they hold."""
+    if not several():
+        return jax.device_put(tree, where)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(np.shape(x), where, lambda part: np.asarray(x)[part]), tree
+    )
+
+
+def fetch(tree: Any) -> Any:
+    """Whole arrays as NumPy's, in every process. Waits for the devices; a collective, as those in hosts.py."""
+    if not several():
+        return jax.device_get(tree)
+    return jax.tree.map(
+        lambda x: np.asarray(x) if x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True), tree
+    )
 
 
 # --- in a jitted function ---

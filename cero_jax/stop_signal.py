@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from cero_jax import hosts
 from cero_jax.metrics import say
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -25,10 +26,14 @@ class StopSignal:
     """
 
     def __init__(self):
-        self.number = 0  # of the signal that came; 0: none
+        self.number = 0  # of the signal that came to this process; 0: none
         self._heard = 0
         self._before: dict[int, Any] = {number: signal.getsignal(number) for number in STOPPING}
         self._give_back = _listen(STOPPING, self._on_signal, self._note)
+
+    def agreed(self) -> int:
+        """The number of a signal that came to this process or, as all ask in the same place, to any; 0: none."""
+        return max(hosts.each_has(lambda: self.number))
 
     def close(self) -> None:
         """Give the handlers back."""

@@ -1,5 +1,6 @@
 """Rollouts read as text and judged by the task's verifier, in training while the rest are still being drawn."""
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -7,9 +8,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from cero_jax import hosts
 from cero_jax.data import Prompts, Task
+from cero_jax.pace import Seconds
 from cero_jax.rewards import ERROR, TIMED_OUT, TOO_LONG, UNJUDGED, Verdict, verdict
 from cero_jax.sampler import Rollouts, SamplingBatch
 
@@ -52,6 +56,13 @@ def verify(task: Task, prompts: Prompts, prompt_ids: np.ndarray, rollouts: Rollo
     for row, found in zip(rows, judge(task, asked), strict=True):
         verdicts[row] = found
     return Verified(completions, verdicts, np.array([each.reward for each in verdicts], np.float32))
+
+
+def own_rows(row_mask: np.ndarray) -> np.ndarray:
+    """[R] bool: of these rows, those that are this process's to judge: every process judges its share."""
+    if not hosts.several():
+        return row_mask
+    return row_mask & (np.arange(len(row_mask)) % jax.process_count() == jax.process_index())
 
 
 def _check_numbers(log_probs: np.ndarray) -> None:
@@ -145,19 +156,24 @@ class Verification:
         self._began = time.perf_counter()
 
     def on_end(self, rows: np.ndarray, rollouts: Rollouts) -> None:
-        """Judge `rows` [n], which have ended; does not wait. What the sampler calls."""
-        mask = np.isin(np.arange(len(self._batch.row_mask)), rows)
+        """Judge those of `rows` [n], which have ended, that are this process's; does not wait. The sampler calls it."""
+        mask = own_rows(np.isin(np.arange(len(self._batch.row_mask)), rows))
         part = self._thread.submit(verify, self._task, self._task.train, self._batch.prompt_ids, rollouts, mask)
-        self._parts.append((rows, part))
+        self._parts.append((np.flatnonzero(mask), part))
 
-    def result(self) -> tuple[Verified, float]:
-        """All rows, once the last is judged, and the seconds since the drawing began. Raises as `verify` does."""
-        num_rows = len(self._batch.row_mask)
+    def result(self) -> tuple[Verified, Seconds]:
+        """All rows, once the last is judged, and how long that took: called as the last of them is drawn.
+
+        Raises as `verify` does.
+        """
+        drawn, num_rows = time.perf_counter(), len(self._batch.row_mask)
         whole = Verified([""] * num_rows, [PADDING] * num_rows, np.zeros(num_rows, np.float32))
         with self._thread:
-            for rows, part in self._parts:
-                found = part.result()
-                for row in rows.tolist():
-                    whole.completions[row], whole.verdicts[row] = found.completions[row], found.verdicts[row]
-                    whole.reward[row] = found.reward[row]
-        return whole, time.perf_counter() - self._began
+            for row, completion, judged in itertools.chain(*hosts.each_has(self._judged)):
+                whole.completions[row], whole.verdicts[row], whole.reward[row] = completion, judged, judged.reward
+        return whole, Seconds(drawn - self._began, time.perf_counter() - drawn)
+
+    def _judged(self) -> list[tuple[int, str, Verdict]]:
+        """The rows that this process judges, once it has, each with its completion."""
+        parts = [(rows.tolist(), part.result()) for rows, part in self._parts]
+        return [(row, found.completions[row], found.verdicts[row]) for rows, found in parts for row in rows]

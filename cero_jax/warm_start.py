@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from tqdm import tqdm
 
-from cero_jax import model, sharding
+from cero_jax import hosts, model, sharding
 from cero_jax.checkpoint import LAYOUT, Checkpoints, Cursor, put_aside
 from cero_jax.data import Task, encode_prompts
 from cero_jax.learner import (
@@ -32,6 +32,7 @@ from cero_jax.learner import (
     make_optimizer,
     token_mask,
 )
+from cero_jax.metrics import say_once
 from cero_jax.model import ModelConfig, Params
 from cero_jax.optimizer import Stepper, TrainState, make_stepper
 from cero_jax.settings import check
@@ -124,7 +125,7 @@ def warm_start(
 
 def read_cache(cached: Path, target: Params) -> Params | None:
     """The parameters of a warm start; None where it is not there, or is damaged: then it is put aside, with a word."""
-    if not cached.exists():
+    if not hosts.of_first(cached.exists):
         return None
     checkpoints = Checkpoints(cached, read_only=True)
     try:
@@ -134,7 +135,8 @@ def read_cache(cached: Path, target: Params) -> Params | None:
         return checkpoints.restore(cursor, target)[1]
     except ValueError as error:
         why = error.__cause__ or error  # that it is the only one matters not here
-        print(f"{why}; put aside as {put_aside(cached)}; the warm start is made again", file=sys.stderr)
+        aside = hosts.of_first(lambda: put_aside(cached))
+        say_once(f"{why}; put aside as {aside}; the warm start is made again")
         return None
     finally:
         checkpoints.close()
@@ -142,15 +144,27 @@ def read_cache(cached: Path, target: Params) -> Params | None:
 
 def write_cache(cached: Path, params: Params) -> None:
     """Keep the parameters of a warm start. Raises OSError where they cannot be written."""
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cached.parent) as scratch:
-        checkpoints = Checkpoints(Path(scratch) / "params")
+    scratch = hosts.of_first(lambda: _scratch(cached.parent))
+    try:
+        checkpoints = Checkpoints(scratch / "params")
         checkpoints.save(Cursor(config={}, prompts_hash=""), params)
         checkpoints.close()
-        try:
-            os.rename(Path(scratch) / "params", cached)  # atomic: a run beside this one sees all of it or nothing
-        except OSError:
-            assert cached.exists()  # a run beside this one was first, with the same content
+        hosts.of_first(lambda: _move(scratch / "params", cached))
+    finally:
+        if hosts.leads():
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _scratch(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(dir=folder))
+
+
+def _move(made: Path, cached: Path) -> None:
+    try:
+        os.rename(made, cached)  # atomic: a run beside this one sees all of it or nothing
+    except OSError:
+        assert cached.exists()  # a run beside this one was first, with the same content
 
 
 SupervisedStep = Callable[[TrainState, Batch, ArrayLike], tuple[TrainState, Array]]
@@ -179,7 +193,7 @@ def _imitate(
 ) -> Params:
     rng = np.random.default_rng((seed, 0x5EED))  # a stream of its own, apart from the task's data
     loss = jnp.float32(0)
-    progress = tqdm(range(config.num_steps), desc="warm start", unit="step", mininterval=1.0)
+    progress = tqdm(range(config.num_steps), desc="warm start", unit="step", mininterval=1.0, disable=not hosts.leads())
     for number in progress:
         rate = np.float32(config.learning_rate * (1 - number / config.num_steps))
         state, loss = step(state, demonstration_batch(task, rng, config.rows_per_step, max_tokens), rate)

@@ -297,6 +297,9 @@ def test_a_setting_that_changes_no_mathematics_is_said_and_gone_on_with():
         task=Dataset(path="y.jsonl", verifier_seconds=9.0, verifier_memory_mb=4096),
     )
     check_resumable(cursor, changed, "h")
+    elsewhere = cursor._replace(devices="2 process(es), 16 device(s)")
+    (line,) = changes_to_say(elsewhere, config)
+    assert line.startswith("warning: 2 process(es), 16 device(s) before, 1 process(es), 8 device(s) now: the same math")
     bits, limits = "the run's last bits may be others", "which answers time out may change"
     said = {line.split()[1]: line for line in changes_to_say(cursor, changed)}
     for name in ("mesh.fsdp", "model.remat", "model.attention", "sampler.slots", "sampler.window",

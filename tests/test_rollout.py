@@ -9,6 +9,7 @@ import cero_jax
 from cero_jax import grpo
 from cero_jax.data import Prompts, Task, encode_prompts
 from cero_jax.learner import live_rows
+from cero_jax.pace import Seconds
 from cero_jax.packing import plan
 from cero_jax.rewards import ERROR, TIMED_OUT, TOO_LONG, Verdict
 from cero_jax.rollout import (
@@ -61,7 +62,9 @@ ROLLOUTS = make_rollouts(TEXTS, cut=(3,))
 def scored_by(verifier, truncated="wrong", threshold=0.5, beliefs=None, lowest=0.0):
     task, rows = make_task(verifier), make_rows()
     verified = verify(task, task.train, rows.prompt_ids, ROLLOUTS, rows.row_mask)
-    (step,) = score_steps(task.train, [rows], ROLLOUTS, verified, 0.0, [beliefs], truncated, threshold, lowest)
+    (step,) = score_steps(
+        task.train, [rows], ROLLOUTS, verified, Seconds(0.0, 0.0), [beliefs], truncated, threshold, lowest
+    )
     return step
 
 
@@ -152,7 +155,7 @@ def test_rollouts_verified_as_they_end_are_those_verified_together():
     verification = Verification(make_task(judge), batch)
     rollouts = sample(None, 0, np.zeros(ROWS), batch, verification.on_end)
     verified, seconds = verification.result()
-    assert seconds > 0
+    assert seconds.drawing > 0 < seconds.waiting
     whole = verify(task, task.train, rows.prompt_ids, ROLLOUTS, rows.row_mask)
     assert verified.completions == whole.completions
     assert verified.verdicts == whole.verdicts

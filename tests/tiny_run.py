@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import train
-from cero_jax import checkpoint, config, evaluation, learner, metrics, model, run
+from cero_jax import checkpoint, config, evaluation, hosts, learner, metrics, model, run
 from cero_jax.tasks.chain_sum import ChainSum
 from cero_jax.warm_start import WarmStartConfig
 
@@ -85,4 +85,5 @@ def end_at(point: str, count: int) -> None:
 if __name__ == "__main__":
     if len(sys.argv) > 2:
         end_at(sys.argv[2], int(sys.argv[3]))
+    hosts.join()
     sys.exit(train.main(tiny_config(sys.argv[1])))

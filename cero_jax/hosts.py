@@ -1,0 +1,176 @@
+"""One run on several hosts: its processes join, fail together, and tell each other what only one of them knows.
+
+Every process runs the same program over one mesh of all devices: it reads the same settings and prompts, holds the same
+allocator and lays out the same rows, so that none has to be told what to do. What can differ between them (a file, a
+clock, a verifier's answer, a signal) is exchanged here before anything is decided by it. The first process alone writes
+and prints. `place` and `fetch` of sharding.py, and what
+exchanges something here, are collectives where there are several processes: all call them, in one order, in their main
+threads. A single process, which has joined nobody, goes straight through.
+"""
+
+import importlib.util
+import logging
+import os
+import pickle
+import socket
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+
+BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+HEARTBEAT_SECONDS = 25  # without a sign of life, after which a process is taken for dead
+AT_FIRST = 1024  # bytes that an exchange takes in its first message: most need no second
+
+
+def join() -> None:
+    """Join the other processes of this run, where there are others, and once; before anything touches a device.
+
+    Where JAX sees a cluster (a TPU pod, Slurm, Open MPI) it knows the rest; else all of BY_HAND are given in the
+    environment. Raises ValueError where only some of them are, or they are no numbers.
+    """
+    given = _given_by_hand(os.environ)
+    if jax.distributed.is_initialized() or not (given or _in_a_cluster(os.environ)):
+        return
+    # The run has handlers of its own; JAX's would take SIGTERM away from them.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    except ValueError:
+        if given:
+            raise
+        return  # libtpu is installed, and there is no TPU
+    if not leads():
+        logging.getLogger("cero_jax").setLevel(logging.ERROR)
+    here = f"{socket.gethostname()} (pid {os.getpid()}, {jax.local_device_count()} x {jax.devices()[0].device_kind})"
+    joined = ", ".join(f"{index} on {each}" for index, each in enumerate(each_has(lambda: here)))
+    tell(f"{jax.process_count()} processes, {jax.device_count()} devices: {joined}")
+
+
+def _given_by_hand(environment: Mapping[str, str]) -> dict[str, Any]:
+    """What jax.distributed.initialize is told; {} where nothing is given. Raises ValueError where that is not whole."""
+    given = {name: environment[name] for name in BY_HAND if environment.get(name)}
+    if not given or (set(given) == {BY_HAND[0]} and _in_a_cluster(environment)):  # the cluster knows the rest
+        return {}
+    try:
+        address, number, index = (given[name] for name in BY_HAND)
+        found = {"coordinator_address": address, "num_processes": int(number), "process_id": int(index)}
+    except KeyError as missing:
+        raise ValueError(
+            f"{', '.join(given)} given without {missing.args[0]}: a run on several hosts needs {', '.join(BY_HAND)}, a "
+            "single process none of them"
+        ) from None
+    except ValueError:
+        raise ValueError(f"{given}: the last two must be whole numbers") from None
+    if ":" not in address or not 0 <= found["process_id"] < found["num_processes"]:
+        raise ValueError(f"{given}: give host:port, and process ids from 0 up to the number of processes less 1")
+    return found if found["num_processes"] > 1 else {}
+
+
+def _in_a_cluster(environment: Mapping[str, str]) -> bool:
+    """Whether JAX may find other processes by itself: a launcher says there are some, or it may be a TPU host."""
+    if "SLURM_STEP_NODELIST" in environment:  # started by srun
+        return int(environment.get("SLURM_NTASKS", "1")) > 1
+    if "OMPI_COMM_WORLD_SIZE" in environment:
+        return int(environment["OMPI_COMM_WORLD_SIZE"]) > 1
+    platforms = environment.get("JAX_PLATFORMS", "")
+    return (not platforms or "tpu" in platforms) and importlib.util.find_spec("libtpu") is not None
+
+
+def several() -> bool:
+    """Whether the run has several processes."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def leads() -> bool:
+    """Whether this process is the first, or the only one: it writes and prints."""
+    return not several() or jax.process_index() == 0
+
+
+def tell(text: str) -> None:
+    """Print a line, once for all processes."""
+    if leads():
+        print(text, flush=True)
+
+
+def each_has(make: Callable[[], T]) -> list[T]:
+    """What `make` returns in each process, in every process; where it raises in one, all raise that."""
+    if not several():
+        return [make()]
+    value, error = _tried(make)
+    found = _exchange((value, _sendable(error)))
+    _raise_alike(error, [each for _, each in found])
+    return [value for value, _ in found]
+
+
+def alike(make: Callable[[], T]) -> T:
+    """What `make` returns here; where it raises in one process, all raise that. What it returns is not sent."""
+    kept = []
+    each_has(lambda: kept.append(make()))
+    return kept[0]
+
+
+def of_first(make: Callable[[], T]) -> T:
+    """What `make` returns in the first process, which alone calls it, in every process; what it raises there, too."""
+    return each_has(lambda: make() if leads() else None)[0]  # type: ignore[return-value]
+
+
+def noted(error: BaseException) -> str:
+    """An error's words, with the process that it comes from, where that is another."""
+    return " ".join([str(error), *(f"({note})" for note in getattr(error, "__notes__", []))])
+
+
+def wait_for_the_dead() -> None:
+    """After a collective has failed, wait until JAX knows which process is dead: it says so, and ends this one."""
+    if several():
+        time.sleep(HEARTBEAT_SECONDS + 15)
+
+
+def _tried(make: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return make(), None
+    except Exception as error:
+        return None, error
+
+
+def _sendable(error: Exception | None) -> Exception | None:
+    """The error as another process can raise it, with a note of where it comes from."""
+    if error is None:
+        return None
+    try:
+        sent = pickle.loads(pickle.dumps(error))
+    except Exception:  # an exception of a user's own kind
+        sent = RuntimeError(f"{type(error).__name__}: {error}")
+    sent.__notes__ = [f"in process {jax.process_index()} on {socket.gethostname()}"]
+    return sent
+
+
+def _raise_alike(mine: Exception | None, all_errors: list[Exception | None]) -> None:
+    if mine is not None:
+        raise mine
+    for error in all_errors:
+        if error is not None:
+            raise error
+
+
+def _exchange(mine: Any) -> list[Any]:
+    """Each process's value, in every process: pickled, and padded to few lengths, so that few programs are compiled."""
+    sent = pickle.dumps(mine)
+    sizes, heads = _gathered(sent, AT_FIRST)
+    if (longest := max(sizes)) > AT_FIRST:
+        _, heads = _gathered(sent, 2 ** (longest - 1).bit_length())
+    return [pickle.loads(head[:size].tobytes()) for size, head in zip(sizes, heads, strict=True)]
+
+
+def _gathered(sent: bytes, width: int) -> tuple[list[int], list[np.ndarray]]:
+    """How many bytes each process has to send, and the first `width` of them, padded."""
+    message = np.zeros(8 + width, np.uint8)
+    message[:8] = np.frombuffer(np.int64(len(sent)).tobytes(), np.uint8)
+    message[8 : 8 + min(len(sent), width)] = np.frombuffer(sent, np.uint8)[:width]
+    found = np.asarray(multihost_utils.process_allgather(message))
+    return [int(row[:8].view(np.int64)[0]) for row in found], [row[8:] for row in found]
