@@ -3,13 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test check bench clean
+.PHONY: train test test-integrations check bench clean
 
 train: $(VENV)/.train  ## set up, run the main job, show it learn (about three minutes on two cores)
 	$(RUN) train.py configs/chain_sum.py
 
 test: $(VENV)/.test  ## every test, on 8 virtual CPU devices
 	$(RUN) -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# Two environments, as TRL and Tunix want other versions of the same packages. On Linux pip's torch is several gigabytes
+# with CUDA; PIP_INDEX_URL=https://download.pytorch.org/whl/cpu with PIP_EXTRA_INDEX_URL=https://pypi.org/simple is less.
+test-integrations: $(VENV)-trl/.made $(VENV)-tunix/.made  ## the allocator inside the real TRL and Tunix (about ten minutes)
+	$(VENV)-trl/bin/python -m pytest --confcutdir=tests/integrations tests/integrations/test_trl.py
+	$(VENV)-tunix/bin/python -m pytest --confcutdir=tests/integrations tests/integrations/test_tunix.py
 
 check: $(VENV)/.check  ## format, lint, types
 	$(VENV)/bin/ruff format --check .
@@ -33,5 +39,15 @@ $(VENV)/.check: $(VENV)/.test
 	$(RUN) -m pip install -q -e '.[check]'
 	@touch $@
 
+$(VENV)-trl/.made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-trl
+	$(VENV)-trl/bin/python -m pip install -q -e . torch==2.13.0 trl==1.16.0 pytest
+	@touch $@
+
+$(VENV)-tunix/.made: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-tunix
+	$(VENV)-tunix/bin/python -m pip install -q -e . google-tunix==0.1.7 pytest
+	@touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-trl $(VENV)-tunix runs

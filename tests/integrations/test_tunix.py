@@ -1,0 +1,106 @@
+"""CERO in the real GRPOLearner of google-tunix, on a policy of two thousand random parameters."""
+
+import numpy as np
+import pytest
+from tunix.rl.rl_cluster import Mode
+from tunix_toy import HOPELESS, correct, dataset, learner, rows, short, summary
+
+from cero_jax.integrations.tunix import CeroDataset
+
+
+def train(folder, steps, reward_fns=None, **settings):
+    cero = dataset(steps)
+    reward_fns = reward_fns(cero) if reward_fns else cero.watch(correct)
+    settings = {"max_steps": steps, **settings}
+    trained = learner(cero, folder, reward_fns, **settings)
+    cero.train(trained)
+    return cero, trained
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """24 batches of 8 groups of 4, checkpointed after every third."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, *train(folder, 24)
+
+
+def test_what_is_spent_is_the_budget_and_hopeless_prompts_get_less_of_it(whole):
+    _, cero, trained = whole
+    state = cero.groups.state
+    drawn = np.asarray(state.cumulative_rollouts)
+    assert int(state.ledger.total) == int(state.ledger.spent) == drawn.sum() == 24 * 32
+    assert int(state.ledger.reserved) == int(state.ledger.left) == 0
+    assert drawn[HOPELESS].sum() < 0.4 * drawn.sum()  # of which Tunix gives them half
+    assert trained.rl_cluster.actor_trainer.train_steps == 24
+
+
+# A run that is stopped after 10 of 24 steps leaves its last checkpoint there, and one after 9.
+@pytest.mark.parametrize(
+    "batches",
+    [{}, {"mini_batch_size": 4, "train_micro_batch_size": 2}],
+    ids=["a batch a step", "two steps a batch, of two micro-batches"],
+)
+def test_a_resumed_run_is_the_run_to_the_bit(batches, tmp_path):
+    steps = 5 if not batches else 10
+
+    class StoppedError(Exception):
+        pass
+
+    def stopping(cero, calls=[]):  # noqa: B006
+        def judge(prompts, completions, **kwargs):
+            calls.append(1)
+            if len(calls) > (4 if not batches else 14):  # micro-batches: within step 5, or 8
+                raise StoppedError
+            return correct(prompts, completions, **kwargs)
+
+        return cero.watch(judge)
+
+    kept = {"max_steps": steps, **batches}
+    whole = train(None, 5, lambda cero: [cero.watch(correct), short], **kept)
+    with pytest.raises(StoppedError):
+        train(tmp_path, 5, lambda cero: [stopping(cero), short], **kept)
+    resumed = train(tmp_path, 5, lambda cero: [cero.watch(correct), short], **kept)
+    assert summary(*resumed) == summary(*whole)
+    assert resumed[0].groups.state.ledger.spent == 160
+
+
+def test_an_evaluation_is_not_charged_and_metrics_are_logged():
+    cero, seen = dataset(4), []
+
+    def watching(prompts, completions, mode, **kwargs):
+        seen.append(mode)
+        return correct(prompts, completions, **kwargs)
+
+    trained = learner(cero, None, cero.watch(watching), 4, metric_fns=[cero.metrics])
+    eval_rows = rows()[:8]
+    evaluated = {name: np.array([row[name] for row in eval_rows]) for name in eval_rows[0]}
+    cero.train(trained, eval_ds=[evaluated])
+    assert {str(mode) for mode in seen} == {"train", "eval"}
+    assert int(cero.groups.state.ledger.spent) == 4 * 32
+    assert float(cero.metrics()["cero/spent"][0]) == 128
+    logger = trained.rl_cluster._rl_metrics_logger
+    assert logger.metric_exists("cero", "spent", Mode.TRAIN.value)
+
+
+def test_what_the_learner_cannot_spend_is_refused():
+    cero = dataset(4)
+    with pytest.raises(ValueError, match="takes 4 steps, and the learner has max_steps=3: give it 4"):
+        cero.train(learner(cero, None, cero.watch(correct), 3))
+    cero = CeroDataset(rows(), batch_size=8, num_generations=2, total_budget=64)
+    with pytest.raises(ValueError, match="num_generations=4, this data 2"):
+        cero.train(learner(cero, None, cero.watch(correct), 4))
+
+
+def test_a_checkpoint_of_another_run_is_refused(whole):
+    folder, *_ = whole
+    cero = dataset(30)
+    with pytest.raises(ValueError, match="768 rollouts of total_budget, this trainer 960"):
+        cero.train(learner(cero, folder, cero.watch(correct), 30))
+
+
+def test_a_checkpoint_without_an_allocator_is_refused(tmp_path):
+    cero = dataset(3)
+    learner(cero, tmp_path, cero.watch(correct), 3).train(cero)
+    cero = dataset(3)
+    with pytest.raises(ValueError, match="step 3 has no allocator"):
+        cero.train(learner(cero, tmp_path, cero.watch(correct), 3))
