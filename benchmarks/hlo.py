@@ -270,8 +270,8 @@ def kernels(program: list[Instruction]) -> list[str]:
 
 
 def squares(program: list[Instruction], length: int) -> list[str]:
-    """The shapes with two axes of that length, or of it filled up to a multiple of 128: scores and masks."""
-    axes = (length, -(-length // 128) * 128)
+    """The shapes with two axes of that length, or of it filled up to a kernel's blocks: scores and masks."""
+    axes = [-(-length // block) * block for block in (1, 2, 128, 256, 512)]
     found = {(dtype, sizes) for each in program for dtype, sizes in shapes(each.shape)}
     square = [array for array in found if sum(size in axes for size in array[1]) >= 2]
     return [f"{dtype}{list(sizes)}" for dtype, sizes in sorted(square, key=lambda array: -size(*array))]

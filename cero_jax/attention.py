@@ -17,7 +17,7 @@ from cero_jax import sharding
 
 Kernel = Literal["xla", "cudnn", "splash"]
 Choice = Literal["auto", "xla", "cudnn", "splash"]
-SPLASH_BLOCKS = (512, 256, 128)  # tokens of a block of scores, the largest that divides T is taken
+SPLASH_BLOCKS = (512, 256, 128)  # tokens of a block of scores; of the first of which T holds eight, or else the last
 
 
 class Causal(NamedTuple):
@@ -139,10 +139,11 @@ def _splash(q: Array, k: Array, v: Array, lengths: Array, *, scale: float, windo
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # slow to import, and needed on TPUs alone
 
     width = q.shape[1]
-    q, k, v = (_filled_up(x, SPLASH_BLOCKS[-1]).swapaxes(1, 2) for x in (q * scale, k, v))
+    block = next((size for size in SPLASH_BLOCKS if 8 * size <= width), SPLASH_BLOCKS[-1])
+    q, k, v = (_filled_up(x, block).swapaxes(1, 2) for x in (q * scale, k, v))
     padded = q.shape[2]
     segment = (jnp.arange(padded, dtype=jnp.int32)[None] < lengths[:, None]).astype(jnp.int32)
-    shape, block = (padded, padded), next(size for size in SPLASH_BLOCKS if padded % size == 0)
+    shape = (padded, padded)
     mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
     sizes = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     sizes += ("block_kv_compute", "block_kv_dkv_compute")
