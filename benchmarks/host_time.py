@@ -77,8 +77,9 @@ def made_up_task(number: int) -> Task:
         f"What is {i} plus {3 * i % 1009}, and how would you explain it to a child?" for i in range(number)
     )
     answers = tuple(str(i + 3 * i % 1009) for i in range(number))
-    tokens = np.zeros((number, 128), np.int32)
-    train = Prompts(questions, answers, tokens, np.full(number, 128, np.int32), ("all",) * number)
+    tokens = np.frombuffer("".join(questions).encode(), np.uint8).astype(np.int32)  # as ByteTokenizer encodes them
+    offsets = np.cumsum([0, *map(len, questions)], dtype=np.int64)
+    train = Prompts(questions, answers, tokens, offsets, ("all",) * number)
     return Task(train, train, ByteTokenizer(), verify=lambda question, completion, answer: 0.0)
 
 

@@ -15,7 +15,7 @@ Arrays = dict[str, Any]  # by name, on devices, of any sharding, or NumPy's
 def checksums(arrays: Arrays) -> dict[str, int]:
     """A number in 0..2**32-1 for each array, that depends on its bits, their places and its shape, not on sharding.
 
-    A change within 32 bits that lie together changes it for certain, any other with probability 1 - 2**-32.
+    A change of one element, of one half of a 64-bit one, changes it for certain, any other with probability 1 - 2**-32.
     """
     # jit takes 64-bit arrays of NumPy as 32-bit ones, where JAX's 64 bits are off.
     words = {name: x.reshape(-1).view(np.uint32) if _is_wide(x) else x for name, x in arrays.items()}

@@ -51,14 +51,18 @@ def local_path(given: str) -> Path:
 
 
 def find_files(pattern: str) -> list[Path]:
-    """The files of a path or glob ("data/**/*.jsonl"), sorted. Raises FileNotFoundError, or ValueError at a folder."""
+    """The files of a path or glob ("data/**/*.jsonl"), sorted.
+
+    Raises FileNotFoundError where there is none, ValueError at a folder, or where the system does not let it be read.
+    """
     path = local_path(pattern)
-    if path.is_file():
-        return [path]
-    if path.exists():
-        mend = f"the files in it, for example {path / '*.jsonl'}" if path.is_dir() else "a file, or a glob of files"
-        raise ValueError(f"{pattern or repr(pattern)}: not a regular file: give the path of {mend}")
-    found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+    with _unreadable_named(path):
+        if path.is_file():
+            return [path]
+        if path.exists():
+            mend = f"the files in it, for example {path / '*.jsonl'}" if path.is_dir() else "a file, or a glob of files"
+            raise ValueError(f"{pattern or repr(pattern)}: not a regular file: give the path of {mend}")
+        found = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
     if not found:
         raise FileNotFoundError(f"{pattern}: no such file: give the path of a JSONL, CSV or Parquet file, or a glob")
     return found
@@ -102,7 +106,7 @@ def _unreadable_named(path: Path) -> Iterator[None]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: broken gzip ({error}): write the file again") from error
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}): check its permissions") from error
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): check the path and its permissions") from error
 
 
 def _lines(path: Path) -> Iterator[str]:

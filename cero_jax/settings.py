@@ -54,5 +54,9 @@ def _words(kind: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(map(_words, inner))
     if origin is tuple:
-        return f"a tuple of {', '.join('more such' if each is ... else _words(each) for each in inner)}"
+        return (
+            f"a tuple, each of it {_words(inner[0])}"
+            if inner[-1] is ...
+            else f"a tuple of {', '.join(map(_words, inner))}"
+        )
     return f"a {kind.__name__}"

@@ -284,8 +284,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hopeless", type=float, default=0.0, help="share of prompts that can never be solved")
     parser.add_argument("--min-group", type=_at_least_one, default=4, help="rollouts of the smallest group")
     parser.add_argument("--seeds", type=_at_least_one, default=4, help="runs of each allocator (default: %(default)s)")
-    parser.add_argument("--picture", type=local_path, default=Path("simulate.png"), help="where the picture goes")
+    parser.add_argument("--picture", default="simulate.png", help="where the picture goes (default: %(default)s)")
     args = parser.parse_args(argv)
+    try:
+        args.picture = local_path(args.picture)
+    except ValueError as error:
+        parser.error(printable(str(error)))
     if not 0 <= args.hopeless < 1:
         parser.error(f"--hopeless={args.hopeless} must lie in [0, 1): a share of the prompts")
     if not args.picture.parent.is_dir():

@@ -56,7 +56,7 @@ step_by = jax.jit(moved)
 def test_small_updates_add_up_in_bfloat16_and_a_resumed_run_rounds_alike():
     """A rate of 1e-6, as large models are trained with: to the nearest, no parameter near 1 would ever move."""
     rng = np.random.default_rng(1)
-    start = {name: jnp.asarray(rng.uniform(0.5, 1.9, 20_000), "bfloat16") for name in "ab"}
+    start = dict.fromkeys("ab", jnp.asarray(rng.uniform(0.5, 1.9, 20_000), "bfloat16"))
     updates = {name: jnp.ones(20_000, jnp.float32) for name in "ab"}
     nearest = jax.tree.map(lambda p, u: p - (1e-6 * u).astype(p.dtype), start, updates)
     assert all(map(np.array_equal, nearest.values(), start.values()))

@@ -158,6 +158,11 @@ def test_messages_that_ask_nothing_are_named(messages, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_path_that_the_system_refuses_is_named():
+    with pytest.raises(ValueError, match=r"x: cannot be read \(File name too long\): check the path and its perm"):
+        find_files("x" * 300)
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(
         FileNotFoundError, match=r"none.csv: no such file: give the path of a JSONL, CSV or Parquet file"

@@ -186,11 +186,13 @@ def test_escape_sequences_of_questions_answers_and_labels_do_not_reach_the_termi
     for shown in (r"\x1b]0;title\x07é 東", r"\x9b31m\r4", r"\x1b[2J", r"\x1b[1mright", "\\x1bc\ta"):
         assert shown in printed
     report([str(run), "--output", str(run / "report.png")])
-    with pytest.raises(SystemExit):
-        report(["/none\x1b[2J"])
+    for wrong in (["/none\x1b[2J"], [str(run), "--output=gs://x.png"], [str(run), "--html=s3://x.html"]):
+        with pytest.raises(SystemExit):
+            report(wrong)
     score = Score(1, 0.5, 0.0, 1.0, {"1": 0.5}, dict.fromkeys(STATUSES, 1))
     printed += "".join(capsys.readouterr()) + scores_table({HOSTILE: score})
     assert printed.count("\\x1b[2J") >= 4
+    assert printed.count("not a path on this machine: copy it here") == 2
     assert all(character.isprintable() or character in "\n\t" for character in printed)
 
 

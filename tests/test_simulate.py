@@ -168,7 +168,8 @@ def test_a_log_that_cannot_be_right_is_refused(tmp_path, row, message):
 @pytest.mark.parametrize(
     "wrong",
     [["--epochs=0"], ["--seeds=-1"], ["--prompts=nan"], ["--min-group=0"], ["--min-group=33"], ["--hopeless=nan"],
-     ["--hopeless=1"], ["--prompts=100000000"], ["--picture=nowhere/x.png"], ["--log=."], ["--seeds=1e3"]],
+     ["--hopeless=1"], ["--prompts=100000000"], ["--picture=nowhere/x.png"], ["--log=."], ["--seeds=1e3"],
+     ["--picture=gs://b/x.png"], [f"--log={'x' * 300}"]],
 )  # fmt: skip
 def test_wrong_settings_are_one_line_before_any_work(wrong, capsys):
     with pytest.raises(SystemExit) as ended:

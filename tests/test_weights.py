@@ -252,18 +252,22 @@ def test_an_index_that_names_files_elsewhere_is_refused(tmp_path, name):
             weights.load(folder, one_device())
 
 
-def test_a_disk_that_fills_is_an_os_error_and_nothing_is_left_on_it(tmp_path):
-    """By the system's limit on the size of a file, which the writer of safetensors meets as a full disk."""
+@pytest.mark.parametrize("room", ["of a thousand bytes", "for the weights, not for the tokenizer"])
+def test_a_disk_that_fills_is_an_os_error_and_nothing_is_left_on_it(tmp_path, room):
+    """By the system's limit on the size of a file, which each writer meets as a full disk."""
+    source, out = Path(shutil.copytree(FIXTURES / "llama", tmp_path / "source")), tmp_path / "out"
+    (source / "tokenizer.json").write_bytes(bytes(2**22))
+    limit = 1000 if "thousand" in room else 2**21
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
     config, params = loaded("llama")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1][1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1][1]))
     try:
         with pytest.raises(OSError, match="File too large"):
-            weights.save(tmp_path / "out", FIXTURES / "llama", config, params)
+            weights.save(out, source, config, params)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before[1])
         signal.signal(signal.SIGXFSZ, before[0])
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [source]
 
 
 def test_no_folder_is_overwritten(tmp_path):

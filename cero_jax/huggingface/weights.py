@@ -245,19 +245,34 @@ def save(
       max_shard_bytes: the most bytes in one safetensors file, which are held in host memory; a larger tensor gets a
         file of its own. Several files get an index.
 
-    Raises ValueError where `folder` exists. In a run of several processes all must call it; the first one writes.
+    Raises ValueError where `folder` exists, OSError where it cannot be written: then nothing is left of it. In a run of
+    several processes all must call it; the first one writes.
     """
     from safetensors import SafetensorError
-    from safetensors.numpy import save_file
 
-    folder, source, writes = Path(folder), Path(source), jax.process_index() == 0
+    folder, writes = Path(folder), jax.process_index() == 0
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another folder, or move it away")
     scratch = folder.with_name(folder.name + ".partial")
     if writes:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-    shards = _shards(config, params, max_shard_bytes)
+    try:
+        _write(scratch, Path(source), config, params, max_shard_bytes, writes)
+        if writes:
+            scratch.rename(folder)
+    except SafetensorError as error:  # a full disk's
+        raise OSError(str(error)) from error
+    finally:
+        if writes:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write(scratch: Path, source: Path, config: ModelConfig, params: Params, max_bytes: int, writes: bool) -> None:
+    """Gather all tensors, a file's at a time, and write them, with what is copied, where this process `writes`."""
+    from safetensors.numpy import save_file
+
+    shards = _shards(config, params, max_bytes)
     weight_map, total = {}, 0
     for number, shard in enumerate(shards, 1):
         one = "model.safetensors"
@@ -266,11 +281,7 @@ def save(
         total += sum(tensor.nbytes for tensor in tensors.values())
         weight_map |= dict.fromkeys(tensors, file)
         if writes:
-            try:
-                save_file(tensors, scratch / file, metadata={"format": "pt"})
-            except SafetensorError as error:  # a full disk's
-                shutil.rmtree(scratch)
-                raise OSError(str(error)) from error
+            save_file(tensors, scratch / file, metadata={"format": "pt"})
     if not writes:
         return
     if len(shards) > 1:
@@ -281,7 +292,6 @@ def save(
     raw = read_json(source / "config.json")
     raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = config.param_dtype
     (scratch / "config.json").write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    scratch.rename(folder)
 
 
 class Piece(NamedTuple):

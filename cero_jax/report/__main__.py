@@ -20,10 +20,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """The command line. Exits with a one-line message where a run cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m cero_jax.report", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", metavar="RUN", nargs="+", help="a run's directory, e.g. runs/chain_sum-cero-0")
-    parser.add_argument(
-        "--output", type=local_path, default="report.png", help="the picture to write (default: %(default)s)"
-    )
-    parser.add_argument("--html", type=local_path, metavar="FILE", help="write a page about the first run instead")
+    parser.add_argument("--output", default="report.png", help="the picture to write (default: %(default)s)")
+    parser.add_argument("--html", metavar="FILE", help="write a page about the first run instead")
     parser.add_argument(
         "--prompt", metavar="ID", type=int, help="print the history of one of the first run's prompts instead"
     )
@@ -32,13 +30,15 @@ def main(args: Sequence[str] | None = None) -> None:
         if parsed.prompt is not None:
             print(prompt_history(read_run(parsed.runs[0]), parsed.prompt))
         elif parsed.html:
-            write_page(read_run(parsed.runs[0]), parsed.html)
-            print(printable(str(parsed.html)))
+            page = local_path(parsed.html)
+            write_page(read_run(parsed.runs[0]), page)
+            print(printable(str(page)))
         else:
-            draw_report(parsed.runs, parsed.output)
+            picture = local_path(parsed.output)
+            draw_report(parsed.runs, picture)
             for run in parsed.runs:
                 print(printable(describe(read_run(run))), end="\n\n")
-            print(printable(str(parsed.output)))
+            print(printable(str(picture)))
     except (OSError, ValueError) as error:
         parser.error(printable(str(error)))
 

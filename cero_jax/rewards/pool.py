@@ -2,7 +2,8 @@
 
 Workers are spawned (forking a process in which JAX has started deadlocks), run no main module again and import no jax.
 The parent enforces the time limit by killing, and the kernel the memory limit. Each worker leads a session of its own:
-a signal to the run's process group does not reach it, and what its verifier started ends with it. Built on pebble.
+a signal to the run's process group does not reach it, and what its verifier started ends with it, but for what began a
+session of its own. Built on pebble.
 """
 
 import contextlib
