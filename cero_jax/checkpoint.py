@@ -303,9 +303,8 @@ def fail_at_once(*expected: type[Exception]) -> NoReturn:
     """
     error = sys.exc_info()[1]
     if hosts.is_broken_off(error):
-        _say(
-            f"error: another process of this run is gone ({str(error)[:200]}): JAX will say which, by its number in the first line"
-        )
+        why = str(error).partition("\n")[0][:200]
+        _say(f"error: another process is gone ({why}): JAX will say which, by its number in the run's first line")
         hosts.wait_for_the_dead()
     elif isinstance(error, expected):
         _say(f"error: {hosts.noted(error)}")
