@@ -302,11 +302,13 @@ def fail_at_once(*expected: type[Exception]) -> NoReturn:
     sys.exit would wait for Orbax's writer threads, which never end after a failed save, and for other processes.
     """
     error = sys.exc_info()[1]
-    if isinstance(error, expected):
+    if hosts.is_broken_off(error):
+        why = str(error).partition("\n")[0][:200]
+        _say(f"error: another process is gone ({why}): JAX will say which, by its number in the run's first line")
+        hosts.wait_for_the_dead()
+    elif isinstance(error, expected):
         _say(f"error: {hosts.noted(error)}")
     else:
         traceback.print_exc()
     sys.stdout.flush()  # os._exit flushes nothing
-    if isinstance(error, jax.errors.JaxRuntimeError):
-        hosts.wait_for_the_dead()
     os._exit(1)

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 HEARTBEAT_SECONDS = 25  # without a sign of life, after which a process is taken for dead
+BROKEN_OFF = ("UNKNOWN: ", "UNAVAILABLE: ", "INTERNAL: ", "ABORTED: ", "CANCELLED: ", "DEADLINE_EXCEEDED: ")
 AT_FIRST = 1024  # bytes that an exchange takes in its first message: most need no second
 
 
@@ -125,10 +126,14 @@ def noted(error: BaseException) -> str:
     return " ".join([str(error), *(f"({note})" for note in getattr(error, "__notes__", []))])
 
 
+def is_broken_off(error: BaseException | None) -> bool:
+    """Whether an error is that of a collective in which another process is gone: JAX raises several kinds of them."""
+    return several() and str(error).startswith(BROKEN_OFF)
+
+
 def wait_for_the_dead() -> None:
-    """After a collective has failed, wait until JAX knows which process is dead: it says so, and ends this one."""
-    if several():
-        time.sleep(HEARTBEAT_SECONDS + 15)
+    """After a collective was broken off, wait until JAX knows which process is dead: it names it, and ends this one."""
+    time.sleep(HEARTBEAT_SECONDS + 15)
 
 
 def _tried(make: Callable[[], T]) -> tuple[T | None, Exception | None]:
