@@ -27,6 +27,13 @@ def test_the_allocator_imports_jax_and_numpy_only():
     assert not modules & {"flax", "optax", "orbax", "chex", "scipy", "matplotlib", "tyro"}
 
 
+def test_integrations_import_neither_torch_nor_their_trainers_until_used():
+    modules = imported("import cero_jax.integrations.trl; cero_jax.integrations.trl.CeroMixin")
+    assert not modules & {"torch", "trl", "transformers", "jax", "flax", "optax", "orbax"}
+    modules = imported("import cero_jax.integrations.tunix")
+    assert not modules & {"torch", "tunix", "flax", "optax", "orbax"}
+
+
 def test_the_simulator_imports_jax_and_numpy_only():
     modules = imported("import cero_jax.simulate")
     assert not modules & {"flax", "optax", "orbax", "chex", "scipy", "matplotlib", "tyro", "pyarrow"}

@@ -2,8 +2,10 @@
 
 import itertools
 import math
+import os
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -39,7 +41,7 @@ def test_a_plan_draws_its_budget_exactly(num_prompts, accumulated, per_generatio
     planned = trl.plan(args, num_prompts, None)
     assert drawn_by(args, planned) == planned.total_budget > 0
     assert planned.max_steps == steps or steps < 0
-    assert planned.pass_micro_batches % accumulated == 0  # no pass ends within an optimiser step
+    assert planned.trainer_epoch_micro_batches % accumulated == 0  # none ends within an optimiser step
     args.max_steps = -1
     unit = 32 * accumulated // math.gcd(accumulated, planned.repeat)
     given = trl.plan(args, num_prompts, 5 * unit)
@@ -49,8 +51,24 @@ def test_a_plan_draws_its_budget_exactly(num_prompts, accumulated, per_generatio
 
 
 def test_by_default_a_plan_is_trls_own():
-    """Three passes over 40 prompts in batches of 8: 15 batches, a step each."""
+    """Three epochs over 40 prompts in batches of 8: 15 batches, a step each."""
     assert trl.plan(config(), 40, None) == trl.Plan(480, 15, 8, 2, 5)
+
+
+def test_jax_is_kept_off_the_gpu_unless_it_is_told_otherwise(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert trl._jax_backend() == "JAX on the CPU"
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # as where it was begun before, or asked for
+    assert "JAX on the gpu" in trl._jax_backend()
+    assert "start with JAX_PLATFORMS=cpu" in trl._jax_backend()
+
+
+def test_a_class_without_a_trainer_and_a_name_that_is_not_there_are_refused():
+    with pytest.raises(ValueError, match="_get_train_sampler: CeroMixin goes before a GRPOTrainer"):
+        type("Alone", (trl.CeroMixin, dict), {})()
+    with pytest.raises(AttributeError, match="it has CeroGRPOTrainer and CeroMixin"):
+        trl.CeroTrainer  # noqa: B018
 
 
 def test_the_sampler_gives_each_group_in_turn_as_often_as_its_batch_serves():

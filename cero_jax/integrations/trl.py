@@ -49,12 +49,12 @@ class Plan(NamedTuple):
     max_steps: int  # optimiser steps
     batch_groups: int  # groups of a generation batch, over all processes
     repeat: int  # micro-batches that a generation batch serves: it is drawn for the first of them
-    pass_batches: int  # generation batches of what the trainer calls an epoch: about one group a prompt
+    trainer_epoch: int  # generation batches of what the trainer calls an epoch: about one group a prompt
 
     @property
-    def pass_micro_batches(self) -> int:
+    def trainer_epoch_micro_batches(self) -> int:
         """Micro-batches of what the trainer calls an epoch: whole optimiser steps."""
-        return self.pass_batches * self.repeat
+        return self.trainer_epoch * self.repeat
 
 
 def plan(args: Any, num_prompts: int, total_budget: int | None) -> Plan:
@@ -75,17 +75,17 @@ def plan(args: Any, num_prompts: int, total_budget: int | None) -> Plan:
     repeat = args.num_iterations * args.steps_per_generation
     whole = accumulated // math.gcd(repeat, accumulated)  # generation batches that fill whole optimiser steps
     groups = batch // args.num_generations
-    pass_batches = max(num_prompts // groups // whole, 1) * whole
+    trainer_epoch = max(num_prompts // groups // whole, 1) * whole
     steps = args.max_steps
     if steps <= 0:
-        steps = math.ceil(args.num_train_epochs * (pass_batches * repeat // accumulated))
+        steps = math.ceil(args.num_train_epochs * (trainer_epoch * repeat // accumulated))
     if total_budget is None or args.max_steps > 0:
         drawn = math.ceil(steps * accumulated / repeat) * batch
         if total_budget not in (None, drawn):
             raise ValueError(
                 f"total_budget={total_budget} rollouts, and max_steps={steps} draws {drawn}: leave out one of the two"
             )
-        return Plan(drawn, steps, groups, repeat, pass_batches)
+        return Plan(drawn, steps, groups, repeat, trainer_epoch)
     unit = whole * batch
     if total_budget <= 0 or total_budget % unit:
         below = total_budget // unit * unit
@@ -94,28 +94,28 @@ def plan(args: Any, num_prompts: int, total_budget: int | None) -> Plan:
             f"total_budget={total_budget} rollouts is no whole number of steps, which take {unit} "
             f"(generation_batch_size {batch}, gradient_accumulation_steps {accumulated}): give {near}"
         )
-    return Plan(total_budget, total_budget // batch * repeat // accumulated, groups, repeat, pass_batches)
+    return Plan(total_budget, total_budget // batch * repeat // accumulated, groups, repeat, trainer_epoch)
 
 
 class GroupSampler:
-    """The rows of the training set as TRL's loader wants them, a pass at a time: each group's prompt q times, in turn.
+    """The rows of the training set as TRL's loader wants them: each group's prompt num_generations times, in turn.
 
     A generation batch comes once for each micro-batch that it serves.
     """
 
     def __init__(self, groups: Groups, steps: Plan):
         self.groups, self.plan = groups, steps
-        self.skipped = 0  # micro-batches of the next pass that were trained on before a resume
+        self.skipped = 0  # micro-batches of the trainer's epoch that were trained on before a resume
 
     def __len__(self) -> int:
-        return self.plan.pass_micro_batches * self.plan.batch_groups * self.groups.group_size
+        return self.plan.trainer_epoch_micro_batches * self.plan.batch_groups * self.groups.group_size
 
     def __iter__(self):
         groups, steps = self.groups, self.plan
         done, self.skipped = math.ceil(self.skipped / steps.repeat), 0
         # Stand for the batches whose rollouts the checkpoint has. The trainer skips them, or reads only their number.
         yield from [0] * (done * steps.repeat * steps.batch_groups * groups.group_size)
-        for _ in range(done, steps.pass_batches):
+        for _ in range(done, steps.trainer_epoch):
             batch = groups.take(steps.batch_groups)
             if len(batch) < steps.batch_groups:
                 return
@@ -157,7 +157,7 @@ class CeroMixin(GRPOTrainerOfTRL):
     ):
         if advantage not in get_args(Advantage):
             raise ValueError(f"advantage={advantage!r} must be one of {get_args(Advantage)}")
-        missing = [name for name in OVERRIDDEN if not hasattr(type(self), name)]
+        missing = [name for name in OVERRIDDEN if not hasattr(super(CeroMixin, self), name)]
         if missing:
             name = type(self).__name__
             raise ValueError(f"{name} has no {missing[0]}: CeroMixin goes before a GRPOTrainer, of trl 1.16 or nearly")
@@ -269,7 +269,7 @@ class CeroMixin(GRPOTrainerOfTRL):
             raise ValueError(f"{checkpoint} has no cero.npz: it was written without CERO, begin a run or take another")
         self.cero_groups.from_bytes(path.read_bytes(), str(path))
         self._step = self.state.global_step * self.args.gradient_accumulation_steps
-        self._cero_sampler.skipped = self._step % self._cero_plan.pass_micro_batches
+        self._cero_sampler.skipped = self._step % self._cero_plan.trainer_epoch_micro_batches
         if self._step % self._cero_plan.repeat:
             path = path.with_name(f"cero_rollouts_{self.accelerator.process_index}.pt")
             if not path.is_file():

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import trl_toy
+from document import python_blocks
 from trl import GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl_toy import HOPELESS, build, correct, shape, sometimes, summary
 
@@ -25,7 +26,7 @@ def cero(folder, config=None, **settings):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """40 batches in six and a half passes, evaluated on the way, checkpointed twice."""
+    """33 batches in six and a half of the trainer's epochs, evaluated on the way, checkpointed twice."""
     config = {
         "max_steps": 33, "save_strategy": "steps", "save_steps": 11, "eval_strategy": "steps", "eval_steps": 11,
         "per_device_eval_batch_size": 16,
@@ -48,8 +49,17 @@ def test_what_is_spent_is_the_budget_and_hopeless_prompts_get_less_of_it(trained
 def test_the_trainers_log_has_the_ledger_and_an_evaluation_is_not_charged(trained):
     logged = [row for row in trained.state.log_history if "cero/spent" in row]
     assert [row["cero/spent"] for row in logged] == [32 * (i + 1) for i in range(33)]
-    assert all(row["epoch"] == pytest.approx(row["step"] / 5) for row in logged)  # a pass: 40 prompts, 8 a batch
+    assert all(row["epoch"] == pytest.approx(row["step"] / 5) for row in logged)  # 40 prompts, 8 a batch
     assert len([row for row in trained.state.log_history if "eval_reward" in row]) == 3
+
+
+def test_the_three_lines_of_the_document_train(tmp_path):
+    (code,) = python_blocks("TRL")
+    plain = build(tmp_path, config={"max_steps": 2})
+    plain.save_model(tmp_path / "model")
+    scope = {"model": str(tmp_path / "model"), "args": plain.args, "dataset": trl_toy.dataset(), "correct": correct}
+    exec(code, scope)
+    assert int(scope["trainer"].cero_groups.state.ledger.spent) == 64
 
 
 @pytest.mark.parametrize("step", [11, 22])
@@ -60,7 +70,7 @@ def test_a_resumed_run_is_the_run_to_the_bit(trained, step, tmp_path):
     assert summary(resumed) == summary(trained)
 
 
-# A generation batch serves several optimiser steps: TRL alone would draw it again. Two of them in one; two passes.
+# A generation batch serves several optimiser steps: TRL alone would draw it again. Two of them in one; two epochs.
 @pytest.mark.parametrize(
     ("config", "step"),
     [
@@ -69,7 +79,7 @@ def test_a_resumed_run_is_the_run_to_the_bit(trained, step, tmp_path):
         ({"max_steps": -1, "num_train_epochs": 2.0}, 5),
         ({"dataloader_num_workers": 1, "max_steps": 6}, 3),
     ],
-    ids=["many steps a batch", "many batches a step", "passes", "a loader that reads ahead"],
+    ids=["many steps a batch", "many batches a step", "epochs", "a loader that reads ahead"],
 )
 def test_it_is_so_however_batches_and_steps_are_cut(config, step, tmp_path):
     saving = {**config, "save_strategy": "steps", "save_steps": step}

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from document import python_blocks
 from tunix.rl.rl_cluster import Mode
 from tunix_toy import HOPELESS, correct, dataset, learner, rows, short, summary
 
@@ -34,34 +35,46 @@ def test_what_is_spent_is_the_budget_and_hopeless_prompts_get_less_of_it(whole):
     assert trained.rl_cluster.actor_trainer.train_steps == 24
 
 
-# A run that is stopped after 10 of 24 steps leaves its last checkpoint there, and one after 9.
+class StoppedError(Exception):
+    pass
+
+
+def judge(counts, most=10**9):
+    """`correct` that counts the rollouts it is asked of, and stops the run rather than judge more than `most`."""
+
+    def counted(prompts, completions, **kwargs):
+        counts.append(len(prompts))
+        if sum(counts) > most:
+            raise StoppedError
+        return correct(prompts, completions, **kwargs)
+
+    return counted
+
+
+# Stopped in step 5, after the checkpoint of step 3: of the third batch's end, or of the middle of the second.
 @pytest.mark.parametrize(
-    "batches",
-    [{}, {"mini_batch_size": 4, "train_micro_batch_size": 2}],
+    ("batches", "a_step"),
+    [({}, 32), ({"mini_batch_size": 4, "train_micro_batch_size": 2}, 16)],
     ids=["a batch a step", "two steps a batch, of two micro-batches"],
 )
-def test_a_resumed_run_is_the_run_to_the_bit(batches, tmp_path):
-    steps = 5 if not batches else 10
-
-    class StoppedError(Exception):
-        pass
-
-    def stopping(cero, calls=[]):  # noqa: B006
-        def judge(prompts, completions, **kwargs):
-            calls.append(1)
-            if len(calls) > (4 if not batches else 14):  # micro-batches: within step 5, or 8
-                raise StoppedError
-            return correct(prompts, completions, **kwargs)
-
-        return cero.watch(judge)
-
-    kept = {"max_steps": steps, **batches}
+def test_a_resumed_run_is_the_run_to_the_bit(batches, a_step, tmp_path):
+    kept = {"max_steps": 160 // a_step, **batches}
     whole = train(None, 5, lambda cero: [cero.watch(correct), short], **kept)
     with pytest.raises(StoppedError):
-        train(tmp_path, 5, lambda cero: [stopping(cero), short], **kept)
-    resumed = train(tmp_path, 5, lambda cero: [cero.watch(correct), short], **kept)
+        train(tmp_path, 5, lambda cero: [cero.watch(judge([], most=4 * a_step)), short], **kept)
+    counts = []
+    resumed = train(tmp_path, 5, lambda cero: [cero.watch(judge(counts)), short], **kept)
+    assert sum(counts) == 160 - 3 * a_step  # what the checkpoint has was not drawn again
     assert summary(*resumed) == summary(*whole)
     assert resumed[0].groups.state.ledger.spent == 160
+
+
+def test_the_lines_of_the_document_train():
+    (code,) = python_blocks("Tunix")
+    plain = learner(dataset(4), None, correct, 24)
+    scope = {"rows": rows(), "rl_cluster": plain.rl_cluster, "algo_config": plain.algo_config, "correct": correct}
+    exec(code, {**scope, "GRPOLearner": type(plain)}, scope)
+    assert int(scope["cero"].groups.state.ledger.spent) == 768
 
 
 def test_an_evaluation_is_not_charged_and_metrics_are_logged():
