@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from cero_jax import hosts
 from cero_jax.checksums import described, text_checksum, type_of
 
+SPLIT_FROM = 2**20  # bytes of an array that Orbax writes in pieces, where several devices hold copies; it compiles each
 KEPT = 2  # the newest, and one more in case it is damaged
 LAYOUT = 3  # of a checkpoint; 1 kept arrays by position, 2 had no checksums
 # What says that a file cannot be read now, rather than that it is damaged: in the system's words, and TensorStore's.
@@ -135,7 +136,12 @@ class Checkpoints:
             logging.getLogger(name).addFilter(_not_from_orbax)
         self._directory, self._read_only = directory, read_only
         self._passed_over: set[int] = set()
-        self._manager = ocp.CheckpointManager(directory, options=options)
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SPLIT_FROM)
+        handlers = (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+        registry = ocp.type_handlers.create_type_handler_registry(*handlers)
+        of_state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+        items = {"state": of_state, "cursor": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(directory, options=options, item_handlers=items)
 
     def cursor(self) -> Cursor | None:
         """The newest checkpoint's cursor, None where nothing was saved. Raises ValueError where none can be read."""
