@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "sample_efficiency.jsonl"
 WHOLE, THIRD, EIGHTH = 12_800, 4_266, 1_600
 BUDGETS = (800, EIGHTH, 3_200, THIRD, 6_400, WHOLE)  # rollouts
-LATE, EARLY = BUDGETS[2:], (*BUDGETS[:3], WHOLE)  # where an arm is judged: around where it reaches uniform's end
+LATE, EARLY = BUDGETS[2:], BUDGETS[:3]  # where an arm is judged: around where it reaches uniform's end
 RATES = (6e-5, 9e-5, 1.25e-4, 1.8e-4, 2.5e-4, 3.5e-4, 5e-4, 7e-4, 1e-3, 1.4e-3, 2e-3)
 ROWS = (2, 4, 8, 16, 32, 64)  # of an optimiser step, which has two at least
 GROUPS = (1, 2, 4, 8, 16, 32)
@@ -54,10 +54,10 @@ class Arm(NamedTuple):
 ARMS = {
     "uniform": Arm("uniform", "grpo", WHOLE),  # tuned for the end that the others are to reach
     "uniform + posterior": Arm("uniform", "posterior"),
-    "uniform + reward": Arm("uniform", "reward", EIGHTH, EARLY),
+    "uniform + reward": Arm("uniform", "reward", EIGHTH, (*EARLY, WHOLE)),
     "cero": Arm("cero", "grpo"),
     "cero + posterior": Arm("cero", "posterior"),
-    "cero + reward": Arm("cero", "reward", EIGHTH, EARLY),
+    "cero + reward": Arm("cero", "reward", EIGHTH, (*EARLY, WHOLE)),
     "dynamic": Arm("uniform", "grpo", WHOLE, dynamic_sampling=True),  # DAPO
 }
 MAIN = ("uniform", "uniform + posterior", "uniform + reward", "cero", "cero + posterior", "cero + reward")
@@ -263,11 +263,11 @@ def mean_and_error(values) -> str:
     return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
 
 
-def judge(best: dict[str, Setting], wrong_share: float) -> dict[str, np.ndarray]:
+def judge(best: dict[str, Setting], wrong_share: float, judged: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """Run each arm at its setting with its budgets, print the table; each arm's accuracies [seeds, budgets]."""
     found = {
-        arm: run_all([cell(arm, best[arm], seed, b, wrong_share) for seed in SEEDS for b in ARMS[arm].judged])
-        for arm in best
+        arm: run_all([cell(arm, best[arm], seed, b, wrong_share) for seed in SEEDS for b in judged[arm]])
+        for arm in judged
     }
     ends = {arm: np.array([end(r) for r in results]).reshape(len(SEEDS), -1) for arm, results in found.items()}
     print(f"\n{wrong_share:.0%} wrong gold answers, seeds {SEEDS[0]} to {SEEDS[-1]}")
@@ -278,7 +278,7 @@ def judge(best: dict[str, Setting], wrong_share: float) -> dict[str, np.ndarray]
         "to uniform's end (95 %) |\n" + "|---" * (len(BUDGETS) + 7) + "|"
     )
     for arm, results in found.items():
-        budgets = ARMS[arm].judged
+        budgets = judged[arm]
         whole = results[len(budgets) - 1 :: len(budgets)]
         saved = savings(ends["uniform"][:, -1], WHOLE, ends[arm], budgets)
         column = dict(zip(budgets, map(mean_and_error, ends[arm].T), strict=True))
@@ -288,7 +288,8 @@ def judge(best: dict[str, Setting], wrong_share: float) -> dict[str, np.ndarray]
         print(f"| {arm} | {' | '.join(cells)} | {in_words(saved)} |\n  seed by seed: {saved['ratios']}", flush=True)
     # The allocation alone, under the advantage that needs least: with more than this both are at the top.
     place = EARLY.index(EIGHTH)
-    saved = savings(ends["uniform + reward"][:, place], EIGHTH, ends["cero + reward"], EARLY)
+    early = {arm: ends[arm][:, : len(EARLY)] for arm in ("uniform + reward", "cero + reward")}
+    saved = savings(early["uniform + reward"][:, place], EIGHTH, early["cero + reward"], EARLY)
     print(f"cero + reward to where uniform + reward ends with {EIGHTH:,}: {in_words(saved)}, {saved['ratios']}")
     return ends
 
@@ -361,14 +362,14 @@ def main() -> None:
     best = {arm: tuned(arm) for arm in MAIN}
     print(f"best settings: {best}", flush=True)
     if args.mixes:
-        for mix in (0.6, 0.0, 0.2):
-            judge({arm: best[arm] for arm in ("uniform", "uniform + reward", "cero", "cero + reward")}, mix)
+        for mix in (0.0, 0.6, 0.2):
+            judge(best, mix, {"uniform": (WHOLE,), "cero + reward": EARLY, "uniform + reward": EARLY, "cero": (WHOLE,)})
     elif args.effects:
         effects(best["uniform"])
     elif args.allocators:
         allocators(best)
     else:
-        draw(judge(best, 0.4), HERE / "sample_efficiency.png")
+        draw(judge(best, 0.4, {arm: ARMS[arm].judged for arm in MAIN}), HERE / "sample_efficiency.png")
 
 
 if __name__ == "__main__":
