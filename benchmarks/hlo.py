@@ -234,8 +234,8 @@ def _summed(rest: str, image: tuple[int, ...], kernel: tuple[int, ...], out: tup
             int(given[n][axis]) if n in given else 1 for n in ("stride", "lhs_dilate", "rhs_dilate")
         )
         before = int(given["pad"][axis].split("_")[0]) if "pad" in given else 0
-        sizes = (shape[names.index(str(axis))] for shape, names in ((image, labels[1]), (out, labels[3])))
-        summed *= _met(*sizes, int(given["size"][axis]), stride, before, dilated, apart)
+        places, outs = image[labels[1].index(str(axis))], out[labels[3].index(str(axis))]
+        summed *= _met(places, outs, int(given["size"][axis]), stride, before, dilated, apart)
     return summed
 
 
