@@ -249,7 +249,7 @@ def never_stopped(folder: Path) -> Path:
 def dead(folder: Path, process: int) -> bool:
     """One process is killed; the other ends soon, says which is dead, and the same command ends as if nothing was."""
     before = never_stopped(folder)
-    after = start("small", folder / "cut", 2, 2, f"{int(signal.SIGKILL)}:{process}:6")
+    after = start("small", folder / "cut", 2, 2, f"{int(signal.SIGKILL)}:{process}:10")
     other = 1 - process
     took = after.seconds[other] - after.seconds[process]
     words = [line for line in after.printed[other].splitlines() if "task" in line.lower() or "error" in line.lower()]

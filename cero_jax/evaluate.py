@@ -120,7 +120,8 @@ def main(args: Sequence[str] | None = None) -> None:
     sampler_changes = {key: given[key] for key in ("temperature", "max_completion_tokens") if given[key] is not None}
     evaluation_changes = {"samples": given["samples"]} | ({} if given["rows"] is None else {"rows": given["rows"]})
     try:
-        hosts.join()
+        if args is None:  # as a command; a caller has joined, if there is anybody to join
+            hosts.join()
         check_seed(given["seed"])
         policy = restore_policy(Path(given["run"]), task_changes, sampler_changes, evaluation_changes)
         config = policy.config

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 T = TypeVar("T")
 
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-HEARTBEAT_SECONDS = 25  # without a sign of life, after which a process is taken for dead
+HEARTBEAT_SECONDS = 40  # without a sign of life, after which a process is taken for dead
 BROKEN_OFF = ("UNKNOWN: ", "UNAVAILABLE: ", "INTERNAL: ", "ABORTED: ", "CANCELLED: ", "DEADLINE_EXCEEDED: ")
 AT_FIRST = 1024  # bytes that an exchange takes in its first message: most need no second
 
