@@ -69,6 +69,17 @@ def test_a_resumed_run_is_the_run_to_the_bit(batches, a_step, tmp_path):
     assert resumed[0].groups.state.ledger.spent == 160
 
 
+def test_stopped_between_two_iterations_over_a_batch_the_budget_is_still_spent_exactly(tmp_path):
+    kept = {"max_steps": 6, "num_iterations": 2}
+    with pytest.raises(StoppedError):
+        train(tmp_path, 3, lambda cero: cero.watch(judge([], most=2 * 32)), **kept)
+    counts = []
+    cero, trained = train(tmp_path, 3, lambda cero: cero.watch(judge(counts)), **kept)
+    assert sum(counts) == 32  # the checkpoint is of step 3, amid the second batch
+    assert [int(x) for x in cero.groups.state.ledger][:3] == [96, 96, 0]
+    assert trained.rl_cluster.actor_trainer.train_steps == 5  # its second half was lost
+
+
 def test_the_lines_of_the_document_train():
     (code,) = python_blocks("Tunix")
     plain = learner(dataset(4), None, correct, 24)
