@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from cero_jax import hosts
 
-FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
+RECORD = "metrics.jsonl"
+FILES = (RECORD, "timings.jsonl", "samples.jsonl")
 LINE = "{n}/{total} rollouts, {rate_noinv_fmt}, {remaining} left{postfix}"  # in tqdm's names
 
 
@@ -35,8 +36,9 @@ class MetricsWriter:
     disk or another: each says so once, and the run goes on without what they miss.
 
     position: what `position()` gave at the checkpoint that is resumed: whatever was appended later, a half-written
-    line included, is cut off, and hidden from TensorBoard. None starts the run afresh. Raises ValueError where a file
-    is shorter than that, or cannot be opened.
+    line included, is cut off, and hidden from TensorBoard. None starts the run afresh. Where a file is shorter than
+    that, or gone, the run goes on behind its last whole line, with a word. Raises ValueError where that is metrics.jsonl,
+    or one cannot be opened.
     """
 
     def __init__(self, run_dir: Path | str, position: dict[str, int] | None = None):
@@ -47,10 +49,13 @@ class MetricsWriter:
         for path in paths:
             size = path.stat().st_size if path.exists() else 0
             if size < start[path.name]:
-                raise ValueError(
-                    f"{path} has {size} bytes, the checkpoint was written at {start[path.name]}: the file was changed "
-                    "since; put it back, or start anew in another directory"
-                )
+                found = f"{path} has {size} bytes, the checkpoint was written at {start[path.name]}"
+                if path.name == RECORD:
+                    raise ValueError(
+                        f"{found}: the file was changed since; put it back, or start anew in another directory"
+                    )
+                say(f"warning: {found}: what is missing there is lost, and the run goes on")
+                start[path.name] = path.read_bytes().rfind(b"\n") + 1 if size else 0
         self._files = [_open(path) for path in paths]
         for path, file in zip(paths, self._files, strict=True):
             file.seek(file.truncate(start[path.name]))
