@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 
 from cero_jax import hosts
 from cero_jax.checksums import described, text_checksum, type_of
+from cero_jax.terminal import say
 
 SPLIT_FROM = 2**20  # bytes of an array that Orbax writes in pieces, where several devices hold copies; it compiles each
 KEPT = 2  # the newest, and one more in case it is damaged
@@ -191,7 +192,7 @@ class Checkpoints:
         for number in self._numbers():
             if number >= next_number:
                 aside = put_aside(self._directory / str(number))
-                _say(f"{self._directory / str(number)}: not a checkpoint of this run, put aside as {aside}")
+                say(f"{self._directory / str(number)}: not a checkpoint of this run, put aside as {aside}")
 
     def check(self) -> None:
         """Raise OSError where the last save failed; one that is still under way is not waited for."""
@@ -259,7 +260,7 @@ class Checkpoints:
             done = "left where it is"
         else:
             done = f"put aside as {put_aside(self._directory / str(number))}"
-        _say(f"{error}; {done}; checkpoint {max(before)} takes its place")
+        say(f"{error}; {done}; checkpoint {max(before)} takes its place")
 
     @contextmanager
     def _failures_named(self) -> Iterator[None]:
@@ -293,10 +294,6 @@ def _in_short(error: Exception) -> str:
     return line if len(line) <= 300 else f"{line[:100]} ... {line[-180:]}"
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     """Orbax logs what it raises too, with a traceback from each of its threads, and asyncio does from each task."""
     return record.levelno < logging.WARNING or not ("orbax" in record.pathname or "orbax" in record.getMessage())
@@ -310,10 +307,10 @@ def fail_at_once(*expected: type[Exception]) -> NoReturn:
     error = sys.exc_info()[1]
     if hosts.is_broken_off(error):
         why = str(error).partition("\n")[0][:200]
-        _say(f"error: another process is gone ({why}): JAX will say which, by its number in the run's first line")
+        say(f"error: another process is gone ({why}): JAX will say which, by its number in the run's first line")
         hosts.wait_for_the_dead()
     elif isinstance(error, expected):
-        _say(f"error: {hosts.noted(error)}")
+        say(f"error: {hosts.noted(error)}")
     else:
         traceback.print_exc()
     sys.stdout.flush()  # os._exit flushes nothing
