@@ -32,9 +32,14 @@ from cero_jax.terminal import say
 SPLIT_FROM = 2**20  # bytes of an array that Orbax writes in pieces, where several devices hold copies; it compiles each
 KEPT = 2  # the newest, and one more in case it is damaged
 LAYOUT = 3  # of a checkpoint; 1 kept arrays by position, 2 had no checksums
-# What says that a file cannot be read now, rather than that it is damaged: in the system's words, and TensorStore's.
-_SYSTEM = errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE
-_NOT_NOW = *map(os.strerror, _SYSTEM), "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"
+# What the system says of a file that is damaged. Whatever else it says, of rights, memory, a disk, a mount or a network,
+# is that it cannot be read now: in its own words, and in TensorStore's.
+_OF_DAMAGE = {"ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENOTEMPTY", "ELOOP", "ENAMETOOLONG", "ENODATA"} | {
+    "EINVAL", "EDOM", "ERANGE", "EFBIG", "EOVERFLOW", "EILSEQ", "ESPIPE", "EBADF",
+}  # fmt: skip
+_NOT_NOW = *(os.strerror(number) for number, name in errno.errorcode.items() if name not in _OF_DAMAGE), *(
+    "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED",
+)  # fmt: skip
 
 
 class Cursor(NamedTuple):

@@ -1,6 +1,8 @@
 """Checkpoints that lose nothing and hide nothing: checksums, what is done about damage, saves that fail."""
 
+import errno
 import json
+import os
 import re
 import resource
 import shutil
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cero_jax.checkpoint import LAYOUT, Checkpoints, Cursor, put_aside
+from cero_jax.checkpoint import LAYOUT, Checkpoints, Cursor, Damaged, _damage_named, put_aside
 from cero_jax.checksums import checksums, text_checksum
 
 
@@ -197,8 +199,14 @@ def test_what_cannot_be_read_now_is_not_damage(saved, monkeypatch):
     checkpoints = Checkpoints(saved)
     cursor, restore = checkpoints.cursor(), checkpoints._manager.restore
     out_of_memory = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 8 GiB")
-    for error in (PermissionError(13, "Permission denied"), ValueError("PERMISSION_DENIED: open"), MemoryError(),
-                  OSError(5, "Input/output error"), out_of_memory):  # fmt: skip
+    says = lambda name: OSError(getattr(errno, name), os.strerror(getattr(errno, name)))  # noqa: E731
+    of_now = (
+        "EACCES EPERM EIO ESTALE ETIMEDOUT EMFILE ENFILE ENOMEM ENOTCONN EBUSY ENODEV ENXIO EHOSTDOWN EHOSTUNREACH "
+        "ENETDOWN ENETUNREACH ECONNRESET ECONNREFUSED ENOBUFS EAGAIN EINTR ETXTBSY ENOLCK EREMOTEIO EDQUOT ENOKEY"
+    )
+    in_other_words = ValueError("Error reading local file [OS error 12: ENOMEM Cannot allocate memory]")
+    for error in (*map(says, of_now.split()), ValueError("PERMISSION_DENIED: open"), MemoryError(), in_other_words,
+                  out_of_memory):  # fmt: skip
 
         def fail(number, args, error=error):
             if "state" in args:
@@ -210,6 +218,9 @@ def test_what_cannot_be_read_now_is_not_damage(saved, monkeypatch):
             checkpoints.restore(cursor, like=state_of(0))
     assert (saved / "3").exists()
     assert_is(resumed(saved)[1], 3)
+    for name in ("ENOENT", "ENOTDIR", "EISDIR", "EINVAL"):
+        with pytest.raises(Damaged), _damage_named(saved / "3"):
+            raise says(name)
 
 
 def test_another_state_than_was_saved_is_no_damage_either(saved):
