@@ -32,8 +32,8 @@ from cero_jax.terminal import say
 SPLIT_FROM = 2**20  # bytes of an array that Orbax writes in pieces, where several devices hold copies; it compiles each
 KEPT = 2  # the newest, and one more in case it is damaged
 LAYOUT = 3  # of a checkpoint; 1 kept arrays by position, 2 had no checksums
-# What the system says of a file that is damaged. Whatever else it says, of rights, memory, a disk, a mount or a network,
-# is that it cannot be read now: in its own words, and in TensorStore's.
+# What the system says of a file that is damaged. Whatever else it says, of rights, memory, disks, mounts or networks, is
+# that it cannot be read now: in its own words, and in TensorStore's.
 _OF_DAMAGE = {"ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENOTEMPTY", "ELOOP", "ENAMETOOLONG", "ENODATA"} | {
     "EINVAL", "EDOM", "ERANGE", "EFBIG", "EOVERFLOW", "EILSEQ", "ESPIPE", "EBADF",
 }  # fmt: skip
@@ -252,13 +252,18 @@ class Checkpoints:
     def _pass_over(self, number: int, error: Damaged) -> None:
         """Put a damaged checkpoint aside, or leave it where the directory is another's. Raises ValueError at the last.
 
-        The last one stays: a run does not begin anew, over what it did, without being told to.
+        The last one stays: a run does not begin anew, over what it did, without being told to. Beside a run that has
+        saved another meanwhile it may have been deleted while it was read: nothing is said, and the newest is read.
         """
-        before = [each for each in self._numbers() if each < number]
+        numbers = self._numbers()
+        if self._read_only and max(numbers, default=0) > number:
+            return
+        before = [each for each in numbers if each < number]
         if not before:
+            anew = f"move {self._directory} away to begin anew"
             raise ValueError(
-                f"{error}, and there is none before it to go on from: put it back from a copy, or move "
-                f"{self._directory} away to begin anew"
+                f"{error}, and there is none before it to go on from: put it back from a copy, or "
+                f"{'let the run save another' if self._read_only else anew}"
             ) from error
         if self._read_only:
             self._passed_over.add(number)
@@ -310,13 +315,15 @@ def fail_at_once(*expected: type[Exception]) -> NoReturn:
     sys.exit would wait for Orbax's writer threads, which never end after a failed save, and for other processes.
     """
     error = sys.exc_info()[1]
-    if hosts.is_broken_off(error):
-        why = str(error).partition("\n")[0][:200]
-        say(f"error: another process is gone ({why}): JAX will say which, by its number in the run's first line")
-        hosts.wait_for_the_dead()
-    elif isinstance(error, expected):
-        say(f"error: {hosts.noted(error)}")
-    else:
-        traceback.print_exc()
-    sys.stdout.flush()  # os._exit flushes nothing
-    os._exit(1)
+    try:
+        if hosts.is_broken_off(error):
+            why = str(error).partition("\n")[0][:200]
+            say(f"error: another process is gone ({why}): JAX will say which, by its number in the run's first line")
+            hosts.wait_for_the_dead()
+        elif isinstance(error, expected):
+            say(f"error: {hosts.noted(error)}")
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()  # os._exit flushes nothing
+    finally:  # also where nobody can read that any more
+        os._exit(1)

@@ -223,6 +223,32 @@ def test_what_cannot_be_read_now_is_not_damage(saved, monkeypatch):
             raise says(name)
 
 
+def test_what_a_run_deletes_while_it_is_read_beside_it_is_not_damaged(saved, capfd, monkeypatch):
+    beside = Checkpoints(saved, read_only=True)
+    cursor, read = beside.cursor(), beside._read_cursor
+    assert cursor is not None
+    assert cursor.checkpoint_number == 3
+
+    def overtaken(number):
+        if number == 3:  # the run saves 4 and 5
+            for newer in (4, 5):
+                checkpoints = Checkpoints(saved)
+                checkpoints.save(cursor._replace(step=10 * newer, checkpoint_number=newer - 1), state_of(newer))
+                checkpoints.close()
+        return read(number)
+
+    monkeypatch.setattr(beside, "_read_cursor", overtaken)
+    found, state = beside.restore(cursor, like=state_of(0))
+    assert (found.step, found.checkpoint_number) == (50, 5)
+    assert_is(state, 5)
+    assert capfd.readouterr().err == ""
+    for number in (4, 5):
+        DAMAGES["a flip in an array"](saved / str(number))
+    with pytest.raises(ValueError, match=r"/4: a damaged .*none before it .*, or let the run save another$"):
+        beside.restore(found, like=state_of(0))
+    beside.close()
+
+
 def test_another_state_than_was_saved_is_no_damage_either(saved):
     checkpoints = Checkpoints(saved)
     cursor = checkpoints.cursor()

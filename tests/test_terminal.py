@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import sys
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from cero_jax import hosts
-from cero_jax.checkpoint import Checkpoints, Cursor
+from cero_jax.checkpoint import Checkpoints, Cursor, fail_at_once
 from cero_jax.metrics import Progress
 from cero_jax.run_directory import hold, set_metrics_aside
 from cero_jax.tasks.chain_sum import ChainSum
@@ -56,8 +57,22 @@ def tell(folder):
     hosts.tell("that all is well")
 
 
+def fail(folder):
+    exits = []
+    for error in (OSError("a disk"), KeyError("a bug")):
+        with pytest.MonkeyPatch.context() as patch, contextlib.suppress(OSError):
+            patch.setattr(os, "_exit", exits.append)
+            sys.stdout.write("no whole line")
+            try:
+                raise error
+            except Exception:
+                fail_at_once(OSError)
+    assert exits == [1, 1]
+
+
 @pytest.mark.parametrize(
-    "act", [save_where_another_lies, begin_over_metrics, hold_where_there_are_no_locks, imitate, show_progress, tell]
+    "act",
+    [fail, save_where_another_lies, begin_over_metrics, hold_where_there_are_no_locks, imitate, show_progress, tell],
 )
 def test_a_terminal_that_is_gone_stops_nothing(tmp_path, monkeypatch, act):
     gone = [open("/dev/full", "w", buffering=1) for _ in range(2)]  # noqa: SIM115 (closing it raises)
