@@ -32,7 +32,7 @@ from cero_jax.terminal import say
 SPLIT_FROM = 2**20  # bytes of an array that Orbax writes in pieces, where several devices hold copies; it compiles each
 KEPT = 2  # the newest, and one more in case it is damaged
 LAYOUT = 3  # of a checkpoint; 1 kept arrays by position, 2 had no checksums
-# What the system says of a file that is damaged. Whatever else it says, of rights, memory, disks, mounts or networks, is
+# What the system says of a damaged file. Whatever else it says, of rights, memory, disks, mounts or networks, is
 # that it cannot be read now: in its own words, and in TensorStore's.
 _OF_DAMAGE = {"ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENOTEMPTY", "ELOOP", "ENAMETOOLONG", "ENODATA"} | {
     "EINVAL", "EDOM", "ERANGE", "EFBIG", "EOVERFLOW", "EILSEQ", "ESPIPE", "EBADF",
