@@ -27,13 +27,19 @@ import orbax.checkpoint as ocp
 
 from cero_jax import hosts
 from cero_jax.checksums import described, text_checksum, type_of
+from cero_jax.terminal import say
 
 SPLIT_FROM = 2**20  # bytes of an array that Orbax writes in pieces, where several devices hold copies; it compiles each
 KEPT = 2  # the newest, and one more in case it is damaged
 LAYOUT = 3  # of a checkpoint; 1 kept arrays by position, 2 had no checksums
-# What says that a file cannot be read now, rather than that it is damaged: in the system's words, and TensorStore's.
-_SYSTEM = errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE
-_NOT_NOW = *map(os.strerror, _SYSTEM), "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED"
+# What the system says of a damaged file. Whatever else it says, of rights, memory, disks, mounts or networks, is
+# that it cannot be read now: in its own words, and in TensorStore's.
+_OF_DAMAGE = {"ENOENT", "ENOTDIR", "EISDIR", "EEXIST", "ENOTEMPTY", "ELOOP", "ENAMETOOLONG", "ENODATA"} | {
+    "EINVAL", "EDOM", "ERANGE", "EFBIG", "EOVERFLOW", "EILSEQ", "ESPIPE", "EBADF",
+}  # fmt: skip
+_NOT_NOW = *(os.strerror(number) for number, name in errno.errorcode.items() if name not in _OF_DAMAGE), *(
+    "PERMISSION_DENIED", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "DEADLINE_EXCEEDED",
+)  # fmt: skip
 
 
 class Cursor(NamedTuple):
@@ -191,7 +197,7 @@ class Checkpoints:
         for number in self._numbers():
             if number >= next_number:
                 aside = put_aside(self._directory / str(number))
-                _say(f"{self._directory / str(number)}: not a checkpoint of this run, put aside as {aside}")
+                say(f"{self._directory / str(number)}: not a checkpoint of this run, put aside as {aside}")
 
     def check(self) -> None:
         """Raise OSError where the last save failed; one that is still under way is not waited for."""
@@ -246,20 +252,25 @@ class Checkpoints:
     def _pass_over(self, number: int, error: Damaged) -> None:
         """Put a damaged checkpoint aside, or leave it where the directory is another's. Raises ValueError at the last.
 
-        The last one stays: a run does not begin anew, over what it did, without being told to.
+        The last one stays: a run does not begin anew, over what it did, without being told to. Beside a run that has
+        saved another meanwhile it may have been deleted while it was read: nothing is said, and the newest is read.
         """
-        before = [each for each in self._numbers() if each < number]
+        numbers = self._numbers()
+        if self._read_only and max(numbers, default=0) > number:
+            return
+        before = [each for each in numbers if each < number]
         if not before:
+            anew = f"move {self._directory} away to begin anew"
             raise ValueError(
-                f"{error}, and there is none before it to go on from: put it back from a copy, or move "
-                f"{self._directory} away to begin anew"
+                f"{error}, and there is none before it to go on from: put it back from a copy, or "
+                f"{'let the run save another' if self._read_only else anew}"
             ) from error
         if self._read_only:
             self._passed_over.add(number)
             done = "left where it is"
         else:
             done = f"put aside as {put_aside(self._directory / str(number))}"
-        _say(f"{error}; {done}; checkpoint {max(before)} takes its place")
+        say(f"{error}; {done}; checkpoint {max(before)} takes its place")
 
     @contextmanager
     def _failures_named(self) -> Iterator[None]:
@@ -293,10 +304,6 @@ def _in_short(error: Exception) -> str:
     return line if len(line) <= 300 else f"{line[:100]} ... {line[-180:]}"
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     """Orbax logs what it raises too, with a traceback from each of its threads, and asyncio does from each task."""
     return record.levelno < logging.WARNING or not ("orbax" in record.pathname or "orbax" in record.getMessage())
@@ -308,13 +315,15 @@ def fail_at_once(*expected: type[Exception]) -> NoReturn:
     sys.exit would wait for Orbax's writer threads, which never end after a failed save, and for other processes.
     """
     error = sys.exc_info()[1]
-    if hosts.is_broken_off(error):
-        why = str(error).partition("\n")[0][:200]
-        _say(f"error: another process is gone ({why}): JAX will say which, by its number in the run's first line")
-        hosts.wait_for_the_dead()
-    elif isinstance(error, expected):
-        _say(f"error: {hosts.noted(error)}")
-    else:
-        traceback.print_exc()
-    sys.stdout.flush()  # os._exit flushes nothing
-    os._exit(1)
+    try:
+        if hosts.is_broken_off(error):
+            why = str(error).partition("\n")[0][:200]
+            say(f"error: another process is gone ({why}): JAX will say which, by its number in the run's first line")
+            hosts.wait_for_the_dead()
+        elif isinstance(error, expected):
+            say(f"error: {hosts.noted(error)}")
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()  # os._exit flushes nothing
+    finally:  # also where nobody can read that any more
+        os._exit(1)

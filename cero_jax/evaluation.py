@@ -100,7 +100,7 @@ def evaluate(
     samples = _on_scale([_sample(task.heldout, *each) for part in found for each in part], lowest_reward)
     samples.sort(key=lambda each: (each["prompt_id"], each["sample"]))
     reward = np.array([each["reward"] for each in samples], np.float32).reshape(num_prompts, config.samples)
-    scale = min(lowest_reward, float(reward.min())), max(1.0, float(reward.max()))
+    scale = min(lowest_reward, float(reward.min())), max(1.0, success_threshold, float(reward.max()))
     labels, scores = np.array(task.heldout.labels), {"all": np.full(num_prompts, True)}
     if len(names := sorted(set(task.heldout.labels))) > 1:
         scores |= {str(name): labels == name for name in names}

@@ -8,6 +8,7 @@ exchanges something here, are collectives where there are several processes: all
 threads. A single process, which has joined nobody, goes straight through.
 """
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -94,9 +95,10 @@ def leads() -> bool:
 
 
 def tell(text: str) -> None:
-    """Print a line, once for all processes."""
+    """Print a line, once for all processes. Where nobody can read it any more, the run goes on all the same."""
     if leads():
-        print(text, flush=True)
+        with contextlib.suppress(OSError):
+            print(text, flush=True)
 
 
 def each_has(make: Callable[[], T]) -> list[T]:

@@ -23,8 +23,10 @@ from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from cero_jax import hosts
+from cero_jax.terminal import say
 
-FILES = ("metrics.jsonl", "timings.jsonl", "samples.jsonl")
+RECORD = "metrics.jsonl"
+FILES = (RECORD, "timings.jsonl", "samples.jsonl")
 LINE = "{n}/{total} rollouts, {rate_noinv_fmt}, {remaining} left{postfix}"  # in tqdm's names
 
 
@@ -35,8 +37,9 @@ class MetricsWriter:
     disk or another: each says so once, and the run goes on without what they miss.
 
     position: what `position()` gave at the checkpoint that is resumed: whatever was appended later, a half-written
-    line included, is cut off, and hidden from TensorBoard. None starts the run afresh. Raises ValueError where a file
-    is shorter than that, or cannot be opened.
+    line included, is cut off, and hidden from TensorBoard. None starts the run afresh. Where a file is shorter than
+    that, or gone, the run goes on behind its last whole line, with a word. Raises ValueError where that is
+    metrics.jsonl, or one cannot be opened.
     """
 
     def __init__(self, run_dir: Path | str, position: dict[str, int] | None = None):
@@ -47,10 +50,13 @@ class MetricsWriter:
         for path in paths:
             size = path.stat().st_size if path.exists() else 0
             if size < start[path.name]:
-                raise ValueError(
-                    f"{path} has {size} bytes, the checkpoint was written at {start[path.name]}: the file was changed "
-                    "since; put it back, or start anew in another directory"
-                )
+                found = f"{path} has {size} bytes, the checkpoint was written at {start[path.name]}"
+                if path.name == RECORD:
+                    raise ValueError(
+                        f"{found}: the file was changed since; put it back, or start anew in another directory"
+                    )
+                say(f"warning: {found}: what is missing there is lost, and the run goes on")
+                start[path.name] = path.read_bytes().rfind(b"\n") + 1 if size else 0
         self._files = [_open(path) for path in paths]
         for path, file in zip(paths, self._files, strict=True):
             file.seek(file.truncate(start[path.name]))
@@ -177,14 +183,8 @@ class Unwritten:
     def close(self) -> None: ...
 
 
-def say(text: str) -> None:
-    """Write to stderr, above the line that moves. Where nobody can read it any more, the run goes on all the same."""
-    with contextlib.suppress(OSError):
-        tqdm.write(text, file=sys.stderr)
-
-
 def say_once(text: str) -> None:
-    """The same, once for all processes of a run."""
+    """`say`, once for all processes of a run."""
     if hosts.leads():
         say(text)
 
@@ -211,15 +211,16 @@ class Progress:
         self._start, self._printed = time.monotonic(), float("-inf")
         self._figures = ""
         self._bar = None
-        if self._stream.isatty():
-            self._bar = tqdm(
-                total=total,
-                initial=initial,
-                file=self._stream,
-                unit="",
-                bar_format="{bar}| " + LINE,
-                dynamic_ncols=True,
-            )
+        with contextlib.suppress(OSError):  # here and below: a terminal that is gone, a log on a full disk
+            if self._stream.isatty():
+                self._bar = tqdm(
+                    total=total,
+                    initial=initial,
+                    file=self._stream,
+                    unit="",
+                    bar_format="{bar}| " + LINE,
+                    dynamic_ncols=True,
+                )
 
     def update(self, spent: int, **figures: float | int | None) -> None:
         """Show `spent` rollouts and the figures by name, e.g. epoch=3, reward=0.52; None leaves one out."""
@@ -229,7 +230,7 @@ class Progress:
             for name, value in figures.items()
             if value is not None
         )
-        with contextlib.suppress(OSError):  # a terminal that is gone, a log on a full disk
+        with contextlib.suppress(OSError):
             if self._bar is not None:
                 self._bar.n = spent
                 self._bar.set_postfix_str(self._figures)

@@ -199,9 +199,9 @@ class Run(NamedTuple):
         picture = self.directory / "report.png"
         with _written(picture):
             draw_report([self.directory], picture)
-        print(printable(describe(read_run(self.directory))))
+        hosts.tell(printable(describe(read_run(self.directory))))
         spent, accuracy = cursor.spent, cursor.accuracy
-        print(f"{spent:,} rollouts spent, held-out accuracy {accuracy:.3f}; who got them, and what for: {picture}")
+        hosts.tell(f"{spent:,} rollouts spent, held-out accuracy {accuracy:.3f}; who got them, and what for: {picture}")
         return 0
 
     def close(self) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import socket
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from cero_jax.checkpoint import Cursor, put_aside
 from cero_jax.config import Config, flat, to_json
 from cero_jax.data import Task
 from cero_jax.metrics import FILES
+from cero_jax.terminal import say
 
 CHANGEABLE_ON_RESUME = (  # fields, or the beginnings of their names
     "version",
@@ -204,7 +204,7 @@ def hold(run_dir: Path) -> None:
             holder = file.read().strip() or "another process"
         raise ValueError(f"{run_dir} is in use by {holder}: let that run end, or choose another --work-dir") from None
     except OSError as error:
-        print(f"warning: {run_dir}: no locks here ({error}): see that no other run uses it", file=sys.stderr)
+        say(f"warning: {run_dir}: no locks here ({error}): see that no other run uses it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
@@ -216,9 +216,7 @@ def set_metrics_aside(run_dir: Path) -> None:
     there = [path for path in (run_dir / name for name in FILES) if path.exists() and path.stat().st_size]
     if there:
         moved = ", ".join(str(put_aside(path)) for path in there)
-        print(
-            f"{run_dir}: metrics of a run without a checkpoint, put aside as {moved}; it begins anew", file=sys.stderr
-        )
+        say(f"{run_dir}: metrics of a run without a checkpoint, put aside as {moved}; it begins anew")
 
 
 def write_settings(run_dir: Path, config: Config, task: Task, prompts_hash: str) -> None:

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from cero_jax import hosts
-from cero_jax.metrics import say
+from cero_jax.terminal import say
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 

@@ -1,4 +1,31 @@
-"""Text that others wrote, made fit for a terminal."""
+"""What is said to a person: on a terminal that may be gone, in text that others wrote."""
+
+import contextlib
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+
+def say(text: str) -> None:
+    """Write to stderr, above the line that moves. Where nobody can read it any more, the run goes on all the same."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text, file=sys.stderr)
+
+
+class Stderr:
+    """stderr, for a bar that moves: what it cannot take is lost, and nothing raises."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 def printable(text: str) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ from cero_jax.metrics import say_once
 from cero_jax.model import ModelConfig, Params
 from cero_jax.optimizer import Stepper, TrainState, make_stepper
 from cero_jax.settings import check
+from cero_jax.terminal import Stderr
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,8 @@ def _imitate(
 ) -> Params:
     rng = np.random.default_rng((seed, 0x5EED))  # a stream of its own, apart from the task's data
     loss = jnp.float32(0)
-    progress = tqdm(range(config.num_steps), desc="warm start", unit="step", mininterval=1.0, disable=not hosts.leads())
+    bar: dict[str, Any] = {"desc": "warm start", "unit": "step", "mininterval": 1.0, "file": Stderr()}
+    progress = tqdm(range(config.num_steps), disable=not hosts.leads(), **bar)
     for number in progress:
         rate = np.float32(config.learning_rate * (1 - number / config.num_steps))
         state, loss = step(state, demonstration_batch(task, rng, config.rows_per_step, max_tokens), rate)

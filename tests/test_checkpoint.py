@@ -1,6 +1,8 @@
 """Checkpoints that lose nothing and hide nothing: checksums, what is done about damage, saves that fail."""
 
+import errno
 import json
+import os
 import re
 import resource
 import shutil
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cero_jax.checkpoint import LAYOUT, Checkpoints, Cursor, put_aside
+from cero_jax.checkpoint import LAYOUT, Checkpoints, Cursor, Damaged, _damage_named, put_aside
 from cero_jax.checksums import checksums, text_checksum
 
 
@@ -197,8 +199,14 @@ def test_what_cannot_be_read_now_is_not_damage(saved, monkeypatch):
     checkpoints = Checkpoints(saved)
     cursor, restore = checkpoints.cursor(), checkpoints._manager.restore
     out_of_memory = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 8 GiB")
-    for error in (PermissionError(13, "Permission denied"), ValueError("PERMISSION_DENIED: open"), MemoryError(),
-                  OSError(5, "Input/output error"), out_of_memory):  # fmt: skip
+    says = lambda name: OSError(getattr(errno, name), os.strerror(getattr(errno, name)))  # noqa: E731
+    of_now = (
+        "EACCES EPERM EIO ESTALE ETIMEDOUT EMFILE ENFILE ENOMEM ENOTCONN EBUSY ENODEV ENXIO EHOSTDOWN EHOSTUNREACH "
+        "ENETDOWN ENETUNREACH ECONNRESET ECONNREFUSED ENOBUFS EAGAIN EINTR ETXTBSY ENOLCK EREMOTEIO EDQUOT ENOKEY"
+    )
+    in_other_words = ValueError("Error reading local file [OS error 12: ENOMEM Cannot allocate memory]")
+    for error in (*map(says, of_now.split()), ValueError("PERMISSION_DENIED: open"), MemoryError(), in_other_words,
+                  out_of_memory):  # fmt: skip
 
         def fail(number, args, error=error):
             if "state" in args:
@@ -210,6 +218,35 @@ def test_what_cannot_be_read_now_is_not_damage(saved, monkeypatch):
             checkpoints.restore(cursor, like=state_of(0))
     assert (saved / "3").exists()
     assert_is(resumed(saved)[1], 3)
+    for name in ("ENOENT", "ENOTDIR", "EISDIR", "EINVAL"):
+        with pytest.raises(Damaged), _damage_named(saved / "3"):
+            raise says(name)
+
+
+def test_what_a_run_deletes_while_it_is_read_beside_it_is_not_damaged(saved, capfd, monkeypatch):
+    beside = Checkpoints(saved, read_only=True)
+    cursor, read = beside.cursor(), beside._read_cursor
+    assert cursor is not None
+    assert cursor.checkpoint_number == 3
+
+    def overtaken(number):
+        if number == 3:  # the run saves 4 and 5
+            for newer in (4, 5):
+                checkpoints = Checkpoints(saved)
+                checkpoints.save(cursor._replace(step=10 * newer, checkpoint_number=newer - 1), state_of(newer))
+                checkpoints.close()
+        return read(number)
+
+    monkeypatch.setattr(beside, "_read_cursor", overtaken)
+    found, state = beside.restore(cursor, like=state_of(0))
+    assert (found.step, found.checkpoint_number) == (50, 5)
+    assert_is(state, 5)
+    assert capfd.readouterr().err == ""
+    for number in (4, 5):
+        DAMAGES["a flip in an array"](saved / str(number))
+    with pytest.raises(ValueError, match=r"/4: a damaged .*none before it .*, or let the run save another$"):
+        beside.restore(found, like=state_of(0))
+    beside.close()
 
 
 def test_another_state_than_was_saved_is_no_damage_either(saved):

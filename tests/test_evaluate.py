@@ -184,6 +184,15 @@ def test_a_table_holds_on_any_scale_and_what_was_cut_is_no_better_than_wrong(rig
     json.dumps(result.metrics(), allow_nan=False)
 
 
+@pytest.mark.parametrize(("lowest", "all_get", "threshold"), [(2.0, 2.0, 5.0), (0.0, 0.0, 10.0), (1.0, 1.0, 1.5)])
+def test_where_all_rewards_are_the_lowest_the_interval_reaches_towards_the_threshold(lowest, all_get, threshold):
+    task, config = make_task(lambda q, c, a: all_get), EvaluationConfig(samples=3)
+    score = evaluate(stub_sampler([]), None, task, config, 0, threshold, lowest).scores["all"]
+    assert (score.accuracy, score.low) == (all_get, lowest)
+    # five prompts, none of them right: Clopper and Pearson, 1 - 0.025^(1/5) of the scale
+    assert score.high == pytest.approx(lowest + (threshold - lowest) * (1 - 0.025 ** (1 / 5)))
+
+
 def test_a_policy_that_is_not_a_number_is_not_measured():
     def sample(params, seed, step, batch):
         rollouts = stub_sampler([])(params, seed, step, batch)

@@ -130,6 +130,25 @@ def test_a_file_cut_short_is_refused(tmp_path):
         MetricsWriter(tmp_path, position)
 
 
+@pytest.mark.parametrize("name", ["timings.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("kept", [None, 0, 0.5], ids=["deleted", "empty", "half"])
+def test_what_is_not_the_record_may_be_lost(tmp_path, capsys, name, kept):
+    position, path = write(tmp_path, range(4)), tmp_path / name
+    whole = path.read_bytes()
+    left = b"" if kept is None else whole[: int(kept * len(whole))]
+    path.unlink() if kept is None else path.write_bytes(left)
+    other = tmp_path / {"timings.jsonl": "samples.jsonl", "samples.jsonl": "timings.jsonl"}[name]
+    before = other.read_bytes()
+    write(tmp_path, range(4, 6), position)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name} has {len(left)} bytes, the checkpoint was written at {len(whole)}" in line
+    spent = [json.loads(row)["spent"] // 32 - 1 for row in path.read_text().splitlines()]
+    assert set(spent) == ({0, 1, 4, 5} if kept else {4, 5})
+    assert left[: left.rfind(b"\n") + 1] == path.read_bytes()[: left.rfind(b"\n") + 1]
+    assert other.read_bytes().startswith(before)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 12
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 32 kB."""
