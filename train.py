@@ -97,9 +97,8 @@ def verify(
 ) -> list[ScoredStep]:
     """Wait for the rewards, and part the batch into steps: each with its rows, their rewards, and what was believed."""
     verified, seconds = verification.result()
-    config, beliefs = run.config, run.beliefs(state, plans)
-    rules = config.truncated, config.success_threshold, config.lowest_reward
-    return score_steps(run.task.train, plans, rollouts, verified, seconds, beliefs, *rules)
+    beliefs, rules = run.beliefs(state, plans), run.config.rules
+    return score_steps(run.task.train, plans, rollouts, verified, seconds, beliefs, rules)
 
 
 def settle(run: Run, state: State, cursor: Cursor, scored: ScoredStep) -> tuple[State, Cursor]:

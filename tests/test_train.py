@@ -59,7 +59,7 @@ def config_with(folder, changes):
         {"allocator.name": "uniform"},
         {"allocator.name": "cero_dual"},
         DYNAMIC,
-        {"learner.steps_per_batch": 2, "learner.kl_coef": 0.1, "truncated": "mask"},
+        {"learner.steps_per_batch": 2, "learner.kl_coef": 0.1, "truncated": "mask", "overlong_tokens": 12},
         {"learner.advantage": "rloo", "learner.aggregation": "sequence", "learner.undo_visit_rate": True},
         {"learner.advantage": "posterior", "learner.steps_per_batch": 2},
         {"learner.advantage": "posterior_normalised", "learner.kl_coef": 0.1},
