@@ -27,11 +27,17 @@ class EvaluationConfig:
     """Rollouts spent between two evaluations; there is one at the start and one at the end."""
     samples: int = 4
     """Completions a held-out prompt; accuracy is their mean reward, of which the part `correct` alone counts."""
+    keep_best: bool = False
+    """Keep the checkpoint with the best accuracy beside the newest, and write its policy out at the end, too. Its
+    accuracy is the largest of several and so too good: measure it on other prompts."""
+    patience: int | None = None
+    """Evaluations in a row without a better accuracy, after which the run ends with what is left of its budget; None:
+    it spends all."""
     rows: int = 256
     """Completions drawn at once: of whole prompts, where they hold one's `samples`."""
 
     def __post_init__(self):
-        check(self, every_rollouts=(1, 2**62), samples=(1, 2**24), rows=(1, 2**24))
+        check(self, every_rollouts=(1, 2**62), patience=(1, 2**62), samples=(1, 2**24), rows=(1, 2**24))
 
 
 class Score(NamedTuple):
