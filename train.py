@@ -35,15 +35,15 @@ def main(config: Config) -> int:
 
 
 def train(run: Run, state: State, cursor: Cursor) -> int:
-    """Train until the budget is spent (returns 0), or a signal (128 + its number) or trouble (1) stops it before."""
-    if cursor.finished:  # a run that had ended, started again
+    """Train until budget or patience is spent (returns 0), or a signal (128 + its number) or trouble (1) is met."""
+    if run.ended(cursor):  # a run that had ended, started again
         return run.finish(state, cursor)
     stop = StopSignal()
     if cursor.accuracy is None:  # never evaluated: the point at 0 rollouts
         cursor = run.evaluate(state, cursor)
-    while not (cursor.finished or stop.agreed() or run.trouble(cursor)):
+    while not (run.ended(cursor) or stop.agreed() or run.trouble(cursor)):
         state, cursor = train_epoch(run, state, cursor, stop)
-    if cursor.finished and cursor.evaluated < cursor.spent:
+    if run.ended(cursor) and cursor.evaluated < cursor.spent:
         cursor = run.evaluate(state, cursor)
     status = run.finish(state, run.save(state, cursor), stop.agreed())
     stop.close()
@@ -68,7 +68,8 @@ def train_epoch(run: Run, state: State, cursor: Cursor, stop: StopSignal) -> tup
         hosts.alike(run.checkpoints.check)  # a save goes on in the background, and may have failed there
         if cursor.step >= cursor.saved_step + config.checkpoint_every_steps:
             cursor = run.save(state, cursor)
-        if stop.agreed() or run.trouble(cursor):  # not before the first batch: a resume would allocate the epoch again
+        # Not before the first batch: a resume would allocate the epoch again.
+        if stop.agreed() or run.trouble(cursor) or run.ended(cursor):
             break
     if cursor.epoch_step == len(epoch_plans):
         # Nothing was left to allocate; but `cero_dual` may also leave an epoch empty that is not the last.
@@ -97,9 +98,8 @@ def verify(
 ) -> list[ScoredStep]:
     """Wait for the rewards, and part the batch into steps: each with its rows, their rewards, and what was believed."""
     verified, seconds = verification.result()
-    config, beliefs = run.config, run.beliefs(state, plans)
-    rules = config.truncated, config.success_threshold, config.lowest_reward
-    return score_steps(run.task.train, plans, rollouts, verified, seconds, beliefs, *rules)
+    beliefs, rules = run.beliefs(state, plans), run.config.rules
+    return score_steps(run.task.train, plans, rollouts, verified, seconds, beliefs, rules)
 
 
 def settle(run: Run, state: State, cursor: Cursor, scored: ScoredStep) -> tuple[State, Cursor]:

@@ -25,7 +25,7 @@ from cero_jax.learner import Fixed, LearnerConfig, make_learner
 from cero_jax.model import ModelConfig
 from cero_jax.pace import Seconds
 from cero_jax.packing import plan
-from cero_jax.rollout import sampling_batch, to_batch
+from cero_jax.rollout import Rules, sampling_batch, to_batch
 from cero_jax.sampler import SamplerConfig, make_sampler
 from cero_jax.tasks.dataset import Dataset
 from cero_jax.verify import verify
@@ -78,7 +78,7 @@ def stepper(args: argparse.Namespace, config: ModelConfig, limit: int, padded: b
         rollouts = sample(state.params, 0, step, sampling_batch(task.train, [here], 1, mean_tokens))
         clocks.append(_clocks())
         verified = verify(task, task.train, here.prompt_ids, rollouts, here.row_mask)
-        batch = to_batch(task.train, here, rollouts, verified, Seconds(0.0, 0.0), None, "wrong", 0.5, 0.0).batch
+        batch = to_batch(task.train, here, rollouts, verified, Seconds(0.0, 0.0), None, Rules()).batch
         clocks.append(_clocks())
         inputs = batch, learner.advantages(batch), np.float32(1e-6), batch.row_mask
         state, metrics = learner.step(state, Fixed({}, None), *inputs)

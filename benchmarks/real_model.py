@@ -235,7 +235,7 @@ def show_headroom(folder: Path, samples: int) -> None:
     from cero_jax.evaluation import EvaluationConfig, evaluate
     from cero_jax.headroom import explain, headroom
     from cero_jax.huggingface import weights
-    from cero_jax.run import build_task, sampler_of
+    from cero_jax.pieces import build_task, sampler_of
 
     config, task = build_task(from_command_line([str(CONFIG), f"--model-folder={folder}", "--seed=100"]))
     mesh = sharding.make_mesh(sharding.MeshConfig())

@@ -56,6 +56,9 @@ class Cursor(NamedTuple):
     finished: bool = False
     accuracy: float | None = None  # held out, when last measured
     evaluated: int = 0  # rollouts spent by then
+    best_accuracy: float | None = None  # of all evaluations so far
+    since_best: int = 0  # evaluations since
+    best_checkpoint: int = 0  # the number of the one that holds that policy; 0: it is not kept
     start_hash: str = ""  # of the parameters that RL started from, where resuming reads them again
     devices: str = ""  # that it goes on with, in words
     metrics_position: dict | None = None  # how far the metrics files reach
@@ -127,6 +130,17 @@ def put_aside(path: Path) -> Path:
     return path.rename(next(into / name for name in names if not (into / name).exists()))
 
 
+class _NewestAndBest:
+    """Which checkpoints stay, as Orbax asks: the newest KEPT, and the one with the best policy."""
+
+    best = 0  # its number; 0: there is none
+
+    def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
+        """For each of the checkpoints, oldest first."""
+        del context
+        return [place >= len(checkpoints) - KEPT or each.step == self.best for place, each in enumerate(checkpoints)]
+
+
 class Checkpoints:
     """The checkpoints of one run directory, over Orbax's CheckpointManager.
 
@@ -135,7 +149,10 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, read_only: bool = False):
-        options = ocp.CheckpointManagerOptions(max_to_keep=KEPT, cleanup_tmp_directories=True, create=True)
+        self._kept = _NewestAndBest()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._kept, cleanup_tmp_directories=True, create=True
+        )
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
         for name in ("absl", "asyncio"):
@@ -160,6 +177,11 @@ class Checkpoints:
             except Damaged as error:
                 self._pass_over(max(numbers), error)
         return None
+
+    def best(self) -> Cursor | None:
+        """The cursor of the checkpoint with the best policy; None where none is kept. Raises ValueError if damaged."""
+        newest = self._newest()
+        return self._read_cursor(newest.best_checkpoint)[0] if newest and newest.best_checkpoint else None
 
     def restore(self, cursor: Cursor, like: Any, part: str = "") -> tuple[Cursor, Any]:
         """The state saved with `cursor`, or a part of it by name ("policy.params"), read alone.
@@ -188,6 +210,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             hosts.of_first(partial(self._make_way, cursor.checkpoint_number))
             self._manager.reload()
+            self._kept.best = cursor.best_checkpoint
             if not self._manager.save(cursor.checkpoint_number, args=args):
                 raise OSError("Orbax did not save it")
         return cursor

@@ -18,12 +18,13 @@ import cero_jax
 from cero_jax.allocator import defaults
 from cero_jax.data import TaskConfig
 from cero_jax.evaluation import EvaluationConfig
-from cero_jax.grpo import WITHOUT_GROUP, AdvantageKind
+from cero_jax.grpo import BY_POSTERIOR, WITHOUT_GROUP, AdvantageKind
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.pace import parsed as profiled
 from cero_jax.read_files import local_path
 from cero_jax.rewards import MAX_REWARD
+from cero_jax.rollout import Rules
 from cero_jax.sampler import SamplerConfig
 from cero_jax.settings import check
 from cero_jax.sharding import MeshConfig
@@ -128,6 +129,11 @@ class Config:
     truncated: Literal["wrong", "mask"] = "wrong"
     """What becomes of a completion cut at the length limit: it has the lowest reward; under mask it is left out of the
     loss and its group, too."""
+    overlong_tokens: int = 0
+    """DAPO's soft overlong punishment: over the last so many of sampler.max_completion_tokens a completion's reward
+    falls linearly, by overlong_penalty in all, which one that is cut pays whole; 0 is off. Correctness stays."""
+    overlong_penalty: float = 1.0
+    """What the longest completion's reward is lowered by, under overlong_tokens."""
     max_unjudged_steps: int = 3
     """Steps in a row of whose rollouts the verifier judged none (errors, time-outs), after which the run saves and
     stops."""
@@ -155,6 +161,11 @@ class Config:
         """The work directory, resolved. Raises ValueError for an address like gs://bucket."""
         return local_path(self.work_dir or f"runs/{self.name}-{self.allocator.name}-{self.seed}").absolute()
 
+    @property
+    def rules(self) -> Rules:
+        """What a reward makes of a rollout."""
+        return Rules(*(getattr(self, name) for name in Rules._fields))
+
     def check(self, num_prompts: int) -> None:
         """Raise ValueError for settings that do not fit each other, before any work is done."""
         allocator, learner = self.allocator, self.learner
@@ -168,6 +179,17 @@ class Config:
             raise ValueError(
                 f"success_threshold={self.success_threshold} must be above lowest_reward={self.lowest_reward}, both "
                 f"within {MAX_REWARD:g} of 0: a reward of at least the threshold is a success"
+            )
+        limit = self.sampler.max_completion_tokens
+        if not (0 <= self.overlong_tokens <= limit and 0 <= self.overlong_penalty <= MAX_REWARD):
+            raise ValueError(
+                f"overlong_tokens={self.overlong_tokens} must lie in 0..sampler.max_completion_tokens={limit}, "
+                f"overlong_penalty={self.overlong_penalty} in 0..{MAX_REWARD:g}"
+            )
+        if self.overlong_tokens and learner.advantage in BY_POSTERIOR:
+            raise ValueError(
+                f"overlong_tokens={self.overlong_tokens} makes rewards negative, and learner.advantage="
+                f"{learner.advantage} cuts them to 0..1: choose one of the two"
             )
         if self.max_unjudged_steps < 1:
             raise ValueError(f"max_unjudged_steps={self.max_unjudged_steps} must be at least 1")

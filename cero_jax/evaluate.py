@@ -21,8 +21,8 @@ from cero_jax.evaluation import evaluate, scores_table
 from cero_jax.initial_policy import check_same_start, starting_policy
 from cero_jax.metrics import say_once
 from cero_jax.model import Params
+from cero_jax.pieces import build_task, check_context, check_rows, sampler_of
 from cero_jax.read_files import local_path
-from cero_jax.run import build_task, check_context, check_rows, sampler_of
 from cero_jax.sampler import Sampler
 from cero_jax.terminal import printable
 
@@ -38,9 +38,15 @@ class Checkpointed(NamedTuple):
 
 
 def restore_policy(
-    directory: Path, task_changes: dict, sampler_changes: dict, evaluation_changes: dict | None = None
+    directory: Path,
+    task_changes: dict,
+    sampler_changes: dict,
+    evaluation_changes: dict | None = None,
+    best: bool = False,
 ) -> Checkpointed:
     """The policy of a run's latest checkpoint; changes nothing there, so that a running one may be measured.
+
+    best: of the one that was kept as the best (evaluation.keep_best) instead.
 
     task_changes, sampler_changes, evaluation_changes: fields of these parts of the config to replace.
     Raises FileNotFoundError where there is no run, ValueError where it has no checkpoint or a field does not fit.
@@ -56,8 +62,12 @@ def restore_policy(
     checkpoints = cursor = None
     if (path.parent / "checkpoints").is_dir():
         checkpoints = Checkpoints(path.parent / "checkpoints", read_only=True)
-        cursor = checkpoints.cursor()
+        cursor = hosts.of_first(checkpoints.best) if best else checkpoints.cursor()
     if checkpoints is None or cursor is None:
+        if best:
+            raise ValueError(
+                f"{path.parent}: no best checkpoint in it: the run has to keep it, evaluation.keep_best=True"
+            )
         raise ValueError(f"{path.parent}: no checkpoint in it yet: let the run go on")
     config, task = hosts.alike(partial(build_task, changed, cursor.started))
     check_context(config, task.heldout)
@@ -107,6 +117,7 @@ def main(args: Sequence[str] | None = None) -> None:
     add("--data", nargs="+", metavar="FILE", help="held-out files or globs instead of the run's own, each a data set")
     for name in ("question-field", "answer-field", "template", "verifier"):
         add(f"--{name}", help=f"task.{name.replace('-', '_')} for these files (default: the run's)")
+    add("--best", action="store_true", help="the best policy, where the run kept it, and not the latest")
     add("--samples", type=int, default=4, help="completions a prompt, k (default: %(default)s)")
     add("--rows", type=int, help="completions drawn at once (default: the run's)")
     add("--temperature", type=float, help="default: the run's; 0 is greedy")
@@ -123,7 +134,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if args is None:  # as a command; a caller has joined, if there is anybody to join
             hosts.join()
         check_seed(given["seed"])
-        policy = restore_policy(Path(given["run"]), task_changes, sampler_changes, evaluation_changes)
+        policy = restore_policy(Path(given["run"]), task_changes, sampler_changes, evaluation_changes, given["best"])
         config = policy.config
         scale = config.success_threshold, config.lowest_reward
         result = evaluate(policy.sample, policy.params, policy.task, config.evaluation, given["seed"], *scale)

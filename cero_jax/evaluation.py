@@ -16,7 +16,7 @@ from cero_jax.sampler import EVAL_STEP, Rollouts, Sampler, SamplingBatch
 from cero_jax.settings import check
 from cero_jax.statistics import bootstrap_interval, pass_at_k
 from cero_jax.terminal import printable
-from cero_jax.verify import on_scale, own_rows, verify
+from cero_jax.verify import correctness, mean_parts, on_scale, own_rows, verify
 
 
 @dataclass(frozen=True)
@@ -26,19 +26,25 @@ class EvaluationConfig:
     every_rollouts: int = 800
     """Rollouts spent between two evaluations; there is one at the start and one at the end."""
     samples: int = 4
-    """Completions a held-out prompt; accuracy is their mean reward."""
+    """Completions a held-out prompt; accuracy is their mean reward, of which the part `correct` alone counts."""
+    keep_best: bool = False
+    """Keep the checkpoint with the best accuracy beside the newest, and write its policy out at the end, too. Its
+    accuracy is the largest of several and so too good: measure it on other prompts."""
+    patience: int | None = None
+    """Evaluations in a row without a better accuracy, after which the run ends with what is left of its budget; None:
+    it spends all."""
     rows: int = 256
     """Completions drawn at once: of whole prompts, where they hold one's `samples`."""
 
     def __post_init__(self):
-        check(self, every_rollouts=(1, 2**62), samples=(1, 2**24), rows=(1, 2**24))
+        check(self, every_rollouts=(1, 2**62), patience=(1, 2**62), samples=(1, 2**24), rows=(1, 2**24))
 
 
 class Score(NamedTuple):
     """What a policy does on one data set, k = samples a prompt."""
 
     prompts: int
-    accuracy: float  # avg@k: the mean reward over prompts and samples
+    accuracy: float  # avg@k: the mean reward over prompts and samples; its correctness, where rewards have parts
     low: float  # of its 95 % interval, a bootstrap over prompts
     high: float
     pass_at: dict[str, float]  # k in powers of two: probability that one of k samples is a success
@@ -58,11 +64,13 @@ class Evaluation(NamedTuple):
     scores: dict[str, Score]  # "all", and each label (data set) where there are several
     example: dict  # one completion, for a person to read: question, completion, answer, reward
     samples: list[dict[str, Any]]  # every completion, with what was made of it
+    rewards: dict[str, float]  # the mean of each part of the rewards; {} where they have none
 
     def metrics(self) -> dict[str, Any]:
         """What the metrics file takes: all but the samples, in plain values."""
         scores = {name: score.metrics() for name, score in self.scores.items()}
-        return {key: value for key, value in self._asdict().items() if key != "samples"} | {"scores": scores}
+        left_out = {"samples"} if self.rewards else {"samples", "rewards"}
+        return {key: value for key, value in self._asdict().items() if key not in left_out} | {"scores": scores}
 
 
 def evaluate(
@@ -111,6 +119,7 @@ def evaluate(
         scores={name: _score(samples, reward, chosen, success_threshold, scale) for name, chosen in scores.items()},
         example={key: samples[0][key] for key in ("question", "completion", "answer", "reward")},
         samples=samples,
+        rewards=mean_parts(each.get("rewards", {}) for each in samples),
     )
 
 
@@ -144,12 +153,13 @@ def _judged(task: Task, batch: SamplingBatch, rollouts: Rollouts) -> list[tuple[
     """The rows of a batch that this process judges: prompt id, sample, completion, verdict, length."""
     ids, mine = batch.prompt_ids, own_rows(batch.row_mask)
     completions, verdicts, reward = verify(task, task.heldout, ids, rollouts, mine)
+    right = correctness(reward, verdicts)
     return [
         (
             int(ids[row]),
             int(batch.rollout_index[row]),
             completions[row],
-            verdicts[row]._replace(reward=float(reward[row])),
+            verdicts[row]._replace(reward=float(right[row])),
             int(rollouts.lengths[row]),
         )
         for row in np.flatnonzero(mine)
@@ -169,7 +179,7 @@ def _sample(prompts: Prompts, prompt_id: int, sample: int, completion: str, judg
         "status": judged.status,
         "reward": judged.reward,
         "length": length,
-    }
+    } | ({"rewards": judged.parts} if judged.parts else {})
 
 
 def _on_scale(samples: list[dict[str, Any]], lowest_reward: float) -> list[dict[str, Any]]:

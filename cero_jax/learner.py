@@ -3,10 +3,11 @@
 Letters: R rows of a step, Tp prompt tokens, T completion tokens, D width, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,10 @@ class LearnerConfig:
     """Optimiser steps on rollouts of one policy; 1 is on-policy."""
     learning_rate: float = 5e-4
     """Peak, of Adam."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the rate goes on from its peak as the budget is spent: falling in a line, or in half a cosine, or not."""
     final_learning_rate_share: float = 0.05
-    """The rate falls linearly with the budget spent, to this share of the peak; 1 keeps it constant."""
+    """The share of the peak to which the rate falls (linear, cosine)."""
     warmup_share: float = 0.0
     """The rate rises linearly from 0 over this share of the budget: Adam's first steps are large, however noisy."""
     adam_b1: float = 0.9
@@ -43,6 +46,7 @@ class LearnerConfig:
     adam_eps: float = 1e-8
     """Added to the root of the second moment: parameters whose gradients are smaller move less than the rate."""
     weight_decay: float = 0.0
+    """AdamW's, of matrices; norms, biases and the embedding do not decay."""
     max_grad_norm: float = 1.0
     """The gradient is scaled down to this global norm."""
     max_skipped_steps: int = 10
@@ -349,10 +353,12 @@ def make_learner(
 def learning_rate(config: LearnerConfig, spent: int, total_budget: int) -> float:
     """The rate of a step with which `spent` of `total_budget` rollouts are drawn.
 
-    Linear from 0 to the peak over warmup_share of the budget, and on to final_learning_rate_share of it at the end.
+    Linear from 0 to the peak over warmup_share of the budget; then, but where it is constant, on to
+    final_learning_rate_share of it at the end.
     """
     share = min(1.0, spent / total_budget)
     if share < config.warmup_share:
         return config.learning_rate * share / config.warmup_share
     falling = (share - config.warmup_share) / (1.0 - config.warmup_share)
+    falling = {"linear": falling, "cosine": (1.0 - math.cos(math.pi * falling)) / 2, "constant": 0.0}[config.schedule]
     return config.learning_rate * (1.0 - (1.0 - config.final_learning_rate_share) * falling)

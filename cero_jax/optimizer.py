@@ -31,12 +31,28 @@ class Stepper(NamedTuple):
 
 
 def adam(b1: float, b2: float, eps: float, weight_decay: float, max_grad_norm: float) -> optax.GradientTransformation:
-    """Adam without its rate: the step multiplies by minus the rate, a function of the budget spent."""
+    """Adam without its rate: the step multiplies by minus the rate, a function of the budget spent.
+
+    weight_decay: of the parameters that `decays` names, apart from the gradient (AdamW).
+    """
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
         optax.scale_by_adam(b1, b2, eps),
-        optax.add_decayed_weights(weight_decay),
+        optax.add_decayed_weights(weight_decay, mask=decays),
     )
+
+
+def decays(params: Params) -> Any:
+    """Which parameters weight decay shrinks: True at matrices and adapters, False at norms, biases and the embedding.
+
+    An output projection of its own is a matrix like others; one that is the embedding is left alone with it.
+    """
+
+    def is_matrix(path: Any, leaf: Any) -> bool:
+        del leaf
+        return not path[-1].key.endswith(("norm", "bias")) and path[-1].key != "embed"
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
 def make_stepper(

@@ -14,9 +14,9 @@ from cero_jax.data import Prompts
 from cero_jax.learner import Batch, live_rows
 from cero_jax.pace import Seconds
 from cero_jax.packing import StepPlan
-from cero_jax.rewards import STATUSES, Verdict
+from cero_jax.rewards import CORRECT, STATUSES, Verdict
 from cero_jax.sampler import Rollouts, SamplingBatch
-from cero_jax.verify import Verified, is_judged, on_scale
+from cero_jax.verify import Verified, correctness, is_judged, mean_parts, on_scale
 
 
 class Beliefs(NamedTuple):
@@ -24,6 +24,16 @@ class Beliefs(NamedTuple):
 
     alpha: np.ndarray  # [U] float32 > 0
     beta: np.ndarray  # [U] float32 > 0
+
+
+class Rules(NamedTuple):
+    """What a reward makes of a rollout: the fields of the config of these names."""
+
+    truncated: Literal["wrong", "mask"] = "wrong"
+    success_threshold: float = 0.5
+    lowest_reward: float = 0.0
+    overlong_tokens: int = 0
+    overlong_penalty: float = 1.0
 
 
 class ScoredStep(NamedTuple):
@@ -82,15 +92,13 @@ def score_steps(
     verified: Verified,
     seconds: Seconds,
     beliefs: list[Beliefs] | list[None],
-    truncated: Literal["wrong", "mask"],
-    success_threshold: float,
-    lowest_reward: float,
+    rules: Rules,
 ) -> list[ScoredStep]:
     """Each step's share of what was drawn together; the arguments as in `to_batch`."""
     seconds = seconds._replace(steps=len(plans))
     parts = split_steps(rollouts, verified, len(plans[0].row_mask))
     return [
-        to_batch(prompts, plan, *part, seconds, believed, truncated, success_threshold, lowest_reward)
+        to_batch(prompts, plan, *part, seconds, believed, rules)
         for plan, believed, part in zip(plans, beliefs, parts, strict=False)  # a padded batch has more parts
     ]
 
@@ -110,9 +118,7 @@ def to_batch(
     verified: Verified,
     seconds: Seconds,
     beliefs: Beliefs | None,
-    truncated: Literal["wrong", "mask"],
-    success_threshold: float,
-    lowest_reward: float,
+    rules: Rules,
 ) -> ScoredStep:
     """The learner's rows and the posterior's counts of a step that was drawn and verified.
 
@@ -121,18 +127,29 @@ def to_batch(
     untried for ever. A rollout whose verification timed out or failed has the lowest reward and is no evidence: that
     says nothing of the policy, and makes no group live.
 
+    A success is a row whose correctness reaches `success_threshold`: a reward may have other parts, and a length may be
+    penalised, and none of that moves the posterior. Every row pays for its length, a truncated one the whole
+    `overlong_penalty`, so that no completion that ended is worse than the same one cut.
+
     beliefs: where advantages are taken over them, else None. With them, what is no evidence has no advantage either.
     """
     completions, verdicts, reward = verified
     cut = np.asarray(rollouts.truncated) & plan.row_mask
-    judged, reward = is_judged(verdicts) & plan.row_mask, on_scale(reward, verdicts, lowest_reward)
-    success = judged & ~cut & (reward >= success_threshold)
+    judged, success = is_judged(verdicts) & plan.row_mask, correctness(reward, verdicts) >= rules.success_threshold
+    success &= judged & ~cut
+    reward = on_scale(reward, verdicts, rules.lowest_reward)
+    if rules.overlong_tokens:
+        penalty = rules.overlong_penalty * overlong(rollouts.lengths, rollouts.tokens.shape[1], rules.overlong_tokens)
+        reward, verdicts = (
+            reward + np.where(plan.row_mask, penalty, np.float32(0)),
+            with_part("length", penalty, verdicts),
+        )
     num_correct, num_evidence = (
         np.bincount(plan.group_ids[chosen], minlength=len(plan.visit_ids)).astype(np.int32)
         for chosen in (success, judged)
     )
     prompt_ids = np.maximum(plan.prompt_ids, 0)
-    row_mask = plan.row_mask & ~cut if truncated == "mask" else plan.row_mask
+    row_mask = plan.row_mask & ~cut if rules.truncated == "mask" else plan.row_mask
     prompt_tokens, prompt_lengths = prompts.rows(prompt_ids, prompts.longest)
     batch = Batch(
         prompt_tokens=prompt_tokens,
@@ -151,6 +168,22 @@ def to_batch(
     return ScoredStep(plan, batch, num_correct, num_evidence, cut, completions, verdicts, seconds)
 
 
+def overlong(lengths: np.ndarray, limit: int, last: int) -> np.ndarray:
+    """[R] float32 in [-1, 0]: 0 for completions that leave `last` of `limit` tokens, then linear, to -1 at the limit.
+
+    lengths: [R] int tokens. Source: DAPO's soft overlong punishment, Yu et al. 2025 (arXiv 2503.14476), equation 13.
+    """
+    return np.clip((limit - last - lengths) / last, -1, 0).astype(np.float32)
+
+
+def with_part(name: str, values: np.ndarray, verdicts: list[Verdict]) -> list[Verdict]:
+    """The verdicts with one more part of their rewards, of these values [R]. What was one number becomes CORRECT."""
+    return [
+        each._replace(parts={**(each.parts or {CORRECT: each.reward}), name: float(value)}) if each.status else each
+        for each, value in zip(verdicts, values, strict=True)
+    ]
+
+
 def visit_rate_weights(plan: StepPlan, allocation: AllocatorState, clip: float) -> tuple[np.ndarray, float]:
     """[R] float32 weights that undo the rate at which an allocation visits a prompt; their mean over real rows is 1.
 
@@ -166,11 +199,15 @@ def visit_rate_weights(plan: StepPlan, allocation: AllocatorState, clip: float) 
 
 
 def step_metrics(step: ScoredStep) -> dict:
-    """What the metrics file says of a step's rollouts: who was drawn how often, what came of it, and the shares."""
+    """What the metrics file says of a step's rollouts: who was drawn how often, what came of it, and the shares.
+
+    "entropy": of the policy, nats a token: the mean of -log p over the tokens drawn, which has that as its expectation
+    where they were drawn from the whole vocabulary.
+    """
     plan, used = step.plan, step.plan.visit_ids >= 0
     drawn, lengths = plan.row_mask, step.batch.lengths[plan.row_mask]
     effective = (step.num_correct > 0) & (step.num_correct < step.num_evidence)
-    status = Counter(each.status for each in step.verdicts)
+    status, rewards = Counter(each.status for each in step.verdicts), mean_parts(each.parts for each in step.verdicts)
     return {
         "prompt_ids": plan.visit_ids[used].tolist(),
         "num_rollouts": plan.visit_sizes[used].tolist(),
@@ -182,8 +219,9 @@ def step_metrics(step: ScoredStep) -> dict:
         "fill": float(drawn.mean()),
         "truncated_share": float(step.truncated[drawn].mean()),
         "completion_tokens": float(lengths.mean()),
+        "entropy": -float(step.batch.log_probs[drawn].sum(dtype=np.float64) / max(lengths.sum(), 1)),
         "status": {name: status[name] for name in STATUSES},
-    }
+    } | ({"rewards": rewards} if rewards else {})
 
 
 def step_samples(step: ScoredStep) -> list[dict]:
@@ -199,5 +237,6 @@ def step_samples(step: ScoredStep) -> list[dict]:
             "reward": float(step.batch.reward[row]),
             "length": int(step.batch.lengths[row]),
         }
+        | ({"rewards": step.verdicts[row].parts} if step.verdicts[row].parts else {})
         for row in first
     ]

@@ -1,6 +1,5 @@
 """What a run is made of: every piece built and checked from the config; the state, fresh or the latest checkpoint's."""
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,35 +13,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
-from cero_jax import dynamic_sampling, health, hosts, lora, memory, sharding
+from cero_jax import best, dynamic_sampling, health, hosts, lora, sharding
 from cero_jax.allocator.base import AllocateFn, AllocatorState, UpdateFn
 from cero_jax.allocator.posterior import under_fitted_prior
 from cero_jax.checkpoint import Checkpoints, Cursor
 from cero_jax.config import Config, check_saved_as_it_is, to_json
-from cero_jax.data import Prompts, Task, epoch_order, prompt_widths, prompts_hash
+from cero_jax.data import Task, epoch_order, prompts_hash
 from cero_jax.evaluation import evaluate, scores_table
 from cero_jax.grpo import BY_POSTERIOR
 from cero_jax.health import Health
 from cero_jax.huggingface import weights
-from cero_jax.huggingface.families import read_config
-from cero_jax.huggingface.tokenizer import FolderTokenizer
 from cero_jax.initial_policy import (
     abstract_policy,
     check_same_start,
-    dtypes,
     kept_from_start,
     needs_start,
     starting_policy,
 )
-from cero_jax.learner import Batch, Fixed, Learner, make_learner
+from cero_jax.learner import Batch, Fixed, Learner
 from cero_jax.metrics import MetricsWriter, Progress, Unwritten, say_once
 from cero_jax.model import Params
 from cero_jax.optimizer import TrainState
 from cero_jax.pace import Clock, Profile
 from cero_jax.packing import StepPlan, plan
-from cero_jax.read_files import local_path
+from cero_jax.pieces import build, memory_needed
 from cero_jax.report.mechanism import epoch_row
 from cero_jax.report.picture import draw_report
 from cero_jax.report.read_run import read_run
@@ -59,9 +54,8 @@ from cero_jax.run_directory import (
     set_metrics_aside,
     write_settings,
 )
-from cero_jax.sampler import Sampler, make_sampler
+from cero_jax.sampler import Sampler
 from cero_jax.terminal import printable
-from cero_jax.verify import probe
 
 
 class State(NamedTuple):
@@ -154,21 +148,25 @@ class Run(NamedTuple):
         """Why the run has to save and stop; "" where it need not."""
         return health.trouble(Health(**cursor.health), self.config)
 
+    def ended(self, cursor: Cursor) -> bool:
+        """Whether the budget is spent, or the patience."""
+        return cursor.finished or best.waited_enough(cursor, self.config.evaluation)
+
     def evaluate(self, state: State, cursor: Cursor) -> Cursor:
         """Measure held-out accuracy, write it, and show one completion."""
         began, config = time.perf_counter(), self.config
         policy, scale = self.params(state), (config.success_threshold, config.lowest_reward)
         with self.clock.beside():
             result = evaluate(self.sample, policy, self.task, config.evaluation, config.seed, *scale)
-        cursor = cursor._replace(accuracy=result.accuracy, evaluated=cursor.spent)
+        cursor = best.measured(cursor, result.accuracy, config.evaluation)
         self.log("eval", cursor, result.metrics(), {"eval_seconds": time.perf_counter() - began})
         self.metrics.write_samples("eval", cursor.spent, [each for each in result.samples if each["sample"] == 0])
         example = {key: shorten(str(value), 80, placeholder=" ...") for key, value in result.example.items()}
         line = f"{cursor.spent:>9,} rollouts: held-out accuracy {result.accuracy:.3f}; {example}"
         say_once(line)
-        if cursor.finished:
+        if self.ended(cursor):
             say_once(scores_table(result.scores))
-        return cursor
+        return self.save(state, cursor) if best.is_to_be_kept(cursor) else cursor
 
     def export(self, state: State, cursor: Cursor) -> Path | None:
         """Write the trained policy as a Hugging Face folder in the run's directory, if it is not there; returns where.
@@ -186,7 +184,7 @@ class Run(NamedTuple):
     def finish(self, state: State, cursor: Cursor, signal: int = 0) -> int:
         """Close; export the model and draw the report, or say how to go on. Returns the exit status."""
         self.close()
-        if not cursor.finished:
+        if not self.ended(cursor):
             why = self.trouble(cursor) or "the same command goes on from there"
             hosts.tell(f"stopped and saved after {cursor.spent:,} rollouts; {why}")
             return 128 + signal if signal else 1
@@ -194,6 +192,7 @@ class Run(NamedTuple):
             hosts.tell(text)
         if folder := self.export(state, cursor):
             hosts.tell(f"the trained model, for transformers or vLLM: {folder}")
+        self.finish_best(state)
         if not hosts.leads():
             return 0
         picture = self.directory / "report.png"
@@ -203,6 +202,16 @@ class Run(NamedTuple):
         spent, accuracy = cursor.spent, cursor.accuracy
         hosts.tell(f"{spent:,} rollouts spent, held-out accuracy {accuracy:.3f}; who got them, and what for: {picture}")
         return 0
+
+    def finish_best(self, state: State) -> None:
+        """Say which checkpoint holds the best policy, where it is kept, and export that."""
+        if found := best.restored(self.directory, state.policy.params) if self.config.evaluation.keep_best else None:
+            cursor, params = found
+            folder = self.export(state._replace(policy=state.policy._replace(params=params)), cursor)
+            hosts.tell(
+                f"the best held-out accuracy, {cursor.accuracy:.3f} after {cursor.spent:,} rollouts: checkpoint "
+                f"{cursor.checkpoint_number}{f', {folder}' if folder else ''}"
+            )
 
     def close(self) -> None:
         """Wait for what is still being written; raises what went wrong in it."""
@@ -224,62 +233,11 @@ def _written(path: Path) -> Iterator[None]:
         ) from error
 
 
-def build_task(config: Config, started: str = "") -> tuple[Config, Task]:
-    """The task, and the config with what is not named filled in: by the allocator's rule, and from the model folder.
-
-    started: when the run began, in ISO 8601, for a chat template that tells the date; "": now.
-    """
-    config = dataclasses.replace(config, allocator=config.allocator.resolved())
-    if config.model_folder is None:
-        task = config.task.build(config.seed, None)
-        probe(task)
-        return config, task
-    kept = {name: getattr(config.model, name) for name in ("lora_rank", "lora_alpha", "remat", "attention")}
-    folder = str(local_path(config.model_folder))
-    model_config, _ = read_config(folder, **dtypes(config))
-    tokenizer = FolderTokenizer(folder, datetime.fromisoformat(started) if started else None)
-    task = config.task.build(config.seed, tokenizer)
-    probe(task)
-    model_config = dataclasses.replace(model_config, **kept)
-    return dataclasses.replace(config, model=model_config, model_folder=folder), task
-
-
 def saved_start(run_dir: Path) -> str:
     """When the run in a directory began, as its checkpoints have it; "" where there are none yet."""
     folder = run_dir / "checkpoints"
     cursor = Checkpoints(folder, read_only=True).cursor() if folder.is_dir() else None
     return cursor.started if cursor else ""
-
-
-def check_context(config: Config, *parts: Prompts) -> None:
-    """Raise ValueError where one of these prompts and its completion may be longer than the model's context."""
-    longest = max(part.longest for part in parts)
-    limit, completion = config.model.max_positions, config.sampler.max_completion_tokens
-    if limit is not None and longest + completion > limit:
-        raise ValueError(
-            f"prompts of up to {longest} tokens and sampler.max_completion_tokens={completion} exceed the model's "
-            f"context of {limit} tokens: lower task.max_prompt_tokens to {max(limit - completion, 1)}, or the other"
-        )
-
-
-def check_rows(config: Config, mesh: Mesh) -> None:
-    """Raise ValueError where what is drawn at once does not divide over the mesh."""
-    rows, slots, shards = config.evaluation.rows, config.sampler.slots, sharding.row_shards(mesh)
-    if rows % shards or (slots or 0) % shards:
-        raise ValueError(
-            f"evaluation.rows={rows} and sampler.slots={slots} must be multiples of data x fsdp = {shards}"
-        )
-
-
-def widths_of(config: Config, *parts: Prompts) -> tuple[int, ...]:
-    """The few widths that the prompts of all `parts` are padded to."""
-    return prompt_widths(np.concatenate([part.lengths for part in parts]), config.sampler.max_completion_tokens)
-
-
-def sampler_of(config: Config, task: Task, mesh: Mesh) -> Sampler:
-    """The sampler for the task's prompts, those to train on and those held out."""
-    tokenizer, widths = task.tokenizer, widths_of(config, task.train, task.heldout)
-    return make_sampler(config.model, config.sampler, tokenizer.eos_ids, tokenizer.pad_id, mesh, widths)
 
 
 def start(config: Config) -> tuple[Run, State, Cursor]:
@@ -289,18 +247,9 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     check_shared(config.run_dir)
     now = hosts.of_first(lambda: datetime.now().isoformat(timespec="seconds"))
     started = saved_start(config.run_dir) or now
-    config, task = hosts.alike(partial(build_task, config, started))
-    num_prompts, tokenizer = len(task.train.questions), task.tokenizer
+    config, task, mesh, allocator, learner, sample = build(config, started)
+    num_prompts, tokenizer, everywhere = len(task.train.questions), task.tokenizer, sharding.replicated(mesh)
     assert config.allocator.prior is not None  # filled in
-    config.check(num_prompts)
-    check_context(config, task.train, task.heldout)
-    mesh = sharding.make_mesh(config.mesh)
-    check_rows(config, mesh)
-    everywhere = sharding.replicated(mesh)
-    allocator = config.allocator.build(config.learner.advantage)
-    temperature, widths = config.sampler.temperature, widths_of(config, task.train)
-    learner = make_learner(config.model, tokenizer.vocab_size, config.learner, temperature, mesh, widths)
-    sample = sampler_of(config, task, mesh)
     hosts.tell(memory_needed(config, task, mesh))
     fresh = Cursor(config=to_json(config), prompts_hash=prompts_hash(task.train), started=started)
     check_alike(config, fresh.prompts_hash)
@@ -372,6 +321,9 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         hosts.tell(
             f"{directory} has spent its budget; to go on, give a larger allocator.total_budget and --extend=True"
         )
+    elif run.ended(cursor):
+        hosts.tell(f"{directory}: {cursor.since_best} evaluations without a better accuracy; to go on, give a larger "
+                   "evaluation.patience")  # fmt: skip
     return run, state, cursor
 
 
@@ -380,18 +332,3 @@ def believe(allocator: AllocatorState, prompt_ids: Array, prior: tuple[float, fl
     alpha, beta = under_fitted_prior(allocator.alpha, allocator.beta, prior)
     ids = jnp.maximum(prompt_ids, 0)  # an unused visit reads prompt 0, and no row looks at it
     return alpha[ids], beta[ids]
-
-
-def memory_needed(config: Config, task: Task, mesh: Mesh) -> str:
-    """What the run needs of each device, in words."""
-    needed = memory.estimate(
-        config.model,
-        task.tokenizer.vocab_size,
-        config.learner,
-        config.sampler,
-        config.evaluation,
-        mesh,
-        prompt_widths=widths_of(config, task.train, task.heldout),
-        min_group=config.allocator.min_group,
-    )
-    return memory.memory_report(needed, memory.device_bytes())

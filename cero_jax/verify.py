@@ -3,7 +3,8 @@
 import itertools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +15,7 @@ import numpy as np
 from cero_jax import hosts
 from cero_jax.data import Prompts, Task
 from cero_jax.pace import Seconds
-from cero_jax.rewards import ERROR, TIMED_OUT, TOO_LONG, UNJUDGED, Verdict, verdict
+from cero_jax.rewards import CORRECT, ERROR, TIMED_OUT, TOO_LONG, UNJUDGED, Verdict, failed, guarded, verdict
 from cero_jax.sampler import Rollouts, SamplingBatch
 
 PADDING = Verdict(0.0, "")
@@ -84,7 +85,7 @@ def judge(task: Task, asked: Sequence[tuple[str, str, str]]) -> list[Verdict]:
     """
     one, many = task.verify, task.verify_many
     if one is not None and many is None:
-        return [_guarded(partial(one, *each)) for each in asked]
+        return [guarded(partial(one, *each)) for each in asked]
     if one is not None or many is None:
         raise ValueError("a task has either `verify` or `verify_many`: give one of them, and None for the other")
     try:
@@ -92,20 +93,8 @@ def judge(task: Task, asked: Sequence[tuple[str, str, str]]) -> list[Verdict]:
         if len(found) != len(asked):
             raise ValueError(f"verify_many gave {len(found)} results for {len(asked)} completions")
     except Exception as error:
-        return [_failed(error)] * len(asked)
-    return [_guarded(partial(verdict, each)) for each in found]
-
-
-def _guarded(give: Callable[[], float | Verdict]) -> Verdict:
-    """The Verdict on what `give` returns; "error" where it raises, or that is no reward."""
-    try:
-        return verdict(give())
-    except Exception as error:  # whatever a user's function raises
-        return _failed(error)
-
-
-def _failed(error: Exception) -> Verdict:
-    return Verdict(0.0, ERROR, f"{type(error).__name__}: {error}"[:500])
+        return [failed(error)] * len(asked)
+    return [guarded(partial(verdict, each)) for each in found]
 
 
 def probe(task: Task) -> None:
@@ -130,6 +119,22 @@ def probe(task: Task) -> None:
 def is_judged(verdicts: Sequence[Verdict]) -> np.ndarray:
     """[R] bool: rows of which the verdict says something; not those that timed out or failed, nor padding."""
     return np.array([each.status not in ("", *UNJUDGED) for each in verdicts])
+
+
+def correctness(reward: np.ndarray, verdicts: Sequence[Verdict]) -> np.ndarray:
+    """[R] float32: of each row the part of its reward that says whether it is right; all of it where it has no parts.
+
+    reward: [R] float32, as the verifier gave it.
+    """
+    return np.array([each.parts.get(CORRECT, r) for each, r in zip(verdicts, reward, strict=True)], np.float32)
+
+
+def mean_parts(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each part over the rewards that have it; {} where none has parts."""
+    values = defaultdict(list)
+    for name, value in itertools.chain.from_iterable(each.items() for each in parts):
+        values[name].append(value)
+    return {name: float(np.mean(found)) for name, found in values.items()}
 
 
 def on_scale(reward: np.ndarray, verdicts: Sequence[Verdict], lowest: float) -> np.ndarray:

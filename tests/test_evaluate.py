@@ -11,6 +11,7 @@ from cero_jax.data import Task, encode_prompts
 from cero_jax.evaluate import write_samples
 from cero_jax.evaluation import EvaluationConfig, evaluate, scores_table
 from cero_jax.model import ModelConfig
+from cero_jax.rewards import RIGHT, WRONG, Verdict
 from cero_jax.rewards.pool import Pool
 from cero_jax.sampler import EVAL_STEP, Rollouts, SamplerConfig, make_sampler
 from cero_jax.tokenizer import AlphabetTokenizer
@@ -57,6 +58,19 @@ def verify_table(question, completion, answer):
     prompt, sample = int(completion[0]), int(completion[1])
     assert QUESTIONS[prompt] == question
     return float(sample < prompt)
+
+
+def test_of_a_reward_in_parts_correctness_alone_is_the_accuracy():
+    def in_parts(question, completion, answer):
+        right = verify_table(question, completion, answer)
+        return Verdict(right + 5.0, RIGHT if right else WRONG, "", {"correct": right, "format": 0.25})
+
+    config = EvaluationConfig(samples=3, rows=15)
+    plain, found = (evaluate(stub_sampler([]), {}, make_task(each), config, 11) for each in (verify_table, in_parts))
+    assert found.scores == plain.scores
+    assert found.accuracy == plain.accuracy == pytest.approx(9 / 15)
+    assert found.metrics() == plain.metrics() | {"rewards": {"correct": pytest.approx(9 / 15), "format": 0.25}}
+    assert found.samples[4] == plain.samples[4] | {"rewards": {"correct": 0.0, "format": 0.25}}
 
 
 @pytest.mark.parametrize("rows", [1, 4, 7, 15, 64])

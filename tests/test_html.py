@@ -34,7 +34,8 @@ def run(tmp_path):
         rows.append(
             {"kind": "step", "step": step, "epoch": step // 3, "spent": spent, "prompt_ids": ids.tolist(),
              "num_rollouts": rollouts.tolist(), "num_correct": correct.tolist(), "num_evidence": evidence.tolist(),
-             "live_share": 0.5, "reward": 0.25}
+             "live_share": 0.5, "reward": 0.25, "entropy": 1.5}
+            | ({"rewards": {"correct": 0.2, "format": 0.5}} if step else {})
         )  # fmt: skip
         samples += [
             {"kind": "train", "spent": spent, "prompt_id": int(i), "completion": HOSTILE, "extracted": "7",
@@ -127,6 +128,8 @@ def test_the_page_holds_everything_and_asks_the_network_for_nothing(run, tmp_pat
     assert data["prompts"][0]["question"] == f"question 0 {HOSTILE}"
     assert len(data["prompts"][0]["samples"]) == min(4, len(read_samples(run)[0]))
     assert list(data["accuracy"]) == ["all", "a", "b"]
+    assert [[len(line) for line in data["parts"].values()], len(data["entropy"])] == [[11, 11], 12]
+    assert data["parts"]["format"][0] == [data["reward"][1][0], 0.5]
     assert len(data["mechanism"]["ahead"]) == 3  # the fourth epoch may be under way
 
 

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
+from flax.traverse_util import flatten_dict
 from test_learner import CONFIG, PLAIN, VOCAB, one_device, params
 
-from cero_jax import sharding
+from cero_jax import lora, model, sharding
 from cero_jax.learner import make_optimizer
-from cero_jax.optimizer import make_stepper, moved, rounded_at_random
+from cero_jax.optimizer import adam, decays, make_stepper, moved, rounded_at_random
 
 rounded = jax.jit(rounded_at_random, static_argnames="dtype")
 
@@ -48,6 +50,31 @@ def test_what_needs_no_rounding_stays(dtype):
     for seed in range(20):
         found = rounded(kept, jax.random.key(seed), dtype=np.dtype(dtype))
         np.testing.assert_array_equal(np.asarray(found).astype(np.float32), kept)
+
+
+def test_matrices_and_adapters_decay_and_nothing_else():
+    """Every parameter that any family or LoRA has; by hand."""
+    every = dict.fromkeys(("qkv_bias", "qk_norm", "post_norms"), True) | {"tied_embeddings": False}
+    shape = dataclasses.replace(CONFIG, **every)
+    found = flatten_dict(decays(model.abstract_params(shape, VOCAB)))
+    decayed = {"/".join(path) for path, yes in found.items() if yes}
+    attention, mlp = {f"layers/attn/{x}" for x in "qkvo"}, {f"layers/mlp/{x}" for x in ("gate", "up", "down")}
+    assert decayed == {"unembed"} | attention | mlp
+    assert {path[-1] for path in found} >= {"embed", "final_norm", "q_bias", "k_norm", "mlp_post_norm"}
+    adapters = lora.split(model.abstract_params(dataclasses.replace(CONFIG, lora_rank=2), VOCAB))[1]
+    assert all(jax.tree.leaves(decays(adapters)))
+
+
+def test_weight_decay_is_adamws_on_what_decays():
+    """Against optax's own AdamW, whose rate is inside: on a matrix, a norm and an embedding."""
+    rng = np.random.default_rng(3)
+    start = {name: jnp.asarray(rng.normal(size=5), jnp.float32) for name in ("q", "final_norm", "embed")}
+    grads = {name: jnp.asarray(rng.normal(size=5) * 1e-3, jnp.float32) for name in start}
+    ours, rate = adam(0.9, 0.99, 1e-8, 0.1, 1.0), 1e-2
+    theirs = optax.adamw(rate, 0.9, 0.99, 1e-8, weight_decay=0.1, mask={"q": True, "final_norm": False, "embed": False})
+    updates, expected = (jax.jit(each.update)(grads, each.init(start), start)[0] for each in (ours, theirs))
+    for name in start:
+        np.testing.assert_allclose(-rate * updates[name], expected[name], rtol=1e-6)
 
 
 step_by = jax.jit(moved)

@@ -88,7 +88,7 @@ def test_any_kind_of_number_is_a_reward(reward):
 def test_a_verdict_holds_plain_values_whatever_a_verifier_put_there():
     """What it read goes into samples.jsonl: a Fraction there ended the run."""
     assert verdict(Verdict(np.float32(1), RIGHT, Fraction(3, 4))) == Verdict(1.0, RIGHT, "3/4")  # type: ignore[arg-type]
-    assert json.dumps(verdict(Verdict(np.float32(1), np.str_(RIGHT), np.int64(7)))) == '[1.0, "right", "7"]'
+    assert json.dumps(verdict(Verdict(np.float32(1), np.str_(RIGHT), np.int64(7)))) == '[1.0, "right", "7", {}]'
 
 
 def is_running(pid):

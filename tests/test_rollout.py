@@ -14,6 +14,7 @@ from cero_jax.packing import plan
 from cero_jax.rewards import ERROR, TIMED_OUT, TOO_LONG, Verdict
 from cero_jax.rollout import (
     Beliefs,
+    Rules,
     observed_tokens,
     sampling_batch,
     score_steps,
@@ -63,7 +64,7 @@ def scored_by(verifier, truncated="wrong", threshold=0.5, beliefs=None, lowest=0
     task, rows = make_task(verifier), make_rows()
     verified = verify(task, task.train, rows.prompt_ids, ROLLOUTS, rows.row_mask)
     (step,) = score_steps(
-        task.train, [rows], ROLLOUTS, verified, Seconds(0.0, 0.0), [beliefs], truncated, threshold, lowest
+        task.train, [rows], ROLLOUTS, verified, Seconds(0.0, 0.0), [beliefs], Rules(truncated, threshold, lowest)
     )
     return step
 

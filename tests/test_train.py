@@ -16,6 +16,7 @@ from cero_jax import run as runs
 from cero_jax.allocator.base import AllocatorState
 from cero_jax.checkpoint import is_key
 from cero_jax.data import encode_prompts
+from cero_jax.pieces import widths_of
 from cero_jax.report.read_run import read_run
 from cero_jax.report.summary import summarise
 from cero_jax.stop_signal import StopSignal
@@ -59,7 +60,14 @@ def config_with(folder, changes):
         {"allocator.name": "uniform"},
         {"allocator.name": "cero_dual"},
         DYNAMIC,
-        {"learner.steps_per_batch": 2, "learner.kl_coef": 0.1, "truncated": "mask"},
+        {
+            "learner.steps_per_batch": 2,
+            "learner.kl_coef": 0.1,
+            "truncated": "mask",
+            "overlong_tokens": 12,
+            "learner.schedule": "cosine",
+            "learner.weight_decay": 0.1,
+        },
         {"learner.advantage": "rloo", "learner.aggregation": "sequence", "learner.undo_visit_rate": True},
         {"learner.advantage": "posterior", "learner.steps_per_batch": 2},
         {"learner.advantage": "posterior_normalised", "learner.kl_coef": 0.1},
@@ -129,7 +137,7 @@ def test_nothing_compiles_after_the_first_steps(folder):
     changes["checkpoint_every_steps"] = 2  # the first save compiles too, on several devices: within the first epoch
     config = tiny_config(folder / "compile", **changes)
     run, state, cursor = runs.start(config)
-    assert len(runs.widths_of(run.config, run.task.train)) > 1
+    assert len(widths_of(run.config, run.task.train)) > 1
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: (
@@ -277,6 +285,47 @@ def test_what_cannot_be_learned_from_stops_the_run_saved_and_the_same_command_go
     assert rows[0]["status"]["error"] > 0
     assert sum(rows[0]["num_evidence"]) == rows[0]["status"]["too long"]
     assert rows[-1]["optimizer_steps"] == sum("loss" in row for row in rows) > 0
+
+
+def test_the_best_policy_is_kept_and_patience_ends_a_run_which_goes_on_once_it_is_raised(folder, monkeypatch, capfd):
+    """Accuracies by hand, best at the second evaluation; the run itself is, to the bit, the one without all that."""
+    plain = config_with(folder, {"allocator.name": "uniform"})
+    if not (plain.run_dir / "report.png").exists():  # of the test of its ledger
+        assert train.main(plain) == 0
+    watched = dataclasses.replace(plain.evaluation, keep_best=True, patience=2)
+    config = dataclasses.replace(plain, evaluation=watched, work_dir=str(folder / "best"), checkpoint_every_steps=1)
+    accuracies, policies, measure = iter([0.2, 0.5, 0.5, 0.4, 0.3, 0.1, 0.0]), [], runs.evaluate
+
+    def by_hand(sample, params, *args):
+        policies.append(jax.tree.map(np.asarray, params))
+        return measure(sample, params, *args)._replace(accuracy=next(accuracies))
+
+    monkeypatch.setattr(runs, "evaluate", by_hand)
+    assert train.main(config) == 0
+    evaluations = [row["spent"] for row in rows_of(config.run_dir) if row["kind"] == "eval"]
+    assert len(evaluations) == 4
+    assert evaluations[-1] < 240
+    printed = capfd.readouterr().out
+    assert f"the best held-out accuracy, 0.500 after {evaluations[1]} rollouts: checkpoint " in printed
+    kept = evaluate.restore_policy(config.run_dir, {}, {}, best=True)
+    assert kept.spent == evaluations[1]
+    jax.tree.map(np.testing.assert_array_equal, kept.params, policies[1])
+    numbers = sorted(int(path.name) for path in (config.run_dir / "checkpoints").iterdir() if path.name.isdigit())
+    assert len(numbers) == 3  # the best and the newest two, which are not next to it
+    assert numbers[1] > numbers[0] + 1
+
+    assert train.main(config) == 0  # it has ended
+    assert (
+        "2 evaluations without a better accuracy; to go on, give a larger evaluation.patience" in capfd.readouterr().out
+    )
+    assert len(policies) == 4
+    patient = dataclasses.replace(config, evaluation=dataclasses.replace(watched, patience=None))
+    assert train.main(patient) == 0
+    steps, alone = ([row for row in rows_of(each.run_dir) if row["kind"] == "step"] for each in (patient, plain))
+    assert steps == alone
+    assert evaluate.restore_policy(config.run_dir, {}, {}, best=True).spent == evaluations[1]
+    with pytest.raises(ValueError, match="no best checkpoint in it: the run has to keep it"):
+        evaluate.restore_policy(plain.run_dir, {}, {}, best=True)
 
 
 def test_a_policy_that_is_not_a_number_is_said_before_a_rollout_is_spent(folder, monkeypatch):

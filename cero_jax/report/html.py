@@ -28,6 +28,7 @@ def page_data(run: RunLog) -> dict[str, Any]:
     visits, posterior = replay(run)
     samples, where, live = read_samples(run), allocation(run), live_curve([run])
     names = sorted({name for row in run.evals for name in row.get("accuracy_by_label", {})})
+    parts = list(dict.fromkeys(name for row in run.steps for name in row.get("rewards", {})))
     curves = {"all": [[row["spent"], row["accuracy"]] for row in run.evals]}
     if len(names) > 1:
         curves |= {n: [[r["spent"], r["accuracy_by_label"][n]] for r in run.evals] for n in names}
@@ -57,6 +58,8 @@ def page_data(run: RunLog) -> dict[str, Any]:
         "accuracy": curves,
         "live": [[float(x), float(y)] for x, y in zip(live.spent, live.mean, strict=True)],
         "reward": [[row["spent"], row["reward"]] for row in run.steps if "reward" in row],
+        "parts": {n: [[r["spent"], r["rewards"][n]] for r in run.steps if n in r.get("rewards", {})] for n in parts},
+        "entropy": [[row["spent"], row["entropy"]] for row in run.steps if "entropy" in row],
         "map": {
             "labels": list(where.labels),
             "first_epoch": where.first_epoch.tolist(),

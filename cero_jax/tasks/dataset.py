@@ -11,16 +11,19 @@ import numpy as np
 
 from cero_jax import read_files
 from cero_jax.data import Prompts, Task, encode_prompts
-from cero_jax.rewards import ERROR, RIGHT, TIMED_OUT, Verifier, VerifyMany, verdict
+from cero_jax.rewards import CORRECT, ERROR, RIGHT, TIMED_OUT, Verifier, VerifyMany, verdict
 from cero_jax.rewards.choice import choice
 from cero_jax.rewards.exact import exact
 from cero_jax.rewards.final_number import final_number
 from cero_jax.rewards.find import find
+from cero_jax.rewards.formatted import formatted
 from cero_jax.rewards.pool import Pool
+from cero_jax.rewards.weighted import one_by_one, read_weights, weighted
 from cero_jax.settings import check
 from cero_jax.tokenizer import ByteTokenizer, Tokenizer
 
 INLINE = {"final_number": final_number, "exact": exact, "choice": choice}  # cheap and linear: no process of their own
+REWARDS = {"format": formatted}  # beside correctness
 POOLED = {"math": "cero_jax.rewards.mathematics:mathematics"}
 
 _STREAM = 3  # keeps this draw apart from other uses of the same seed
@@ -56,6 +59,10 @@ class Dataset:
     verifier: str = "final_number"
     """final_number ("#### 72" is read), exact, choice (a letter), math (math-verify), or a function of your own as
     module:function, (question, completion, answer) -> float."""
+    rewards: str = "correct=1"
+    """What a completion's reward adds up, by weight: correct is what `verifier` says, and alone moves the posterior and
+    is the accuracy; format is 1 where the answer is marked and its tags are closed; module:function is your own.
+    "correct=1, format=0.1, module:function=0.2"."""
     verifier_seconds: float = 3.0
     """Wall-clock limit of one answer (math and your own)."""
     verifier_memory_mb: int = 2048
@@ -82,6 +89,7 @@ class Dataset:
         if render is None:
             raise ValueError("chat=True needs a tokenizer with a chat template: give an instruction-tuned model_folder")
         inline, pooled = self._verifier()
+        one, many = self._rewards(inline, pooled)
         rows = self._read(self.path, "all") if self.path or not self.heldout_paths else []
         if self.heldout_paths:
             names = _names(self.heldout_paths) if len(self.heldout_paths) > 1 else ["all"]
@@ -101,7 +109,7 @@ class Dataset:
         train = self._encode(rows, tokenizer, render, "train")
         held = self._encode(heldout, tokenizer, render, "held-out")
         _report_duplicates(train, held)
-        return Task(train, held, tokenizer, inline, verify_many=pooled)
+        return Task(train, held, tokenizer, one, verify_many=many)
 
     def _verifier(self) -> tuple[Verifier | None, VerifyMany | None]:
         """One of the two: a function to be called in this process, or a pool of others."""
@@ -111,9 +119,26 @@ class Dataset:
         if ":" not in function:
             names = ", ".join((*INLINE, *POOLED))
             raise ValueError(f"verifier={self.verifier!r} is not one of {names}, nor module:function")
+        return None, self._pool(function)
+
+    def _pool(self, function: str) -> VerifyMany:
         pool = Pool(function, seconds=self.verifier_seconds, memory_mb=self.verifier_memory_mb)
         pool.check()
-        return None, pool.many
+        return pool.many
+
+    def _rewards(self, inline: Verifier | None, pooled: VerifyMany | None) -> tuple[Verifier | None, VerifyMany | None]:
+        """What judges by all of `rewards`: the verifier itself, one of the two, where it is alone."""
+        weights = read_weights(self.rewards)
+        if weights == {CORRECT: 1.0}:
+            return inline, pooled
+        judges = {}
+        for name in weights:
+            if name not in (CORRECT, *REWARDS) and ":" not in name:
+                names = ", ".join((CORRECT, *REWARDS))
+                raise ValueError(f"rewards={self.rewards!r}: {name} is not one of {names}, nor module:function")
+            one, many = (inline, pooled) if name == CORRECT else (REWARDS.get(name), None)
+            judges[name] = one_by_one(one) if one else many or self._pool(name)
+        return None, weighted(weights, judges)
 
     def _read(self, pattern: str, label: str) -> list[Row]:
         rows, answered = [], 0
