@@ -185,6 +185,12 @@ def test_the_mixin_goes_over_other_trainers(tmp_path):
     assert int(rloo.cero_groups.state.ledger.spent) == 64
 
 
+def test_rows_are_known_where_trl_drops_their_columns(tmp_path):
+    trainer = cero(tmp_path, {"max_steps": 1, "remove_unused_columns": True}, reward_funcs=shape)
+    trainer.train()
+    assert int(trainer.cero_groups.state.ledger.spent) == 32
+
+
 def test_a_second_run_of_one_trainer_begins_anew(tmp_path):
     trainer = cero(tmp_path, {"max_steps": 2})
     for _ in range(2):
