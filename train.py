@@ -19,6 +19,7 @@ import numpy as np
 from cero_jax import hosts
 from cero_jax.checkpoint import Cursor, fail_at_once
 from cero_jax.config import Config, from_command_line
+from cero_jax.dry_run import dry_run
 from cero_jax.dynamic_sampling import collect
 from cero_jax.learner import learning_rate, rows_with_gradient
 from cero_jax.packing import StepPlan
@@ -31,7 +32,7 @@ from cero_jax.verify import Verification
 
 def main(config: Config) -> int:
     """Start or resume a run and train, from Python; returns the exit status. Raises ValueError on bad input first."""
-    return train(*start(config))
+    return dry_run(config) if config.dry_run else train(*start(config))
 
 
 def train(run: Run, state: State, cursor: Cursor) -> int:
@@ -97,9 +98,8 @@ def verify(
     run: Run, state: State, plans: list[StepPlan], rollouts: Rollouts, verification: Verification
 ) -> list[ScoredStep]:
     """Wait for the rewards, and part the batch into steps: each with its rows, their rewards, and what was believed."""
-    verified, seconds = verification.result()
-    beliefs, rules = run.beliefs(state, plans), run.config.rules
-    return score_steps(run.task.train, plans, rollouts, verified, seconds, beliefs, rules)
+    beliefs = run.beliefs(state, plans)
+    return score_steps(run.task.train, plans, rollouts, *verification.result(), beliefs, run.config.rules)
 
 
 def settle(run: Run, state: State, cursor: Cursor, scored: ScoredStep) -> tuple[State, Cursor]:
@@ -140,7 +140,8 @@ if __name__ == "__main__":
     try:
         with quit_while_starting():
             hosts.join()
-            started = start(from_command_line(sys.argv[1:]))
+            config = from_command_line(sys.argv[1:])
+            started = sys.exit(dry_run(config)) if config.dry_run else start(config)
     except Exception:
         fail_at_once(ValueError, OSError)
     try:

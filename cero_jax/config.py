@@ -146,6 +146,10 @@ class Config:
     extend: bool = False
     """Go on with a run under a larger total_budget than it was started with."""
 
+    dry_run: bool = False
+    """Say what the run would begin with (a prompt, its gold answer judged, memory, steps, the time to compile), or fail
+    as it would; draw and write nothing. --dry-run alone will do."""
+
     def __post_init__(self):
         check(self)
         check_seed(self.seed)
@@ -245,6 +249,7 @@ def from_command_line(args: list[str]) -> Config:
     if not Path(args[0]).is_file():
         there = ", ".join(sorted(str(path) for path in Path("configs").glob("*.py")))
         sys.exit(f"no config file {args[0]}; there are: {there}")
+    args = ["--dry-run=True" if arg == "--dry-run" else arg for arg in args]
     default = getattr(_load_file(Path(args[0]), again=True), "config", None)
     if not isinstance(default, Config):
         sys.exit(f"{args[0]} must set `config` to a cero_jax.config.Config")

@@ -1,5 +1,6 @@
 """The directory of a run: made, held against other runs, its settings written; whether a config may resume there."""
 
+import errno
 import fcntl
 import json
 import os
@@ -26,6 +27,7 @@ CHANGEABLE_ON_RESUME = (  # fields, or the beginnings of their names
     "evaluation",
     "checkpoint_every_steps",
     "profile_steps",
+    "dry_run",
     "max_unjudged_steps",
     "learner.max_skipped_steps",
     "extend",
@@ -133,6 +135,23 @@ def open_run_dir(config: Config) -> tuple[Path, Path]:
     return run_dir, cache_dir
 
 
+def check_free(run_dir: Path) -> None:
+    """Raise ValueError where `open_run_dir` would, for a directory that cannot be written or is held; write nothing."""
+    there = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        number = errno.EACCES if there.is_dir() else errno.ENOTDIR
+        raise _unwritable(run_dir, OSError(number, os.strerror(number), str(there)))
+    if run_dir in _held or not (run_dir / "lock").is_file():
+        return
+    with open(run_dir / "lock", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _in_use(run_dir, file) from None
+        except OSError:  # no locks here: a run says so
+            return
+
+
 def _make(run_dir: Path, cache_dir: Path) -> None:
     try:
         for directory in (run_dir, cache_dir / "jax"):
@@ -200,15 +219,19 @@ def hold(run_dir: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         with file:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-        raise ValueError(f"{run_dir} is in use by {holder}: let that run end, or choose another --work-dir") from None
+            raise _in_use(run_dir, file) from None
     except OSError as error:
         say(f"warning: {run_dir}: no locks here ({error}): see that no other run uses it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
     file.flush()
     _held[run_dir] = file
+
+
+def _in_use(run_dir: Path, lock: TextIO) -> ValueError:
+    lock.seek(0)
+    holder = lock.read().strip() or "another process"
+    return ValueError(f"{run_dir} is in use by {holder}: let that run end, or choose another --work-dir")
 
 
 def set_metrics_aside(run_dir: Path) -> None:

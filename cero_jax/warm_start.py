@@ -81,6 +81,17 @@ def demonstration_batch(task: Task, rng: np.random.Generator, num_rows: int, max
     )  # fmt: skip
 
 
+def check_steps(config: WarmStartConfig, task: Task, mesh: jax.sharding.Mesh) -> None:
+    """Raise ValueError where steps are asked for and the task has no demonstrations, or rows do not divide."""
+    shards = sharding.row_shards(mesh)
+    if config.num_steps and config.rows_per_step % shards:
+        raise ValueError(
+            f"warm_start.rows_per_step={config.rows_per_step} must be a multiple of data x fsdp = {shards}"
+        )
+    if config.num_steps and task.demonstrations is None:
+        raise ValueError(f"warm_start.num_steps={config.num_steps}: this task has no demonstrations, set it to 0")
+
+
 def warm_start(
     config: WarmStartConfig,
     model_config: ModelConfig,
@@ -96,17 +107,13 @@ def warm_start(
     Raises ValueError where steps are asked for and the task has no demonstrations, OSError where the cache cannot be
     read or written.
     """
-    vocab_size, shards = task.tokenizer.vocab_size, sharding.row_shards(mesh)
-    if config.num_steps and config.rows_per_step % shards:
-        raise ValueError(
-            f"warm_start.rows_per_step={config.rows_per_step} must be a multiple of data x fsdp = {shards}"
-        )
+    check_steps(config, task, mesh)
+    vocab_size = task.tokenizer.vocab_size
     stepper = make_stepper(model_config, vocab_size, make_optimizer(LearnerConfig(weight_decay=0.0)), mesh)
     init = jax.jit(lambda: model.init_params(model_config, vocab_size, seed), out_shardings=stepper.shardings.params)
     if config.num_steps == 0:
         return init()
-    if task.demonstrations is None:
-        raise ValueError(f"warm_start.num_steps={config.num_steps}: this task has no demonstrations, set it to 0")
+    assert task.demonstrations is not None  # checked
     # What the demonstrations are, not how they were asked for: mixes that differ in gold answers share a warm start.
     probe = task.demonstrations(np.random.default_rng(seed), 1024)
     settings = [dataclasses.asdict(config), dataclasses.asdict(model_config), seed, max_tokens, jax.__version__, LAYOUT]

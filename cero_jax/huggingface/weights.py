@@ -102,11 +102,27 @@ def load(
     shardings = sharding.shard_params(shapes, mesh)
     layout = jax.tree_util.tree_map_with_path(partial(_stored, config=config), shapes)
     with ExitStack() as files:
-        tensors = _open(Path(folder), files)
-        _check(Path(folder), tensors, jax.tree.leaves(layout, is_leaf=_is_stored), config)
+        tensors = _open_checked(Path(folder), files, layout, config)
         params = jax.tree.map(partial(_load_one, tensors), layout, shapes, shardings, is_leaf=_is_stored)
     _check_numbers(Path(folder), layout, params)
     return config, params
+
+
+def check(folder: str | Path) -> None:
+    """Raise as `load` does for files or tensors that are missing, unknown, or of another shape; reads no values."""
+    config, vocab_size = read_config(folder)
+    layout = jax.tree_util.tree_map_with_path(
+        partial(_stored, config=config), model.abstract_params(config, vocab_size)
+    )
+    with ExitStack() as files:
+        _open_checked(Path(folder), files, layout, config)
+
+
+def _open_checked(folder: Path, files: ExitStack, layout: Any, config: ModelConfig) -> dict[str, Any]:
+    """The folder's tensors by name, once they are those that the layout asks for."""
+    tensors = _open(folder, files)
+    _check(folder, tensors, jax.tree.leaves(layout, is_leaf=_is_stored), config)
+    return tensors
 
 
 def _is_stored(node: Any) -> bool:
