@@ -3,11 +3,10 @@
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import NamedTuple
 
 import jax
@@ -60,7 +59,7 @@ from cero_jax.run_directory import (
     write_settings,
 )
 from cero_jax.sampler import Sampler, make_sampler
-from cero_jax.terminal import printable
+from cero_jax.terminal import one_line, printable
 from cero_jax.verify import probe
 
 
@@ -163,9 +162,8 @@ class Run(NamedTuple):
         cursor = cursor._replace(accuracy=result.accuracy, evaluated=cursor.spent)
         self.log("eval", cursor, result.metrics(), {"eval_seconds": time.perf_counter() - began})
         self.metrics.write_samples("eval", cursor.spent, [each for each in result.samples if each["sample"] == 0])
-        example = {key: shorten(str(value), 80, placeholder=" ...") for key, value in result.example.items()}
-        line = f"{cursor.spent:>9,} rollouts: held-out accuracy {result.accuracy:.3f}; {example}"
-        say_once(line)
+        example = ", ".join(f"{key} {one_line(repr(value), 80)}" for key, value in result.example.items())
+        say_once(f"{cursor.spent:>9,} rollouts: held-out accuracy {result.accuracy:.3f}; {example}")
         if cursor.finished:
             say_once(scores_table(result.scores))
         return cursor
@@ -247,8 +245,10 @@ def build_task(config: Config, started: str = "") -> tuple[Config, Task]:
 def saved_start(run_dir: Path) -> str:
     """When the run in a directory began, as its checkpoints have it; "" where there are none yet."""
     folder = run_dir / "checkpoints"
-    cursor = Checkpoints(folder, read_only=True).cursor() if folder.is_dir() else None
-    return cursor.started if cursor else ""
+    if not folder.is_dir():
+        return ""
+    with closing(Checkpoints(folder, read_only=True)) as checkpoints:
+        return checkpoints.started()
 
 
 def check_context(config: Config, *parts: Prompts) -> None:
