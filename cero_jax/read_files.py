@@ -9,6 +9,7 @@ import gzip
 import json
 import math
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -199,6 +200,7 @@ def _object(source: str, row: Any) -> dict[str, Any]:
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """CRLF, blank lines and quoted fields over several lines are fine; a row is known by its first line."""
+    csv.field_size_limit(sys.maxsize)  # of this process: by itself it refuses a long solution as broken
     reader, header, begin = csv.reader(_lines(path), strict=True), None, 1
     try:
         for cells in reader:
