@@ -41,7 +41,7 @@ from cero_jax.model import Params
 from cero_jax.optimizer import TrainState
 from cero_jax.pace import Clock, Profile
 from cero_jax.packing import StepPlan, plan
-from cero_jax.read_files import local_path
+from cero_jax.paths import local_path
 from cero_jax.report.mechanism import epoch_row
 from cero_jax.report.picture import draw_report
 from cero_jax.report.read_run import read_run
