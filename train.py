@@ -9,8 +9,10 @@ The run ends when there is nothing left to allocate. Stopped by SIGTERM, SIGINT 
 import signal
 import sys
 import time
+from contextlib import closing
 
-if __name__ == "__main__":  # before the imports, which take seconds: Ctrl-C there, and a second one, leave no traceback
+# Before the slow imports: Ctrl-C there, and a second one, leave no traceback. Where a shell has it ignored, it stays.
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax
@@ -39,16 +41,14 @@ def train(run: Run, state: State, cursor: Cursor) -> int:
     """Train until budget or patience is spent (returns 0), or a signal (128 + its number) or trouble (1) is met."""
     if run.ended(cursor):  # a run that had ended, started again
         return run.finish(state, cursor)
-    stop = StopSignal()
-    if cursor.accuracy is None:  # never evaluated: the point at 0 rollouts
-        cursor = run.evaluate(state, cursor)
-    while not (run.ended(cursor) or stop.agreed() or run.trouble(cursor)):
-        state, cursor = train_epoch(run, state, cursor, stop)
-    if run.ended(cursor) and cursor.evaluated < cursor.spent:
-        cursor = run.evaluate(state, cursor)
-    status = run.finish(state, run.save(state, cursor), stop.agreed())
-    stop.close()
-    return status
+    with closing(StopSignal()) as stop:
+        if cursor.accuracy is None:  # never evaluated: the point at 0 rollouts
+            cursor = run.evaluate(state, cursor)
+        while not (run.ended(cursor) or stop.agreed() or run.trouble(cursor)):
+            state, cursor = train_epoch(run, state, cursor, stop)
+        if run.ended(cursor) and cursor.evaluated < cursor.spent:
+            cursor = run.evaluate(state, cursor)
+        return run.finish(state, run.save(state, cursor), stop.agreed())
 
 
 def train_epoch(run: Run, state: State, cursor: Cursor, stop: StopSignal) -> tuple[State, Cursor]:

@@ -15,7 +15,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -169,6 +169,19 @@ class Checkpoints:
     def cursor(self) -> Cursor | None:
         """The newest checkpoint's cursor, None where nothing was saved. Raises ValueError where none can be read."""
         return hosts.of_first(self._newest)
+
+    def started(self) -> str:
+        """When the run began, as the newest checkpoint has it whose cursor is whole; "" where none is.
+
+        Moves nothing and says nothing: `cursor` speaks of damage. Raises as it does of what cannot be read now.
+        """
+        return hosts.of_first(self._newest_started)
+
+    def _newest_started(self) -> str:
+        for number in sorted(self._numbers(), reverse=True):
+            with suppress(Damaged):
+                return self._read_cursor(number)[0].started
+        return ""
 
     def _newest(self) -> Cursor | None:
         while numbers := self._numbers():

@@ -22,7 +22,7 @@ from cero_jax.grpo import BY_POSTERIOR, WITHOUT_GROUP, AdvantageKind
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.pace import parsed as profiled
-from cero_jax.read_files import local_path
+from cero_jax.paths import local_path
 from cero_jax.rewards import MAX_REWARD
 from cero_jax.rollout import Rules
 from cero_jax.sampler import SamplerConfig

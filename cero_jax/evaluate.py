@@ -21,8 +21,8 @@ from cero_jax.evaluation import evaluate, scores_table
 from cero_jax.initial_policy import check_same_start, starting_policy
 from cero_jax.metrics import say_once
 from cero_jax.model import Params
+from cero_jax.paths import local_path
 from cero_jax.pieces import build_task, check_context, check_rows, sampler_of
-from cero_jax.read_files import local_path
 from cero_jax.sampler import Sampler
 from cero_jax.terminal import printable
 

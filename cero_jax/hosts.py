@@ -3,9 +3,11 @@
 Every process runs the same program over one mesh of all devices: it reads the same settings and prompts, holds the same
 allocator and lays out the same rows, so that none has to be told what to do. What can differ between them (a file, a
 clock, a verifier's answer, a signal) is exchanged here before anything is decided by it. The first process alone writes
-and prints. `place` and `fetch` of sharding.py, and what
-exchanges something here, are collectives where there are several processes: all call them, in one order, in their main
-threads. A single process, which has joined nobody, goes straight through.
+and prints.
+
+`place` and `fetch` of sharding.py, and what exchanges something here, are collectives where there are several
+processes: all call them, in one order, in their main threads. A single process, which has joined nobody, goes straight
+through.
 """
 
 import contextlib

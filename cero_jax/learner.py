@@ -196,16 +196,14 @@ def step_advantages(batch: Batch, config: LearnerConfig) -> Advantages:
     return Advantages(advantage, weights * batch.row_weight[:, None])
 
 
-_has_variance = jax.jit(grpo.has_variance, static_argnames="num_groups")
-
-
 def live_rows(batch: Batch) -> np.ndarray:
-    """[R] bool, the rows whose group was judged to hold two different rewards.
-
-    Waits for the device: the host plans by them.
-    """
-    rows, num_groups = (batch.reward, batch.group_ids, batch.row_mask), len(batch.reward)
-    return np.asarray(_has_variance(*rows, num_groups=num_groups, judged=batch.judged))
+    """[R] bool, the rows whose group was judged to hold two different rewards; as `grpo.has_variance`, on the host."""
+    counted = batch.row_mask if batch.judged is None else batch.row_mask & batch.judged
+    groups, reward = batch.group_ids[counted], batch.reward[counted]
+    highest, lowest = (np.full(len(batch.reward), bound, np.float32) for bound in (-np.inf, np.inf))
+    np.maximum.at(highest, groups, reward)
+    np.minimum.at(lowest, groups, reward)
+    return (highest > lowest)[batch.group_ids] & batch.row_mask
 
 
 def rows_with_gradient(batch: Batch, advantages: Advantages, config: LearnerConfig) -> np.ndarray:

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from cero_jax import rope, sharding
 from cero_jax.attention import Causal, Choice, Kernel, attend, kernel_for, write
 from cero_jax.lora import Adapter
+from cero_jax.projection import project
 from cero_jax.rope import LARGEST_BASE, RopeScaling
 from cero_jax.settings import check
 
@@ -347,7 +348,7 @@ def forward(
 def logits(params: Params, config: ModelConfig, hidden: Array) -> Array:
     """Output projection: hidden [..., D] -> [..., V] float32."""
     name, product = ("embed", "...d,vd->...v") if config.tied_embeddings else ("unembed", "...d,dv->...v")
-    return jnp.einsum(product, hidden, params[name].astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return project(product, hidden, params[name])
 
 
 def chunked_logits(params: Params, config: ModelConfig) -> Callable[[Array], Array]:
@@ -361,8 +362,7 @@ def chunked_logits(params: Params, config: ModelConfig) -> Callable[[Array], Arr
 
     def logits_of(hidden: Array) -> Array:
         pieces = sharding.keep_rows(hidden.reshape(len(copies), -1, *hidden.shape[1:]))
-        out = jnp.einsum(product, pieces, copies.astype(hidden.dtype), preferred_element_type=jnp.float32)
-        return out.reshape(*hidden.shape[:-1], -1)
+        return project(product, pieces, copies).reshape(*hidden.shape[:-1], -1)
 
     return logits_of
 

@@ -16,7 +16,7 @@ from cero_jax.huggingface.families import read_config
 from cero_jax.huggingface.tokenizer import FolderTokenizer
 from cero_jax.initial_policy import dtypes
 from cero_jax.learner import Learner, make_learner
-from cero_jax.read_files import local_path
+from cero_jax.paths import local_path
 from cero_jax.sampler import Sampler, make_sampler
 from cero_jax.verify import probe
 

@@ -8,12 +8,14 @@ import glob
 import gzip
 import json
 import math
-import re
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from cero_jax.paths import local_path
 
 OTHERS = {  # how a file begins that holds no rows to be read -> what it is, and what to do
     b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or export it as CSV",
@@ -35,19 +37,6 @@ OTHERS = {  # how a file begins that holds no rows to be read -> what it is, and
     b"<html": "a web page: download the file itself, not the page about it",
 }
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
-
-
-def local_path(given: str) -> Path:
-    """A path as a user gave it, with `~`, which a shell leaves as it is behind `=`, resolved.
-
-    Raises ValueError for what lies on no file system of this machine, like gs://bucket/runs.
-    """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", given):
-        raise ValueError(f"{given}: not a path on this machine: copy it here, or mount it, and give its path")
-    try:
-        return Path(given).expanduser()
-    except RuntimeError as error:
-        raise ValueError(f"{given}: {error} Give the path without ~") from error
 
 
 def find_files(pattern: str) -> list[Path]:
@@ -199,6 +188,7 @@ def _object(source: str, row: Any) -> dict[str, Any]:
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """CRLF, blank lines and quoted fields over several lines are fine; a row is known by its first line."""
+    csv.field_size_limit(sys.maxsize)  # of this process: by itself it refuses a long solution as broken
     reader, header, begin = csv.reader(_lines(path), strict=True), None, 1
     try:
         for cells in reader:

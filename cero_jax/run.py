@@ -2,11 +2,10 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import NamedTuple
 
 import jax
@@ -55,7 +54,7 @@ from cero_jax.run_directory import (
     write_settings,
 )
 from cero_jax.sampler import Sampler
-from cero_jax.terminal import printable
+from cero_jax.terminal import one_line, printable
 
 
 class State(NamedTuple):
@@ -161,9 +160,8 @@ class Run(NamedTuple):
         cursor = best.measured(cursor, result.accuracy, config.evaluation)
         self.log("eval", cursor, result.metrics(), {"eval_seconds": time.perf_counter() - began})
         self.metrics.write_samples("eval", cursor.spent, [each for each in result.samples if each["sample"] == 0])
-        example = {key: shorten(str(value), 80, placeholder=" ...") for key, value in result.example.items()}
-        line = f"{cursor.spent:>9,} rollouts: held-out accuracy {result.accuracy:.3f}; {example}"
-        say_once(line)
+        example = ", ".join(f"{key} {one_line(repr(value), 80)}" for key, value in result.example.items())
+        say_once(f"{cursor.spent:>9,} rollouts: held-out accuracy {result.accuracy:.3f}; {example}")
         if self.ended(cursor):
             say_once(scores_table(result.scores))
         return self.save(state, cursor) if best.is_to_be_kept(cursor) else cursor
@@ -236,8 +234,10 @@ def _written(path: Path) -> Iterator[None]:
 def saved_start(run_dir: Path) -> str:
     """When the run in a directory began, as its checkpoints have it; "" where there are none yet."""
     folder = run_dir / "checkpoints"
-    cursor = Checkpoints(folder, read_only=True).cursor() if folder.is_dir() else None
-    return cursor.started if cursor else ""
+    if not folder.is_dir():
+        return ""
+    with closing(Checkpoints(folder, read_only=True)) as checkpoints:
+        return checkpoints.started()
 
 
 def start(config: Config) -> tuple[Run, State, Cursor]:

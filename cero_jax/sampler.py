@@ -27,6 +27,7 @@ from cero_jax.prefill import Prefilled
 from cero_jax.settings import check
 from cero_jax.slots import Slots, cache_sizes, fill
 
+TAKEN = 32  # slots that are copied to the host together: of all, the tokens may be many MB a window
 EVAL_STEP = 2**32 - 1  # stands for the step in the keys of an evaluation: training never reaches it
 
 
@@ -218,11 +219,22 @@ def _longest_first(batch: SamplingBatch) -> np.ndarray:
     return rows[np.argsort(-batch.expected_tokens[rows], kind="stable")]
 
 
-def _take_out(slots: Slots, ended: np.ndarray, rows: np.ndarray, out: Rollouts) -> None:
-    """Copy what was drawn in the slots `ended` [n] to the `rows` [n] of `out`. Waits for the device."""
-    tokens, log_probs, lengths, by_eos = sharding.fetch((slots.tokens, slots.log_probs, slots.drawn, slots.ended))
-    out.tokens[rows], out.log_probs[rows], out.lengths[rows] = tokens[ended], log_probs[ended], lengths[ended]
-    out.truncated[rows] = ~by_eos[ended]
+def _some(slots: Slots, chosen: Array) -> tuple[Array, Array, Array, Array]:
+    """What was drawn in these slots: tokens and log-probabilities [n, T], lengths and whether an EOS ended it [n]."""
+    return slots.tokens[chosen], slots.log_probs[chosen], slots.drawn[chosen], slots.ended[chosen]
+
+
+def _take_out(some: Callable, slots: Slots, ended: np.ndarray, rows: np.ndarray, out: Rollouts) -> None:
+    """Copy what was drawn in the slots `ended` [n] to the `rows` [n] of `out`. Waits for the device.
+
+    some: `_some`, jitted. It is asked for TAKEN slots at a time, so that one program does for any number of them.
+    """
+    for start in range(0, len(ended), TAKEN):
+        here = rows[start : start + TAKEN]
+        chosen = np.pad(ended[start : start + TAKEN], (0, TAKEN - len(here)), mode="edge").astype(np.int32)
+        tokens, log_probs, lengths, by_eos = (x[: len(here)] for x in sharding.fetch(some(slots, chosen)))
+        out.tokens[here], out.log_probs[here], out.lengths[here] = tokens, log_probs, lengths
+        out.truncated[here] = ~by_eos
 
 
 def _decode_options(mesh: Mesh) -> dict[str, Any] | None:
@@ -302,6 +314,7 @@ def make_sampler(
         weights = model.cast(params, model_config.compute_dtype)
         return jax.lax.with_sharding_constraint(weights, sharding.shard_copy(weights, mesh))
 
+    some = jax.jit(_some, out_shardings=everywhere)
     as_read: Any = Prefilled(by_row, by_row, layout.cache)  # type: ignore[arg-type]
     read = jax.jit(sharding.on(mesh, partial(prefill.read, config=model_config)), out_shardings=as_read)
     compiled = set()
@@ -316,6 +329,7 @@ def make_sampler(
         slots = empty(num_slots, sizes[0])
         for size in sizes:
             slots = run_window(grow(slots, size), params)
+        some(slots, np.zeros(TAKEN, np.int32))
 
     def with_room(slots: Slots | None, num_slots: int, sizes: tuple[int, ...], reach: int) -> Slots:
         """The slots over a cache of at least `reach` places, grown a size at a time; None: fresh ones."""
@@ -375,7 +389,7 @@ def make_sampler(
             ready = np.flatnonzero(done & (row_of_slot >= 0))
             if ready.size:
                 rows = row_of_slot[ready]
-                _take_out(slots, ready, rows, out)
+                _take_out(some, slots, ready, rows, out)
                 if on_end is not None:
                     on_end(rows, out)
                 row_of_slot[ready] = -1

@@ -23,7 +23,7 @@ from jax import Array
 
 from cero_jax.allocator import Allocator, AllocatorState, cero, cero_dual, knapsack, uniform, variance
 from cero_jax.headroom import explain, headroom
-from cero_jax.read_files import local_path
+from cero_jax.paths import local_path
 from cero_jax.rollout_log import read_log
 from cero_jax.terminal import printable
 

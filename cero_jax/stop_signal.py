@@ -74,15 +74,19 @@ def _quit(number: int, text: str) -> None:
 def _listen(
     numbers: tuple[int, ...], on_signal: Callable[[int], None], handler: Callable[[int, FrameType | None], None]
 ) -> Callable[[], None]:
-    """Call `on_signal` in a thread for each of these signals, and `handler` in the main one; returns what ends that."""
-    before = {number: signal.signal(number, handler) for number in numbers}
+    """Call `on_signal` in a thread for each of these signals, and `handler` in the main one; returns what ends that.
+
+    One that is ignored stays so, as Ctrl-C is in a job that a shell began in the background.
+    """
+    heeded = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heeded}
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     fd_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
 
     def listen() -> None:
         while heard := os.read(reading, 1):  # nothing once the other end is closed
-            if heard[0] in numbers:
+            if heard[0] in heeded:
                 on_signal(heard[0])
         os.close(reading)
 

@@ -103,12 +103,12 @@ def probe(task: Task) -> None:
     Raises ValueError where that fails, before anything is drawn. A verifier that times out is only warned of: the first
     call may be slow.
     """
-    prompts = task.train if task.train.questions else task.heldout  # of an evaluation alone
+    which, prompts = ("training", task.train) if task.train.questions else ("held-out", task.heldout)
     question, answer = prompts.questions[0], prompts.answers[0]
     (found,) = judge(task, [(question, answer, answer)])
     if found.status == ERROR:
         raise ValueError(
-            f"the verifier fails on training prompt 0, asked of its gold answer {answer[-60:]!r}: {found.extracted}: "
+            f"the verifier fails on {which} prompt 0, asked of its gold answer {answer[-60:]!r}: {found.extracted}: "
             "mend it, or the data"
         )
     if found.status == TIMED_OUT:

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from cero_jax.checkpoint import LAYOUT, Checkpoints, Cursor, Damaged, _damage_named, put_aside
 from cero_jax.checksums import checksums, text_checksum
+from cero_jax.run import saved_start
 
 
 def mixed(word: int) -> int:
@@ -81,6 +82,9 @@ def test_the_checksum_of_text_survives_json():
     assert text_checksum(plain | {"b": [1, 2.5e-300, None, "e\n"]}) != text_checksum(plain)
 
 
+STARTED = "2026-07-06T05:04:03"
+
+
 class State(NamedTuple):
     weights: jax.Array
     half: jax.Array
@@ -107,7 +111,7 @@ def assert_is(state: State, number: int) -> None:
 def three_saves(tmp_path_factory):
     """Three saves, of which the last two are kept."""
     directory = tmp_path_factory.mktemp("saves") / "checkpoints"
-    checkpoints, cursor = Checkpoints(directory), Cursor(config={"a": [1]}, prompts_hash="h")
+    checkpoints, cursor = Checkpoints(directory), Cursor(config={"a": [1]}, prompts_hash="h", started=STARTED)
     for number in (1, 2, 3):
         cursor = checkpoints.save(cursor._replace(step=10 * number), state_of(number))
     checkpoints.close()
@@ -183,6 +187,17 @@ def test_a_damaged_checkpoint_is_named_and_put_aside_and_the_one_before_restored
         ):
             resumed(saved)
     assert (saved / "2").exists()
+
+
+def test_when_a_run_began_is_read_without_a_word_on_damage(saved, capfd, monkeypatch):
+    closed, close = [], Checkpoints.close
+    monkeypatch.setattr(Checkpoints, "close", lambda self: closed.append(1) or close(self))
+    DAMAGES["a cursor that is no JSON"](saved / "3")
+    assert saved_start(saved.parent) == STARTED
+    DAMAGES["a cursor that is no JSON"](saved / "2")
+    assert saved_start(saved.parent) == saved_start(saved.parent / "none") == ""  # what goes on from it will refuse it
+    assert (capfd.readouterr().err, len(closed)) == ("", 2)
+    assert {"2", "3"} <= {path.name for path in saved.iterdir()}
 
 
 def test_damage_of_an_array_is_said_by_its_name(saved, capfd):

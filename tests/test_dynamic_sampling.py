@@ -37,6 +37,11 @@ def test_live_rows_are_those_of_a_group_with_two_rewards(seed):
             rewards.setdefault(group, set()).add(float(reward))
     want = [real and len(rewards[g]) > 1 for g, real in zip(batch.group_ids, batch.row_mask, strict=True)]
     np.testing.assert_array_equal(live_rows(batch), want)
+    judged = np.random.default_rng(seed).random(len(want)) < 0.7
+    for each in (None, judged):
+        columns = batch.reward, batch.group_ids, batch.row_mask
+        on_device = grpo.has_variance(*columns, num_groups=len(want), judged=each)
+        np.testing.assert_array_equal(live_rows(batch._replace(judged=each)), on_device)
 
 
 @pytest.mark.parametrize("seed", range(0, 20, 2))

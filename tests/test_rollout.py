@@ -293,6 +293,12 @@ def test_a_verifier_is_asked_once_before_any_work(caplog):
         probe(make_task(lambda q, c, a: None))
     with pytest.raises(ValueError, match=r"KeyError: 'a'.*: mend it, or the data"):
         probe(make_task(lambda q, c, a: {}[q]))
+    of_an_evaluation = make_task(lambda q, c, a: None)
+    of_an_evaluation = of_an_evaluation._replace(
+        train=encode_prompts([], [], [], of_an_evaluation.tokenizer), heldout=of_an_evaluation.train
+    )
+    with pytest.raises(ValueError, match="the verifier fails on held-out prompt 0"):
+        probe(of_an_evaluation)
     probe(make_task(lambda q, c, a: Verdict(0.0, TIMED_OUT, "after 3 s")))
     assert "timed out (after 3 s) on its first call" in caplog.text
 

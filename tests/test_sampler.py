@@ -9,6 +9,7 @@ import pytest
 from left_padding import causal_mask, left_padded, to_the_right
 
 from cero_jax import model, prefill, sharding
+from cero_jax import sampler as sampling
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig, SamplingBatch, make_sampler, row_keys
 from cero_jax.slots import cache_sizes
@@ -170,6 +171,22 @@ def test_refilled_slots_draw_what_slots_of_their_own_do(slots, window, devices):
     same_but_for_near_ties(few(params(), SEED, STEP, batch), want)
     longest_first = batch._replace(expected_tokens=want.lengths.astype(np.float32))
     same_but_for_near_ties(few(params(), SEED, STEP, longest_first), want)
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_host_copies_the_slots_that_have_ended_and_no_others(monkeypatch, devices):
+    fetched, fetch, batch = [], sharding.fetch, make_batch()
+    want = sampler(devices=devices, window=2)(params(), SEED, STEP, batch)
+    monkeypatch.setattr(sampling, "TAKEN", 2)
+    monkeypatch.setattr(sharding, "fetch", lambda tree: fetched.append(jax.tree.map(jnp.shape, tree)) or fetch(tree))
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:devices])
+    got = make_sampler(CONFIG, SamplerConfig(LIMIT, 0.7, window=2), EOS, PAD, mesh)(params(), SEED, STEP, batch)
+    for mine, theirs in zip(got, want, strict=True):
+        np.testing.assert_array_equal(mine, theirs)  # to the bit
+    ended = np.ceil(want.lengths[: ROWS - 1] / 2)  # in which window
+    copies = sum(-(-np.sum(ended == window) // 2) for window in (1, 2, 3))
+    assert fetched.count(((2, LIMIT), (2, LIMIT), (2,), (2,))) == copies
+    assert len(fetched) == copies + ended.max()  # and `done` and `length` once a window
 
 
 def test_prompts_are_read_once_at_their_widths_and_draw_what_they_do_at_the_longest(monkeypatch):

@@ -8,11 +8,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from cero_jax import stop_signal
+from cero_jax.checkpoint import Cursor
 from cero_jax.stop_signal import StopSignal, quit_while_starting
+from train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -99,16 +103,47 @@ def test_other_signals_are_none_of_its_business_and_nothing_is_left_behind(said)
     assert not stop.number
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_is_ignored_stays_so(said, quits, number):
+    before = signal.signal(number, signal.SIG_IGN)
+    stop = StopSignal()
+    with quit_while_starting():
+        signal.raise_signal(number)
+    signal.raise_signal(number)
+    time.sleep(0.05)
+    assert signal.getsignal(number) == signal.SIG_IGN
+    stop.close()
+    assert signal.signal(number, before) == signal.SIG_IGN
+    assert (stop.number, said, quits) == (0, [], [])
+
+
+def test_a_run_that_fails_gives_the_handlers_back(number):
+    def fail(state, cursor):
+        assert signal.getsignal(number) != signal.SIG_DFL
+        raise OSError("no disk")
+
+    run: Any = SimpleNamespace(evaluate=fail)
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    with pytest.raises(OSError, match="no disk"):
+        train(run, SimpleNamespace(), Cursor({}, ""))  # type: ignore[arg-type]
+    assert signal.getsignal(number) == signal.SIG_DFL
+    wait_for(lambda: (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before)
+
+
 def test_ctrl_c_while_a_run_starts_is_one_line(said, quits):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with quit_while_starting():
         signal.raise_signal(signal.SIGINT)
         wait_for(lambda: quits)
+    signal.signal(signal.SIGINT, before)
     assert [text for text, _ in said] == ["stopped while starting: the same command starts again"]
     assert quits == [130]
 
 
 def test_ctrl_c_during_the_imports_leaves_no_traceback():
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # the process inherits it where it is ignored
     process = subprocess.Popen([sys.executable, "train.py", "--help"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    signal.signal(signal.SIGINT, before)
     maps = Path(f"/proc/{process.pid}/maps")
     wait_for(lambda: "numpy" in maps.read_text())  # which the first of the imports begins with
     process.send_signal(signal.SIGINT)

@@ -4,14 +4,18 @@ import contextlib
 import fcntl
 import os
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from cero_jax import hosts
+from cero_jax import hosts, run
 from cero_jax.checkpoint import Checkpoints, Cursor, fail_at_once
+from cero_jax.evaluation import Evaluation
 from cero_jax.metrics import Progress
+from cero_jax.pace import Clock
+from cero_jax.run import Run
 from cero_jax.run_directory import hold, set_metrics_aside
 from cero_jax.tasks.chain_sum import ChainSum
 from cero_jax.warm_start import WarmStartConfig, _imitate
@@ -82,3 +86,27 @@ def test_a_terminal_that_is_gone_stops_nothing(tmp_path, monkeypatch, act):
     for stream in gone:
         with contextlib.suppress(OSError):
             stream.close()
+
+
+def test_what_an_evaluation_shows_is_one_line_of_known_length(monkeypatch, capsys):
+    texts = {"question": "1+1" * 400, "completion": "two\x1b[2J\nwords " * 99, "answer": "2", "reward": 1.0}
+    found = Evaluation(1.0, {}, {}, texts, [])
+    monkeypatch.setattr(run, "evaluate", lambda *args: found)
+    without = SimpleNamespace(success_threshold=0.5, lowest_reward=0.0, evaluation=None, seed=0)
+    metrics = SimpleNamespace(write_samples=lambda *args: None)
+    fake: Any = SimpleNamespace(
+        config=without,
+        params=lambda state: None,
+        clock=Clock(),
+        sample=None,
+        task=None,
+        log=lambda *a: None,
+        metrics=metrics,
+    )
+    Run.evaluate(fake, SimpleNamespace(), Cursor({}, "", spent=1200))  # type: ignore[arg-type]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("    1,200 rollouts: held-out accuracy 1.000; question '1+11+1")
+    assert "1+1" * 20 in line
+    assert r"completion 'two\x1b[2J\nwords two" in line
+    assert line.endswith(" ..., answer '2', reward 1.0")
+    assert len(line) < 300

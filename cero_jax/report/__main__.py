@@ -8,7 +8,7 @@ python -m cero_jax.report RUN --prompt 7        # print the history of prompt 7
 import argparse
 from collections.abc import Sequence
 
-from cero_jax.read_files import local_path
+from cero_jax.paths import local_path
 from cero_jax.report.html import write_page
 from cero_jax.report.picture import draw_report
 from cero_jax.report.read_run import prompt_history, read_run

@@ -19,7 +19,6 @@ EASY = (2, 4)  # digits of the shortest and longest row
 HARD = (8, 24)
 BANDS = ((2, 4), (8, 12), (13, 18), (19, 24))  # the labels of a report
 MAX_PROMPT_TOKENS = HARD[1] + 1  # a row and "="
-MAX_COMPLETION_TOKENS = HARD[1] + 1  # its sums and eos
 
 _STREAM = 2  # keeps these draws apart from other uses of the same seed
 
