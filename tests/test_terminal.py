@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,7 +46,7 @@ def hold_where_there_are_no_locks(folder):
 def imitate(folder):
     nothing: Any = None
     task, config = ChainSum(num_prompts=8, num_heldout=4).build(0), WarmStartConfig(num_steps=2, rows_per_step=4)
-    step = lambda state, batch, rate: (state, np.float32(0))  # noqa: E731
+    step = lambda state, batch, rate: (state, jnp.float32(0))  # noqa: E731
     with pytest.raises(AttributeError, match="params"):  # of the state, which is None: behind all steps
         _imitate(config, step, nothing, task, seed=0, max_tokens=25)
 
