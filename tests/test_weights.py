@@ -202,6 +202,10 @@ def test_all_that_is_wrong_with_the_tensors_is_in_one_message(tmp_path):
         "1 of another dtype: model.layers.0.input_layernorm.weight I32",
     ):
         assert part in str(caught.value)
+    with pytest.raises(ValueError, match="is the download complete") as looked_at:
+        weights.check(folder)
+    assert str(looked_at.value) == str(caught.value)
+    weights.check(FIXTURES / "gemma3")
 
 
 def test_a_copy_of_the_tied_table_is_ignored(tmp_path):
