@@ -270,15 +270,21 @@ def test_steps_equal_adam_by_hand_whatever_was_left_out_and_compile_at_the_first
         # from its own moments: where a gradient is all rounding, Adam makes a whole step of it
         first, second = (jax.tree.map(np.asarray, optax.tree.get(state.opt_state, name)) for name in ("mu", "nu"))
         want = jax.tree.map(
-            lambda p, m, v, rate=rate, step=step: (
-                p - rate * (m / (1 - 0.8**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-5) + 0.1 * p)
+            lambda p, m, v, shrinks, rate=rate, step=step: (
+                p - rate * (m / (1 - 0.8**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-5) + 0.1 * shrinks * p)
             ),
-            before, first, second,
+            before, first, second, {"embed": 0, "final_norm": 0, "layers": layers_that_shrink(before)},
         )  # fmt: skip
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), state.params, want)
         assert int(state.step) == step
         assert not metrics["skipped"]
     moves_nothing_where_the_gradient_is_no_number(learner, state)
+
+
+def layers_that_shrink(params):
+    """1 at the matrices of the layers, 0 at their norms and biases."""
+    name = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key, params["layers"])
+    return jax.tree.map(lambda each: int(not each.endswith(("norm", "bias"))), name)
 
 
 def moves_nothing_where_the_gradient_is_no_number(learner, state):

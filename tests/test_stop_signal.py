@@ -122,7 +122,7 @@ def test_a_run_that_fails_gives_the_handlers_back(number):
         assert signal.getsignal(number) != signal.SIG_DFL
         raise OSError("no disk")
 
-    run: Any = SimpleNamespace(evaluate=fail)
+    run: Any = SimpleNamespace(evaluate=fail, ended=lambda cursor: False)
     before = threading.active_count(), len(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match="no disk"):
         train(run, SimpleNamespace(), Cursor({}, ""))  # type: ignore[arg-type]

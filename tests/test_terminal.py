@@ -13,7 +13,7 @@ import pytest
 
 from cero_jax import hosts, run
 from cero_jax.checkpoint import Checkpoints, Cursor, fail_at_once
-from cero_jax.evaluation import Evaluation
+from cero_jax.evaluation import Evaluation, EvaluationConfig
 from cero_jax.metrics import Progress
 from cero_jax.pace import Clock
 from cero_jax.run import Run
@@ -91,9 +91,9 @@ def test_a_terminal_that_is_gone_stops_nothing(tmp_path, monkeypatch, act):
 
 def test_what_an_evaluation_shows_is_one_line_of_known_length(monkeypatch, capsys):
     texts = {"question": "1+1" * 400, "completion": "two\x1b[2J\nwords " * 99, "answer": "2", "reward": 1.0}
-    found = Evaluation(1.0, {}, {}, texts, [])
+    found = Evaluation(1.0, {}, {}, texts, [], {})
     monkeypatch.setattr(run, "evaluate", lambda *args: found)
-    without = SimpleNamespace(success_threshold=0.5, lowest_reward=0.0, evaluation=None, seed=0)
+    without = SimpleNamespace(success_threshold=0.5, lowest_reward=0.0, evaluation=EvaluationConfig(), seed=0)
     metrics = SimpleNamespace(write_samples=lambda *args: None)
     fake: Any = SimpleNamespace(
         config=without,
@@ -103,6 +103,7 @@ def test_what_an_evaluation_shows_is_one_line_of_known_length(monkeypatch, capsy
         task=None,
         log=lambda *a: None,
         metrics=metrics,
+        ended=lambda cursor: False,
     )
     Run.evaluate(fake, SimpleNamespace(), Cursor({}, "", spent=1200))  # type: ignore[arg-type]
     (line,) = capsys.readouterr().err.splitlines()
