@@ -33,3 +33,9 @@ def strict_dtypes():
     """No implicit dtype promotion: for the allocator, grpo, the sampler and the model (optax raises under it)."""
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+@pytest.fixture
+def one_length(monkeypatch):
+    """A program for one length of a micro-batch, where what is tested does not hang on there being three."""
+    monkeypatch.setattr("cero_jax.learner.token_limits", lambda limit: (limit,))

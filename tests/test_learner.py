@@ -84,10 +84,16 @@ def live_in(batch):
     return batch.row_mask & np.array([len(set(r.tolist())) > 1 for r in rewards])
 
 
+@cache
+def learner_of(config):
+    """Compiled once for all who ask for these settings."""
+    return make_learner(CONFIG, VOCAB, config, TEMPERATURE, one_device())
+
+
 def accumulated_gradient(config, batch, live, ref=None, **changes):
     """What a step adds up over its micro-batches, and its metrics: read from Adam's first moment."""
     config = dataclasses.replace(config, max_grad_norm=1e9, **changes)
-    learner = make_learner(CONFIG, VOCAB, config, TEMPERATURE, one_device())
+    learner = learner_of(config)
     state, of_rows = learner.init(jax.tree.map(jnp.copy, params())), learner.advantages(batch)
     state, metrics = learner.step(state, Fixed({}, ref), batch, of_rows, np.float32(0), live)
     return jax.tree.map(lambda m: m / (1 - config.adam_b1), optax.tree.get(state.opt_state, "mu")), metrics

@@ -26,6 +26,8 @@ from cero_jax.sharding import MeshConfig
 from cero_jax.tasks.dataset import Dataset
 from cero_jax.warm_start import WarmStartConfig
 
+pytestmark = pytest.mark.usefixtures("one_length")
+
 PLAIN = ModelConfig(num_layers=2, width=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_width=24, qkv_bias=True)
 ADAPTED = dataclasses.replace(PLAIN, lora_rank=3, lora_alpha=6.0)
 SCALE, VOCAB, ROWS, WIDTH, LIMIT = 2.0, 12, 8, 4, 5

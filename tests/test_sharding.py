@@ -20,6 +20,8 @@ from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig, SamplingBatch, make_sampler, row_keys
 from cero_jax.sharding import MeshConfig
 
+pytestmark = pytest.mark.usefixtures("one_length")
+
 CONFIG = ModelConfig(num_layers=2, width=16, num_heads=4, num_kv_heads=2, head_dim=4, mlp_width=16)
 VOCAB, ROWS, PROMPTS, WIDTH, LIMIT = 12, 8, 4, 4, 6
 B1 = 0.9
