@@ -118,8 +118,8 @@ def evaluation(args: argparse.Namespace) -> None:
     before, began = _peak(), time.perf_counter()
     evaluate(sample, params, task, EvaluationConfig(samples=GROUP, rows=256), 0)
     number = sum(p.size for p in jax.tree.leaves(params)) / 1e6
-    print(f"{number:.0f}M parameters, {args.vocab} words, 256 rows in {args.slots or 256} slots, prompts of up to "
-          f"{task.heldout.longest} tokens at widths {widths}, {args.completion} tokens of completion: peak "
+    print(f"{number:.0f}M parameters, {args.vocab} words, 256 rows in {args.slots or 'default'} slots, prompts of up "
+          f"to {task.heldout.longest} tokens at widths {widths}, {args.completion} tokens of completion: peak "
           f"{_peak():.2f} GB, of which {before:.2f} before; {time.perf_counter() - began:.0f} s")  # fmt: skip
 
 
@@ -139,7 +139,7 @@ def main() -> None:
     add("--padded", type=int, nargs="*", default=[256, 1024], help="max_prompt_tokens to which prompts are padded")
     for name, default in (("rows", 16), ("completion", 64), ("vocab", 49_152), ("layers", 4), ("width", 256)):
         add(f"--{name}", type=int, default=default)
-    add("--slots", type=int, help="of the evaluation (default: all 256 rows)")
+    add("--slots", type=int, help="of the evaluation (default: as many as the sampler takes)")
     add("--repeats", type=int, default=3)
     args = parser.parse_args()
     if args.evaluation:

@@ -128,7 +128,9 @@ def run(folder: Path, cell: dict) -> dict:
         "after": evals[-1]["accuracy_by_label"],
         "rollouts": rollouts,
         "live_share": round(float(np.average([row["live_share"] for row in steps], weights=drawn)), 4),
-        "seconds": round(sum(value for row in timings for key, value in row.items() if key.endswith("_seconds")), 1),
+        "seconds": round(
+            sum(row.get(f"{part}_seconds", 0) for row in timings for part in ("sample", "learn", "eval")), 1
+        ),
     }
 
 

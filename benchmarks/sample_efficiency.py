@@ -123,7 +123,7 @@ def run(cell: dict, core: int, scratch: Path) -> dict:
     spent_seconds, curve = 0.0, []
     for row, timing in zip(rows, timings, strict=True):
         if row["kind"] == "step":
-            spent_seconds += sum(value for key, value in timing.items() if key.endswith("_seconds"))
+            spent_seconds += timing["sample_seconds"] + timing["learn_seconds"]
         elif row["kind"] == "eval":
             curve.append([row["spent"], row["optimizer_steps"], round(row["accuracy"], 5), round(spent_seconds, 2)])
     steps = [row for row in rows if row["kind"] == "step"]

@@ -18,7 +18,7 @@ from cero_jax.evaluation import EvaluationConfig
 from cero_jax.learner import LearnerConfig, microbatch_rows
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig
-from cero_jax.slots import cache_sizes
+from cero_jax.slots import cache_sizes, number_of_slots
 
 GB = 1e9
 
@@ -114,8 +114,10 @@ def _drawing(
     in_cache = 2 * c.num_layers * c.num_kv_heads * c.head_dim * jnp.dtype(c.compute_dtype).itemsize  # bytes a token
     if c.num_kv_heads % tensor == 0:
         in_cache //= tensor
-    slots = min(sampler.slots or rows, rows) // shards
     sizes = cache_sizes(prompt_widths, sampler.max_completion_tokens, sampler.window)
+    num_params = sum(p.size for p in jax.tree.leaves(model.abstract_params(c, vocab_size)))
+    held = {"config": c, "num_params": num_params, "places": sizes[-1], "row_shards": shards}
+    slots = number_of_slots(sampler.slots, rows, **held) // shards
     places = sum(sizes[-2:])  # it grows into a new one, with the old one beside it
     width, chunk = prompt_widths[-1], prefill.chunk_rows(c, prompt_widths, prompts, mesh)
     read = max(each // shards * prefill.row_bytes(c, width, 3, mesh) for width, each in chunk.items())

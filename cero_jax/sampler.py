@@ -25,7 +25,7 @@ from cero_jax.model import Cache, ModelConfig, Params
 from cero_jax.next_token import draw
 from cero_jax.prefill import Prefilled
 from cero_jax.settings import check
-from cero_jax.slots import Slots, cache_sizes, fill
+from cero_jax.slots import Slots, cache_sizes, fill, number_of_slots
 
 TAKEN = 32  # slots that are copied to the host together: of all, the tokens may be many MB a window
 EVAL_STEP = 2**32 - 1  # stands for the step in the keys of an evaluation: training never reaches it
@@ -44,7 +44,8 @@ class SamplerConfig:
     top_k: int = 0
     """Draw from this many likeliest tokens; 0 is off."""
     slots: int | None = None
-    """S, rollouts decoded at once; None: all of a sampling batch, so that no slot is filled twice."""
+    """S, rollouts decoded at once; None: 64 on each device, or more where their keys and values take no more memory
+    than the weights, or than 0.5 GB."""
     window: int = 64
     """Decode steps between two looks at which rollouts have ended."""
     allow_biased_ratio: bool = False
@@ -326,8 +327,8 @@ def make_sampler(
             prompts = read(params, tokens=np.zeros((number, width), np.int32), lengths=np.ones(number, np.int32))
             for size in (size for size in sizes if size >= width):
                 begin(empty(num_slots, size), prompts, seed, nothing)
-        slots = empty(num_slots, sizes[0])
-        for size in sizes:
+        slots = run_window(empty(num_slots, sizes[0]), params)
+        for size in sizes[1:]:
             slots = run_window(grow(slots, size), params)
         some(slots, np.zeros(TAKEN, np.int32))
 
@@ -346,9 +347,10 @@ def make_sampler(
     ) -> Rollouts:
         num_rows, num_prompts, limit = len(batch.row_mask), len(batch.prompt_lengths), config.max_completion_tokens
         widths = prompt_widths or (batch.prompt_tokens.shape[1],)
-        num_slots, sizes = min(config.slots or num_rows, num_rows), cache_sizes(widths, limit, config.window)
-        if num_slots % sharding.row_shards(mesh):
-            raise ValueError(f"{num_slots} slots must be a multiple of data x fsdp = {sharding.row_shards(mesh)}")
+        sizes, shards = cache_sizes(widths, limit, config.window), sharding.row_shards(mesh)
+        num_params = sum(p.size for p in jax.tree.leaves(params))
+        held = {"config": model_config, "num_params": num_params, "places": sizes[-1], "row_shards": shards}
+        num_slots = number_of_slots(config.slots, num_rows, **held)
         chunk_rows = prefill.chunk_rows(model_config, widths, num_prompts, mesh)
         reading = prefill.plan(batch.prompt_lengths, batch.prompt_of_row[batch.row_mask], chunk_rows)
         chunk_of_row = reading.chunk[batch.prompt_of_row]

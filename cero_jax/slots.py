@@ -9,8 +9,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from cero_jax.model import Cache
+from cero_jax.model import Cache, ModelConfig
 from cero_jax.prefill import Prefilled
+
+MANY = 64  # slots on a device that are never too many
+SMALL = 2**29  # bytes of a cache on a device that are never too many
 
 
 class Slots(NamedTuple):
@@ -70,3 +73,22 @@ def cache_sizes(widths: tuple[int, ...], limit: int, window: int) -> tuple[int, 
         if not kept or 1.25 * size <= kept[-1]:
             kept.append(size)
     return tuple(reversed(kept))
+
+
+def number_of_slots(
+    chosen: int | None, num_rows: int, *, config: ModelConfig, num_params: int, places: int, row_shards: int
+) -> int:
+    """S for `num_rows` rollouts: as many as `chosen`, or where it is None, as are worth their memory.
+
+    A decode step reads the weights and the cache once. Where the cache holds as much as the weights do, twice the
+    slots would draw a third more at most, for twice the memory. places: C at its longest. row_shards: devices that
+    share the rows.
+    Raises ValueError where the slots do not divide over those.
+    """
+    if chosen is None:
+        size = jnp.dtype(config.compute_dtype).itemsize
+        of_a_row = 2 * config.num_layers * config.num_kv_heads * config.head_dim * places * size
+        chosen = max(MANY, max(SMALL, num_params * size) // of_a_row) * row_shards
+    if (slots := min(chosen, num_rows)) % row_shards:
+        raise ValueError(f"{slots} slots must be a multiple of data x fsdp = {row_shards}")
+    return slots

@@ -12,7 +12,7 @@ from cero_jax import model, prefill, sharding
 from cero_jax import sampler as sampling
 from cero_jax.model import ModelConfig
 from cero_jax.sampler import SamplerConfig, SamplingBatch, make_sampler, row_keys
-from cero_jax.slots import cache_sizes
+from cero_jax.slots import cache_sizes, number_of_slots
 
 pytestmark = pytest.mark.usefixtures("strict_dtypes")
 
@@ -239,6 +239,24 @@ def test_steps_of_one_policy_are_drawn_together():
     for step in (3, 4):
         alone, here = sampler()(params(), SEED, np.uint32(step), batch), steps == step
         np.testing.assert_array_equal(both.tokens[here], alone.tokens[here])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rows", "places", "shards", "want"),
+    [
+        (None, 256, 107, 1, 109),  # SmolLM2-135M: 134.5M weights, 2 x 30 x 3 x 64 numbers a place
+        (None, 256, 107, 2, 218),
+        (None, 96, 107, 1, 96),
+        (None, 256, 8192, 1, 64),
+        (200, 256, 107, 1, 200),
+    ],
+)
+def test_as_many_slots_as_are_worth_their_memory(chosen, rows, places, shards, want):
+    shape = ModelConfig(30, 576, 9, 3, 64, 1536)
+    got = number_of_slots(chosen, rows, config=shape, num_params=134_515_008, places=places, row_shards=shards)
+    assert got == want
+    small = number_of_slots(None, 256, config=CONFIG, num_params=1, places=20, row_shards=1)
+    assert small == 256  # under 0.5 GB
 
 
 def test_cache_sizes_double_up_to_the_limit():
