@@ -79,7 +79,7 @@ def made_up_task(number: int) -> Task:
     answers = tuple(str(i + 3 * i % 1009) for i in range(number))
     tokens = np.frombuffer("".join(questions).encode(), np.uint8).astype(np.int32)  # as ByteTokenizer encodes them
     offsets = np.cumsum([0, *map(len, questions)], dtype=np.int64)
-    train = Prompts(questions, answers, tokens, offsets, ("all",) * number)
+    train = Prompts(questions, answers, tokens, offsets, ("all",) * number, longest=max(map(len, questions)))
     return Task(train, train, ByteTokenizer(), verify=lambda question, completion, answer: 0.0)
 
 
