@@ -41,7 +41,7 @@ def train(run: Run, state: State, cursor: Cursor) -> int:
     """Train until budget or patience is spent (returns 0), or a signal (128 + its number) or trouble (1) is met."""
     if run.ended(cursor):  # a run that had ended, started again
         return run.finish(state, cursor)
-    with closing(StopSignal()) as stop:
+    with closing(StopSignal()) as stop, closing(run.metrics):
         if cursor.accuracy is None:  # never evaluated: the point at 0 rollouts
             cursor = run.evaluate(state, cursor)
         while not (run.ended(cursor) or stop.agreed() or run.trouble(cursor)):

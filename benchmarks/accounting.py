@@ -1,6 +1,6 @@
 """Whole runs of every allocator with large budgets and many prompts: spent to the rollout, and never more.
 
-    python benchmarks/accounting.py --prompts 1000 1000000
+    python benchmarks/accounting.py --prompts 1000 1000000 --allocators knapsack variance
 
 Each run has 6 epochs, in which every second rollout is right. Bounds, sums and ledger are held against 64-bit integers;
 the script ends with status 1 where one of them is off by a rollout.
@@ -16,7 +16,7 @@ import numpy as np
 import cero_jax
 from cero_jax.allocator.ledger import MOST
 
-ALLOCATORS = (cero_jax.cero, cero_jax.uniform, cero_jax.variance, cero_jax.knapsack, cero_jax.cero_dual)
+ALLOCATORS = ("cero", "uniform", "variance", "knapsack", "cero_dual")
 BUDGETS = (2**24 + 1, 2**25, 2**25 + 9, 2**28 + 5, 2**30 + 7, MOST - 7, MOST)
 EPOCHS, LEAST = 6, 4
 
@@ -24,10 +24,11 @@ EPOCHS, LEAST = 6, 4
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, nargs="+", default=[1000, 1_000_000])
-    right = True
-    for num_prompts in parser.parse_args().prompts:
+    parser.add_argument("--allocators", nargs="+", choices=ALLOCATORS, default=ALLOCATORS)
+    args, right = parser.parse_args(), True
+    for num_prompts in args.prompts:
         largest = 3 * 2**31 // (EPOCHS * num_prompts)  # groups that can take in the largest budget, and no power of two
-        for make in ALLOCATORS:
+        for make in (getattr(cero_jax, name) for name in args.allocators):
             run = jax.jit(whole_run(make, num_prompts, largest))
             for budget in BUDGETS:
                 began = time.perf_counter()

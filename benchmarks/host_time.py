@@ -8,16 +8,19 @@
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 
 from cero_jax.config import AllocatorConfig, Config
 from cero_jax.data import Prompts, Task, epoch_order, prompts_hash
+from cero_jax.huggingface.chat_template import ChatTemplate
 from cero_jax.packing import plan
 from cero_jax.report.mechanism import epoch_row
 from cero_jax.report.read_run import prompt_history, read_run
@@ -28,6 +31,11 @@ from cero_jax.tasks.chain_sum import ChainSum
 from cero_jax.tokenizer import ByteTokenizer
 
 ROWS, MIN_GROUP, EPOCHS, STEPS = 1024, 4, 500, 4
+RENDERED = 10_000
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
 def main() -> None:
@@ -53,6 +61,11 @@ def measure(number: int, folder: Path) -> None:
     print(f"  {size / 2**20:8.1f} MB of prompts ({digest[:8]})")
     with printed("again, as a resume does"):
         write_settings(folder, config, task, digest)
+    with printed(f"once: {RENDERED:,} prompts rendered by a chat template, in its process"):
+        render = ChatTemplate(CHATML, {}, datetime.now())
+        for question in task.train.questions[:RENDERED]:
+            render([{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}])
+        del render  # waits for its process, whose time counts, too
     best("an epoch: order of the prompts", lambda: epoch_order(number, 0, 1))
     order, whole = epoch_order(number, 0, 1), np.full(number, 8, np.int32)
     sizes = {"rows_per_step": ROWS, "min_group": MIN_GROUP}
@@ -79,7 +92,7 @@ def made_up_task(number: int) -> Task:
     answers = tuple(str(i + 3 * i % 1009) for i in range(number))
     tokens = np.frombuffer("".join(questions).encode(), np.uint8).astype(np.int32)  # as ByteTokenizer encodes them
     offsets = np.cumsum([0, *map(len, questions)], dtype=np.int64)
-    train = Prompts(questions, answers, tokens, offsets, ("all",) * number)
+    train = Prompts(questions, answers, tokens, offsets, ("all",) * number, longest=max(map(len, questions)))
     return Task(train, train, ByteTokenizer(), verify=lambda question, completion, answer: 0.0)
 
 
@@ -107,9 +120,9 @@ def made_up_log(rng: np.random.Generator, number: int, folder: Path) -> None:
 
 @contextmanager
 def printed(what: str) -> Iterator[None]:
-    began = time.process_time()
+    began = sum(os.times()[:4])  # of this process, and of those that it waited for
     yield
-    print(f"  {time.process_time() - began:8.3f} s  {what}", flush=True)
+    print(f"  {sum(os.times()[:4]) - began:8.3f} s  {what}", flush=True)
 
 
 def best(what: str, function: Callable) -> None:

@@ -248,11 +248,11 @@ def from_command_line(args: list[str]) -> Config:
         sys.exit("usage: python train.py configs/NAME.py [--key=value ...]   (configs/NAME.py --help lists the keys)")
     if not Path(args[0]).is_file():
         there = ", ".join(sorted(str(path) for path in Path("configs").glob("*.py")))
-        sys.exit(f"no config file {args[0]}; there are: {there}")
+        sys.exit(f"error: no config file {args[0]}; there are: {there}")
     args = ["--dry-run=True" if arg == "--dry-run" else arg for arg in args]
     default = getattr(_load_file(Path(args[0]), again=True), "config", None)
     if not isinstance(default, Config):
-        sys.exit(f"{args[0]} must set `config` to a cero_jax.config.Config")
+        sys.exit(f"error: {args[0]} must set `config` to a cero_jax.config.Config")
     _refuse_unknown(args[1:], default)
     markers = (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)
     return tyro.cli(Config, default=default, args=args[1:], prog=f"train.py {args[0]}", config=markers)
@@ -302,6 +302,18 @@ def to_json(config: Config) -> dict:
     for name in ("task", "allocator"):
         plain[name] = {"class": _class_of(getattr(config, name))} | plain[name]
     return {"version": cero_jax.__version__} | plain
+
+
+def default_values(settings: Any) -> dict:
+    """The defaults of a dataclass's fields and of those nested in it, plain as in `to_json`; not of what has none."""
+    found = {}
+    for each in dataclasses.fields(settings):
+        value = getattr(settings, each.name)
+        if dataclasses.is_dataclass(value) and each.default is not None:
+            found[each.name] = default_values(value)
+        elif each.default is not dataclasses.MISSING:
+            found[each.name] = each.default
+    return json.loads(json.dumps(found, default=repr))
 
 
 def from_json(plain: dict) -> Config:

@@ -19,16 +19,12 @@ class Prompts(NamedTuple):
     tokens: np.ndarray  # [all] int32, of all prompts: prompt i has tokens[offsets[i] : offsets[i + 1]]
     offsets: np.ndarray  # [N + 1] int64, rising from 0
     labels: tuple[str, ...]  # [N] what a report groups by; "all" where the task knows nothing
+    longest: int  # tokens of the longest prompt, at least 1: Tp, the width that rows of any of them fit
 
     @property
     def lengths(self) -> np.ndarray:
         """[N] int32 >= 1, tokens of each prompt."""
         return np.diff(self.offsets).astype(np.int32)
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt: Tp, the width that rows of any of them fit."""
-        return int(np.diff(self.offsets).max(initial=1))
 
     def rows(self, ids: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         """The prompts `ids` [R] as rows: tokens [R, width] int32 with zeros behind them, and their lengths [R] int32.
@@ -96,7 +92,8 @@ def encode_prompts(
             raise ValueError(f"{where}: a prompt of {len(ids)} tokens, max_prompt_tokens={limit}: {mend}")
     offsets = np.fromiter(accumulate(map(len, encoded), initial=0), np.int64, len(encoded) + 1)
     tokens = np.fromiter(chain.from_iterable(encoded), np.int32, offsets[-1])
-    return Prompts(tuple(questions), tuple(answers), tokens, offsets, tuple(labels))
+    longest = max(map(len, encoded), default=1)
+    return Prompts(tuple(questions), tuple(answers), tokens, offsets, tuple(labels), longest)
 
 
 def prompts_hash(prompts: Prompts) -> str:

@@ -25,16 +25,31 @@ OTHERS = {  # how a file begins that holds no rows to be read -> what it is, and
     b"7z\xbc\xaf": "a 7z archive: unpack it",
     b"ARROW1": "an Arrow file: write it as Parquet",
     b"\xff\xff\xff\xff": "an Arrow stream: write it as Parquet",
-    b"\x80\x04\x95": "a Python pickle, which may run anything when it is read: write its rows as JSONL",
-    b"\x80\x05\x95": "a Python pickle, which may run anything when it is read: write its rows as JSONL",
+    b"\x04\x22\x4d\x18": "compressed by lz4: unpack it",
+    b"\x1f\x8b": "packed by gzip twice: unpack it once",  # where it was unpacked already
+    **dict.fromkeys(
+        (b"\x80\x02", b"\x80\x03", b"\x80\x04\x95", b"\x80\x05\x95"),
+        "a Python pickle, which may run anything when it is read: write its rows as JSONL",
+    ),
+    b"Obj\x01": "an Avro file: write it as Parquet",
+    b"FEA1": "a Feather file: write it as Parquet",
+    b"ORC": "an ORC file: write it as Parquet",
+    b"\xd0\xcf\x11\xe0": "a spreadsheet: export it as CSV",
+    b"%PDF": "a PDF document: give its rows as JSONL",
     b"\x93NUMPY": "a NumPy array: write its rows as JSONL",
     b"\x89HDF": "an HDF5 file: write its rows as JSONL",
     b"SQLite format 3": "an SQLite database: export a table as CSV",
+    b"\xff\xfe\x00\x00": "UTF-32 text: save it as UTF-8",
     b"\xff\xfe": "UTF-16 text: save it as UTF-8",
     b"\xfe\xff": "UTF-16 text: save it as UTF-8",
     b"version https://git-lfs": "Git's pointer to a large file, and not the file: fetch it with `git lfs pull`",
     b"<!doctype html": "a web page: download the file itself, not the page about it",
     b"<html": "a web page: download the file itself, not the page about it",
+}
+ENDINGS = {  # of a name, perhaps before .gz
+    ".tsv": "tab-separated text: save it as CSV",
+    ".tar": "a tar archive: unpack it",
+    ".tgz": "a tar archive: unpack it",
 }
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 
@@ -67,6 +82,9 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     begins, name = _beginning(path), path.name.lower()
     for mark, what in OTHERS.items():
         if begins.lower().startswith(mark.lower()):
+            raise ValueError(f"{path}: {what}")
+    for ending, what in ENDINGS.items():
+        if name.removesuffix(".gz").endswith(ending):
             raise ValueError(f"{path}: {what}")
     if begins.startswith(PARQUET) or name.endswith(".parquet"):
         return _read_parquet(path)

@@ -9,13 +9,12 @@ import socket
 import tempfile
 import time
 from pathlib import Path
-from typing import TextIO
 
 import jax
 
 from cero_jax import hosts
 from cero_jax.checkpoint import Cursor, put_aside
-from cero_jax.config import Config, flat, to_json
+from cero_jax.config import Config, default_values, flat, to_json
 from cero_jax.data import Task
 from cero_jax.metrics import FILES
 from cero_jax.terminal import say
@@ -54,7 +53,7 @@ SAID_ON_RESUME = {  # changeable too, but not without a word
     "task.verifier_memory_mb": _LIMITS,
 }
 SHARED_SECONDS = 5.0  # until a file that one host made has to be seen by the others
-_held: dict[Path, TextIO] = {}  # the locks of this process, by directory, until it ends
+_held: dict[Path, int] = {}  # the locks of this process, open files by directory, until it ends
 
 
 def check_resumable(cursor: Cursor, config: Config, prompts_hash: str) -> None:
@@ -95,8 +94,12 @@ def devices_here() -> str:
 
 
 def _changes(cursor: Cursor, config: Config) -> dict[str, str]:
-    """Each setting that differs from the saved run's, by its name, in words."""
-    before, now = flat(cursor.config), flat(to_json(config))
+    """Each setting that differs from the saved run's, by its name, in words.
+
+    One that is newer than the run counts as its default, which is what was done before there was such a setting.
+    """
+    now = flat(to_json(config))
+    before = {key: value for key, value in flat(default_values(config)).items() if key in now} | flat(cursor.config)
     return {
         key: f"{key} was {before.get(key)!r} and is {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -147,7 +150,7 @@ def check_free(run_dir: Path) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _in_use(run_dir, file) from None
+            raise _in_use(run_dir) from None
         except OSError:  # no locks here: a run says so
             return
 
@@ -212,25 +215,26 @@ def hold(run_dir: Path) -> None:
     Raises ValueError that names the process which holds it. One process may hold it twice, as after a run that failed.
     """
     path = run_dir / "lock"
-    if run_dir in _held and path.exists() and os.path.samestat(os.fstat(_held[run_dir].fileno()), path.stat()):
-        return
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (held)
+    if run_dir in _held:
+        if path.exists() and os.path.samestat(os.fstat(_held[run_dir]), path.stat()):
+            return
+        os.close(_held.pop(run_dir))  # the directory was made anew
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        with file:
-            raise _in_use(run_dir, file) from None
+        os.close(lock)
+        raise _in_use(run_dir) from None
     except OSError as error:
         say(f"warning: {run_dir}: no locks here ({error}): see that no other run uses it")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
-    file.flush()
-    _held[run_dir] = file
+    holder = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+    os.truncate(lock, 0)
+    os.write(lock, holder.encode())
+    _held[run_dir] = lock
 
 
-def _in_use(run_dir: Path, lock: TextIO) -> ValueError:
-    lock.seek(0)
-    holder = lock.read().strip() or "another process"
+def _in_use(run_dir: Path) -> ValueError:
+    holder = (run_dir / "lock").read_text(encoding="utf-8").strip() or "another process"
     return ValueError(f"{run_dir} is in use by {holder}: let that run end, or choose another --work-dir")
 
 

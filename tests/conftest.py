@@ -35,7 +35,9 @@ def strict_dtypes():
         yield
 
 
-@pytest.fixture
-def one_length(monkeypatch):
+@pytest.fixture(scope="module")
+def one_length():
     """A program for one length of a micro-batch, where what is tested does not hang on there being three."""
-    monkeypatch.setattr("cero_jax.learner.token_limits", lambda limit: (limit,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cero_jax.learner.token_limits", lambda limit: (limit,))
+        yield

@@ -249,25 +249,23 @@ SETTINGS = [
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_theorem_1_bounds_the_regret_of_any_proxies(setting):
-    assert excess_over_theorem_1(1500, **setting).max() <= 1e-5
+    assert excess_over_theorem_1(500, **setting).max() <= 1e-5
 
 
 def best_of_moving_rates(c, *, budget, capacity, nmax):
     """The best sum over rounds and two prompts of U(q_ik, z_ik) - U(q_ik, z_i,k-1), c [rounds, 2]: dynamic program."""
-    most = len(c) * nmax
-    value = np.zeros((most + 1, most + 1))  # of what is still to come, by the units of both so far
-    z = np.arange(most + 1)
-    for c1, c2 in c[::-1]:
-        after = np.full_like(value, -np.inf)
+    z = np.arange(len(c) * nmax + 1)
+    beyond = np.where(z[:, None] + z <= budget, 0.0, -np.inf)
+    value = beyond  # of what is still to come, by the units of both so far
+    for before in range(len(c))[::-1]:
+        (c1, c2), here = c[before], before * nmax + 1  # no prompt has more units yet
+        after = np.full((here, here), -np.inf)
         for n1, n2 in itertools.product(range(nmax + 1), repeat=2):
             if n1 + n2 > capacity:
                 continue
-            gain = -(np.exp(-c1 * z) * np.expm1(-c1 * n1))[:, None] - (np.exp(-c2 * z) * np.expm1(-c2 * n2))[None, :]
-            to = gain[: most + 1 - n1, : most + 1 - n2] + value[n1:, n2:]
-            within = z[n1:, None] + z[None, n2:] <= budget
-            held = after[: most + 1 - n1, : most + 1 - n2]
-            held[...] = np.maximum(held, np.where(within, to, -np.inf))
-        value = after
+            gain1, gain2 = (-np.exp(-c * z[:here]) * np.expm1(-c * n) for c, n in ((c1, n1), (c2, n2)))
+            np.maximum(after, gain1[:, None] + gain2 + value[n1 : n1 + here, n2 : n2 + here], out=after)
+        value = after + beyond[:here, :here]
     return value[0, 0]
 
 

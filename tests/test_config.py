@@ -266,7 +266,7 @@ def test_bad_input_is_one_line_and_not_a_traceback(tmp_path):
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: allocator.total_budget=2 is smaller than one group")
-    assert "no config file" in run_train("configs/nothing.py").stderr
+    assert run_train("configs/nothing.py").stderr.startswith("error: no config file configs/nothing.py; there are: ")
     assert "usage" in run_train().stderr
 
 

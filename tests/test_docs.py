@@ -202,6 +202,7 @@ def test_help_shows_the_settings_of_an_own_task(capsys):
     assert "that nothing can close" in shown
 
 
+@pytest.mark.usefixtures("one_length")
 def test_an_own_task_is_trained_resumed_evaluated_and_reported(tmp_path, capsys):
     sizes = [
         "--allocator.total-budget=64", "--allocator.num-epochs=2", "--task.num-prompts=16", "--task.num-heldout=8",

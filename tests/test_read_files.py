@@ -98,6 +98,10 @@ def test_what_gzip_packed_is_read_whatever_its_name(write, name):
         (pickle.dumps([{"a": 1}]), "a Python pickle, which may run anything"), (b"\x93NUMPY", "a NumPy array"),
         ('[{"a": 1}]'.encode("utf-16"), "UTF-16 text: save"), (b"SQLite format 3\x00", "an SQLite database"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "Git's pointer to a large file.*git lfs pull"),
+        (pickle.dumps([{"a": 1}], 2), "a Python pickle"), (b"Obj\x01\x04", "an Avro file"),
+        (b"FEA1\x00", "a Feather file"),
+        (b"ORC\n\x03", "an ORC file"), (b"\x04\x22\x4d\x18", "compressed by lz4"), (b"%PDF-1.4", "a PDF document"),
+        ("[]".encode("utf-32"), "UTF-32 text: save"), (gzip.compress(gzip.compress(b"[]")), "packed by gzip twice"),
         (b"<!DOCTYPE html>\n<html>", "a web page: download the file itself"),
         (gzip.compress(b"PAR1", mtime=0), "Parquet packed by gzip: unpack it"),
         (b"a,b\n1,2\n", r"1: broken JSON at column 1 .*\(rows are JSONL or a JSON array of objects, or CSV or Parquet"),
@@ -117,6 +121,15 @@ def test_a_file_that_holds_no_rows_is_named_for_what_it_is(write, name, content,
         rows(path)
     assert str(caught.value).startswith(f"{path}:")
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("rows.TSV", "tab-separated"), ("rows.tar.gz", "a tar archive"), ("rows.tgz", "a tar archive")],
+)
+def test_a_file_is_named_by_its_ending_where_its_content_does_not_tell(write, name, message):
+    with pytest.raises(ValueError, match=rf"{name}: {message}.*: "):
+        rows(write(b"question\tanswer\nq\t1\n", name))
 
 
 def test_a_file_that_begins_as_parquet_is_parquet(write):

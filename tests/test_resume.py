@@ -26,18 +26,14 @@ from cero_jax.tasks.dataset import Dataset
 
 ROOT = Path(__file__).parent.parent
 
-
-def run_in_process(*args):
-    command = [sys.executable, "-m", "tests.tiny_run", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+pytestmark = pytest.mark.usefixtures("one_length")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(one_length, tmp_path_factory):
     """An uninterrupted run; its folder's cache serves the others."""
     work_dir = tmp_path_factory.mktemp("runs") / "whole"
-    done = run_in_process(work_dir)
-    assert done.returncode == 0, done.stderr
+    assert train.main(tiny_config(work_dir)) == 0
     return work_dir
 
 
@@ -57,18 +53,13 @@ def test_kill_and_resume_is_bit_identical(whole):
         ("evaluation_sigterm", 1), ("plan_sigterm", 1), ("step", 3), ("half_line", 6), ("checkpoint_write", 1),
         ("before_checkpoint", 1), ("evaluation", 1), ("sigterm", 2), ("plan", 2), ("checkpoint_write", 2),
     ]  # fmt: skip
-    for point, count in ends:
-        done = run_in_process(cut, point, count)
-        assert done.returncode == (143 if point.endswith("sigterm") else -9), (
-            point,
-            count,
-            done.returncode,
-            done.stderr,
-        )
-        if point.endswith("sigterm"):
-            assert "the same command goes on" in done.stdout
-    done = run_in_process(cut)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "tests.tiny_run", str(cut), *(str(each) for end in ends for each in end)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, cwd=ROOT)
+    ended = re.findall(r"^(\w+) (\d+) ended with (-?\d+)$", done.stdout, re.MULTILINE)
+    wanted = [(point, str(count), "143" if point.endswith("sigterm") else "-9") for point, count in ends]
+    assert ended == wanted, done.stderr
+    assert done.stdout.count("the same command goes on") == sum(point.endswith("sigterm") for point, _ in ends)
+    assert train.main(tiny_config(cut)) == 0
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
     (cursor, state), (cursor_whole, state_whole) = runs_end(cut), runs_end(whole)
     assert cursor.spent == cursor_whole.spent == 240
@@ -79,8 +70,9 @@ def test_kill_and_resume_is_bit_identical(whole):
 BROKEN_SAVE = """
 import shutil
 from cero_jax.checkpoint import Checkpoints
-from tests.tiny_run import tiny_config
+from tests.tiny_run import one_length, tiny_config
 
+one_length()
 save, config = Checkpoints.save, tiny_config({work_dir!r}, checkpoint_every_steps=1)
 
 def save_into_a_file(self, cursor, state):
@@ -100,7 +92,7 @@ def test_a_failed_save_ends_the_run_with_one_message(whole):
     config_file.write_text(BROKEN_SAVE.format(work_dir=str(whole.parent / "broken")))
     done = subprocess.run(
         [sys.executable, "train.py", str(config_file)],
-        capture_output=True, text=True, timeout=100, cwd=ROOT,
+        capture_output=True, text=True, timeout=600, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if "error" in line.lower() or "traceback" in line.lower()]
@@ -131,10 +123,11 @@ def test_a_finished_run_says_so_and_an_extended_one_goes_on(whole, capsys):
 
 
 def test_what_is_read_of_a_run_is_what_it_ran_under(whole):
-    """Also where an earlier start, under other settings, died before it saved anything."""
+    """Also where an earlier start, under other settings, ended before it saved anything."""
     work_dir = whole.parent / "twice"
-    done = run_in_process(work_dir, "evaluation", 1)
-    assert done.returncode == -9
+    run, _, _ = runs.start(tiny_config(work_dir))
+    run.close()
+    assert json.loads((work_dir / "config.json").read_text())["seed"] == 0
     config = tiny_config(work_dir, task=FirstDigit(num_prompts=20, num_heldout=8), seed=1)
     run, _, _ = runs.start(config)
     run.close()
@@ -312,6 +305,33 @@ def test_a_setting_that_changes_no_mathematics_is_said_and_gone_on_with():
         other = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, **{name: value}))
         with pytest.raises(ValueError, match=f"sampler.{name} was .* and is {value}"):
             check_resumable(cursor, other, "h")
+
+
+def test_a_setting_newer_than_the_run_counts_as_its_default():
+    """Which is what was done before there was one: else no run could be gone on with under the next version."""
+    config = tiny_config("somewhere", task=Dataset(path="x.jsonl"))
+    saved = to_json(config)
+    del saved["overlong_tokens"], saved["learner"]["adam_eps"], saved["task"]["rewards"], saved["evaluation"]
+    del saved["allocator"]["prior"], saved["mesh"]["fsdp"]
+    cursor = Cursor(config=saved, prompts_hash="h")
+    check_resumable(cursor, config, "h")
+    assert changes_to_say(cursor, config) == []
+    other = dataclasses.replace(
+        config,
+        overlong_tokens=4,
+        learner=dataclasses.replace(config.learner, adam_eps=1e-5),
+        task=Dataset(path="x.jsonl", rewards="correct=1, format=1"),
+        allocator=dataclasses.replace(config.allocator, prior=(2.0, 1.0)),
+    )
+    refused = (
+        r"allocator.prior was None and is \[2.0, 1.0\]; learner.adam_eps was 1e-08 and is 1e-05; overlong_tokens was 0 "
+        r"and is 4; task.rewards was 'correct=1' and is 'correct=1, format=1'\. Give"
+    )
+    with pytest.raises(ValueError, match=refused):
+        check_resumable(cursor, other, "h")
+    gone = Cursor(config=to_json(config) | {"no_longer": True}, prompts_hash="h")
+    with pytest.raises(ValueError, match="no_longer was True and is None"):
+        check_resumable(gone, config, "h")
 
 
 @pytest.mark.parametrize("name", ["a[1]", "a*", "a?", "a\\b"])

@@ -33,7 +33,7 @@ ROWS, LIMIT, WIDTH = 8, 3, 4
 
 def make_task(verify):
     prompts = encode_prompts(QUESTIONS, ANSWERS, ["all"] * 3, TOKENIZER, WIDTH)
-    nothing = Prompts((), (), np.zeros(0, np.int32), np.zeros(1, np.int64), ())
+    nothing = Prompts((), (), np.zeros(0, np.int32), np.zeros(1, np.int64), (), longest=1)
     return Task(prompts, nothing, TOKENIZER, verify, None)
 
 

@@ -97,3 +97,10 @@ def test_the_sum_is_exact_at_a_million_prompts():
     n = whole_groups(jax.random.key(1), shares, jnp.ones(10**6, bool), budget, min_group=4, max_group=32)
     assert int(n.sum()) == int(budget)
     assert int(n.max()) <= 32
+
+
+def test_a_sum_far_off_the_shares_is_met_at_once_and_alike():
+    budget, valid = jnp.int32(2**31 - 5), jnp.ones(1000, bool)  # rollout by rollout it would take two million rounds
+    n = whole_groups(jax.random.key(0), jnp.ones(1000), valid, budget, min_group=4, max_group=2**22)
+    assert int(n.sum()) == int(budget)
+    assert int(n.max() - n.min()) <= 1

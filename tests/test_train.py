@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from cero_jax.report.read_run import read_run
 from cero_jax.report.summary import summarise
 from cero_jax.stop_signal import StopSignal
 from cero_jax.tasks.dataset import Dataset
+
+pytestmark = pytest.mark.usefixtures("one_length")
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +131,9 @@ class OfAllLengths(FirstDigit):
         return task._replace(train=without_dots(task.train), heldout=without_dots(task.heldout))
 
 
-def test_nothing_compiles_after_the_first_steps(folder):
+def test_nothing_compiles_after_the_first_steps(folder, monkeypatch):
     """Over later epochs, whose allocations and prompts' lengths differ, no jitted function compiles again."""
+    monkeypatch.setattr("cero_jax.learner.token_limits", lambda limit: (limit // 2, limit))
     shorter = dataclasses.replace(tiny_config("").sampler, max_completion_tokens=8)
     untaught = dataclasses.replace(tiny_config("").warm_start, num_steps=0)
     task = OfAllLengths(num_prompts=24, num_heldout=8)
@@ -341,3 +345,5 @@ def test_a_policy_that_is_not_a_number_is_said_before_a_rollout_is_spent(folder,
         train.main(config)
     assert rows_of(config.run_dir) == []
     assert not any((config.run_dir / "checkpoints").iterdir())
+    open_files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+    assert [path for path in open_files if path.startswith(f"{config.run_dir}/")] == [str(config.run_dir / "lock")]

@@ -1,6 +1,7 @@
-"""A run small enough to be killed and resumed many times: `python -m tests.tiny_run WORK_DIR [POINT COUNT]`.
+"""A run small enough to be killed and resumed many times: `python -m tests.tiny_run WORK_DIR [POINT COUNT]...`.
 
-With a POINT, the process ends itself there, at the COUNT-th time it passes: by SIGKILL, or by SIGTERM at one so named.
+For each POINT a process of its own runs, one after the other, and ends itself there, at the COUNT-th time it passes: by
+SIGKILL, or by SIGTERM at one so named. They are forked, which spares the imports.
 """
 
 import os
@@ -82,8 +83,19 @@ def end_at(point: str, count: int) -> None:
     setattr(owner, name, passing)
 
 
+def one_length():
+    """As the fixture of that name, in a process of its own."""
+    learner.token_limits = lambda limit: (limit,)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        end_at(sys.argv[2], int(sys.argv[3]))
-    hosts.join()
-    sys.exit(train.main(tiny_config(sys.argv[1])))
+    work_dir, *ends = sys.argv[1:]
+    for point, count in zip(ends[::2], ends[1::2], strict=True):
+        if (child := os.fork()) == 0:
+            one_length()
+            end_at(point, int(count))
+            sys.exit(train.main(tiny_config(work_dir)))
+        print(f"{point} {count} ended with {os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])}", flush=True)
+    if not ends:
+        hosts.join()
+        sys.exit(train.main(tiny_config(work_dir)))

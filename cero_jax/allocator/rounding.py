@@ -139,7 +139,10 @@ def _exactly(key, chosen: Array, valid: Array, wanted: Array, kept: Array, count
 
 
 def _balance(key, num_rollouts: Array, budget: Array, *, min_group: int, max_group: int) -> Array:
-    """Adds or takes single rollouts, within the bounds of the groups at hand, until they sum to the budget."""
+    """Adds or takes rollouts, within the bounds of the groups at hand, until they sum to the budget.
+
+    Every group takes as many as all can have, and then some, drawn by the key, one more: mostly that alone.
+    """
 
     def unequal(carry):
         return jnp.sum(carry[1], dtype=jnp.int32) != budget
@@ -148,7 +151,9 @@ def _balance(key, num_rollouts: Array, budget: Array, *, min_group: int, max_gro
         key, n = carry
         key, draw = jax.random.split(key)
         short = budget - jnp.sum(n, dtype=jnp.int32)
-        eligible = (n > 0) & jnp.where(short > 0, n < max_group, n > min_group)
-        return key, n + jnp.sign(short) * choose(draw, eligible, jnp.abs(short)).astype(jnp.int32)
+        room = jnp.where(n > 0, jnp.where(short > 0, max_group - n, n - min_group), 0)
+        each = jnp.abs(short) // jnp.maximum(jnp.sum(room > 0, dtype=jnp.int32), 1)
+        single = choose(draw, room > 0, jnp.abs(short)).astype(jnp.int32)
+        return key, n + jnp.sign(short) * jnp.where(each > 0, jnp.minimum(each, room), single)
 
     return jax.lax.while_loop(unequal, step, (key, num_rollouts))[1]

@@ -2,8 +2,8 @@ r"""Reward 1 for the right letter of a multiple choice, A to Z.
 
 The letter is looked for where an answer is marked (`cero_jax.rewards.find`: a box, "####", "answer is", "choice is");
 without a mark in the last line, if it holds nothing but a letter. It must come first there. These forms are read: B
-(B)  **B**  \text{B}  \( B \)  option B  B. 12 apples  (B) 12  B because. Two letters in one place ("A or B", "A. 5 or
-B. 6") are no answer. The time it takes grows linearly with the text.
+(B)  **B**  \text{B}  \( B \)  option B  B. 12 apples  (B) 12  B because  - B  > B. Two letters in one place ("A or B",
+"A. 5 or B. 6") are no answer. The time it takes grows linearly with the text.
 """
 
 import re
@@ -18,7 +18,7 @@ MAX_CHARS = 400  # of a place that are looked at
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathit|mathbf|mbox|bf|rm)\s*\{([^{}]*)\}")
 _SIGNS = re.compile(r"\\[()\[\]]|\\(?:bf|rm)(?![A-Za-z])|[*$`\"{}\u201c\u201d]|(?<![A-Za-z])_|_(?![A-Za-z])")
 _LETTER = re.compile(
-    r"[\s(:]*(?:(?:option|choice|letter)\s+\(?)?([A-Za-z])(?![A-Za-z0-9'])"
+    r"[\s(:]*(?:[>\u2022-]\s+\(?)?(?:(?:option|choice|letter)\s+\(?)?([A-Za-z])(?![A-Za-z0-9'])"
     r"(?:\s*[).:!?]+(?=\s|$)|,(?=\s[A-Za-z]{3})|\s*$|\s*\n|(?=\s+\()|(?=\s+(?:because|since|as|is|[-\u2014])\s))(.*)",
     re.DOTALL | re.IGNORECASE,
 )

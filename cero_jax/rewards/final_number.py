@@ -44,6 +44,7 @@ _MADE_PLAIN = (  # what is written -> tokens between blanks; in this order
 _BEFORE, _AFTER = "([{*'\"`$:;,!?", ")]}*'\"`$%.,;:!?"  # around a token, and no part of it
 _WORD = re.compile(r"[^0-9]*|[A-Za-z]+[0-9]{0,3}[A-Za-z]*(?:\^\{?-?[0-9]\}?)?")  # H2O, cm^2
 _DIGIT = re.compile("[0-9]")
+_NAMES = re.compile(r"(?:[,;]|\b(?:and|or)\b)[\s$]*[A-Za-z](?:_?\{?[0-9]\}?)?\s*=\s")  # x = 5, y = 6
 _SIGN_APART = re.compile(r"^\s*([-+])\s+(?=\$?\.?[0-9])")
 _OPERATOR = re.compile(r"[-+*/^<>|~x]+")  # before a number, after something: the number is an operand
 _LARGER = re.compile(r"[*/^|_(\[]+|.*\\.*|[xyznkibejqruvw]|pi|sqrt|squared|cubed|factorial")  # after a number
@@ -84,7 +85,10 @@ def read_gold(answer: str) -> Fraction | None:
 
 def one_number(place: str) -> Fraction | None:
     """The number of a place, behind its last "="; None where it holds another one, or more than numbers and words."""
-    text = _made_plain(place[:MAX_CHARS]).rpartition(" = ")[2]
+    text = _made_plain(place[:MAX_CHARS])
+    if _NAMES.search(text):
+        return None
+    text = text.rpartition(" = ")[2]
     tokens = _tokens(_SIGN_APART.sub(r"\1", text))
     at = [i for i, token in enumerate(tokens) if not _WORD.fullmatch(token)]
     values = {None if _is_part(tokens, i) else _value(tokens[i]) for i in at}
