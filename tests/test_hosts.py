@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -134,6 +135,46 @@ def test_a_process_joins_others_only_where_there_are_some():
         only_cpu | {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},
     ):  # in a script, outside of srun
         assert not hosts._in_a_cluster(alone)
+
+
+def test_who_waits_for_others_says_so_and_not_for_ever(monkeypatch, capsys):
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+    monkeypatch.setattr(hosts, "PATIENCE", 0.01)
+    with hosts._waiting({}):
+        pass
+    monkeypatch.setattr(hosts, "JOIN_SECONDS", 0.1)
+    with hosts._waiting({"coordinator_address": "host0:1234", "num_processes": 2, "process_id": 1}):
+        assert ended.wait(10)
+    here = f"process 1 of 2 on {socket.gethostname()}"
+    waits, gives_up = capsys.readouterr().err.splitlines()
+    assert waits == f"{here} waits for the others at host0:1234, 0.1 s at most"
+    assert gives_up.startswith(f"error: {here}: not all processes have come together at host0:1234 within 0.1 s: see")
+
+
+def test_a_process_that_cannot_join_says_why_and_does_not_run_alone(monkeypatch):
+    def refuses(error):
+        def initialize(**settings):
+            raise error
+
+        monkeypatch.setattr(jax.distributed, "initialize", initialize)
+
+    for name in hosts.BY_HAND:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hosts, "_in_a_cluster", lambda environment: True)
+    refuses(ValueError("coordinator_address should be defined."))
+    hosts.join()  # libtpu without a TPU: alone, as on any machine
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "host0")
+    hosts.join()
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "host0,host1")
+    with pytest.raises(ValueError, match="TPU_WORKER_HOSTNAMES=host0,host1: JAX cannot join the other .*ValueError"):
+        hosts.join()
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES")
+    refuses(jax.errors.JaxRuntimeError("UNKNOWN: Failed to start RPC server"))
+    for name, value in zip(hosts.BY_HAND, ("host0:1234", "2", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"'host0:1234'.*: JAX cannot join .*Failed to start RPC server"):
+        hosts.join()
 
 
 def saved_arrays(run_dir):
