@@ -58,8 +58,8 @@ def join() -> None:
             return  # libtpu is installed, and there is no TPU
         there = f"TPU_WORKER_HOSTNAMES={named}" if "," in named else given or "on this cluster"
         raise ValueError(
-            f"{there}: JAX cannot join the other processes ({type(error).__name__}: {error}): see that process 0's port "
-            "is free there, that jax[tpu] is installed on TPU hosts, and that they have their chips"
+            f"{there}: JAX cannot join the other processes ({type(error).__name__}: {error}): see that process 0's "
+            "port is free there, that jax[tpu] is installed on TPU hosts, and that they have their chips"
         ) from error
     if not leads():
         logging.getLogger("cero_jax").setLevel(logging.ERROR)

@@ -167,7 +167,7 @@ def test_a_process_that_cannot_join_says_why_and_does_not_run_alone(monkeypatch)
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "host0")
     hosts.join()
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "host0,host1")
-    with pytest.raises(ValueError, match="TPU_WORKER_HOSTNAMES=host0,host1: JAX cannot join the other .*ValueError"):
+    with pytest.raises(ValueError, match=r"TPU_WORKER_HOSTNAMES=host0,host1: JAX cannot join the other .*ValueError"):
         hosts.join()
     monkeypatch.delenv("TPU_WORKER_HOSTNAMES")
     refuses(jax.errors.JaxRuntimeError("UNKNOWN: Failed to start RPC server"))
