@@ -19,7 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from hosts import ROOT, Ended, first_difference, made, start, steps_of
+from hosts import ROOT, Ended, address, first_difference, made, spawn, start, steps_of
 
 AT_MOST = 60  # seconds, in which the others end
 HANGS = """
@@ -56,7 +56,7 @@ def config_of(case: str, folder: Path):
             allocator=AllocatorConfig(total_budget=96, num_epochs=3, min_group=2, max_group=8),
             sampler=SamplerConfig(max_completion_tokens=6),
         )
-    changes = {"split": {"mesh": MeshConfig(fsdp=2)}}.get(case, {})
+    changes = {"split": {"mesh": MeshConfig(fsdp=2)}, "profiled": {"profile_steps": "2:4"}}.get(case, {})
     config = hosts_config(folder / "run", **changes)
     if case == "many":
         import dataclasses
@@ -204,6 +204,39 @@ def gone(folder: Path, what: str, process: int, point: str = "log", count: int =
     return 0 < took < AT_MOST and 0 not in end.statuses and end.at[process] > 0 and alike
 
 
+def restarted(folder: Path, most: int = 10) -> bool:
+    """Each process is started again two seconds after it fails, as Kubernetes does; one is killed in its first life."""
+    before, where = never_stopped(folder), address()
+    folder.mkdir(parents=True)
+    command = [sys.executable, __file__, "--child", "small", "2", str(folder)]
+    events, began, lives = ["", "SIGKILL:1:log:10"], time.time(), [1, 1]
+    processes = [spawn([*command, events[index]], folder, where, index, 2, 2) for index in range(2)]
+    while any((status := process.poll()) is None or status for process in processes) and max(lives) <= most:
+        for index, process in enumerate(processes):
+            if process.poll():  # it has failed
+                time.sleep(2)
+                processes[index] = spawn([*command, ""], folder, where, index, 2, 2)
+                lives[index] += 1
+        time.sleep(0.1)
+    for process in processes:
+        process.kill()
+    alike = [process.wait() for process in processes] == [0, 0] and made(folder) == made(before)
+    print(
+        f"process 1 killed, and each started again as it fails: {lives} lives, {time.time() - began:.0f} s, the end is "
+        f"{'that of the run never stopped, to the bit' if alike else 'ANOTHER'}",
+        flush=True,
+    )
+    return alike
+
+
+def profiled(folder: Path) -> bool:
+    """A trace of steps 2 and 3, by each process."""
+    end = started("profiled", folder)
+    sizes = {str(path.relative_to(folder / "run")): path.stat().st_size for path in folder.rglob("*.xplane.pb")}
+    print(f"traces: statuses {end.statuses}, bytes {sizes}", flush=True)
+    return end.statuses == [0, 0] and len(sizes) == 2
+
+
 def absent(folder: Path, process: int) -> bool:
     """One process is never started: the other says so, and ends."""
     end = started("small", folder, absent=process)
@@ -307,11 +340,13 @@ FAULTS = {
     "stopped": lambda folder: gone(folder, "SIGSTOP", 1),
     "stopped_first": lambda folder: gone(folder, "SIGSTOP", 0),
     "full": lambda folder: gone(folder, "full", 1, "save", 1, "split"),
+    "restarted": restarted,
     "absent": lambda folder: absent(folder, 1),
     "absent_first": lambda folder: absent(folder, 0),
     "damaged": damaged,
     "hang": hang,
     "elastic": elastic,
+    "profiled": profiled,
     "exchange": exchange,
     "overhead": overhead,
 }

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 # --- a process of a run ---
@@ -101,6 +102,27 @@ class Ended(NamedTuple):
     began: float
 
 
+def address() -> str:
+    """Where processes may come together: a port that is free."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return f"localhost:{found.getsockname()[1]}"
+
+
+def spawn(command: list[str], folder: Path, where: str, index: int, processes: int, devices: int) -> subprocess.Popen:
+    """Start one of so many processes, of so many devices in all. What it prints is added to printed-INDEX."""
+    settings = {
+        "JAX_PLATFORMS": "cpu",
+        "NPROC": "8",  # fixes the size of XLA's thread pool, and with it the bits of a matrix product
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
+        "PYTHONPATH": f"{ROOT / 'tests'}:{folder}",
+    }
+    if processes > 1:
+        settings |= dict(zip(BY_HAND, (where, str(processes), str(index)), strict=True))
+    with open(folder / f"printed-{index}", "a") as output:
+        return subprocess.Popen(command, cwd=ROOT, env=os.environ | settings, stdout=output, stderr=output)
+
+
 def start(
     program: str | Path, case: str, folder: Path, processes: int, devices: int, *more: str, absent: int | None = None
 ) -> Ended:
@@ -110,27 +132,11 @@ def start(
     and all have two minutes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        address = f"localhost:{found.getsockname()[1]}"
-    several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)} if processes > 1 else {}
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "NPROC": "8",  # fixes the size of XLA's thread pool, and with it the bits of a matrix product
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}",
-        "PYTHONPATH": f"{ROOT / 'tests'}:{folder}",
-    }
-    command = [sys.executable, str(program), "--child", case, str(devices), str(folder), *more]
-    outputs, started, here = [], [], [index for index in range(processes) if index != absent]
-    began = time.time()
+    began, where, here = time.time(), address(), [index for index in range(processes) if index != absent]
     for index in here:
-        outputs.append(open(folder / f"printed-{index}", "w+"))  # noqa: SIM115 (closed below)
-        own = {"JAX_PROCESS_ID": str(index)} if several else {}
-        started.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=os.environ | settings | several | own, stdout=outputs[-1], stderr=outputs[-1]
-            )
-        )
+        (folder / f"printed-{index}").unlink(missing_ok=True)
+    command = [sys.executable, str(program), "--child", case, str(devices), str(folder), *more]
+    started = [spawn(command, folder, where, index, processes, devices) for index in here]
     ended, until = [0.0] * len(here), began + 3600
     while (running := [i for i in range(len(here)) if not ended[i]]) and time.time() < until:
         for index in running:
@@ -142,12 +148,8 @@ def start(
         time.sleep(0.05)
     for process in started:
         process.kill()
-    printed = []
-    for output in outputs:
-        output.seek(0)
-        printed.append(output.read())
-        output.close()
-    return Ended([process.wait() for process in started], ended, printed, began)
+    statuses = [process.wait() for process in started]
+    return Ended(statuses, ended, [(folder / f"printed-{index}").read_text() for index in here], began)
 
 
 def made(folder: Path) -> dict[str, str]:
