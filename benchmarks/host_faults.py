@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from hosts import ROOT, Ended, address, first_difference, made, spawn, start, steps_of
 
@@ -61,7 +62,8 @@ def config_of(case: str, folder: Path):
     if case == "many":
         import dataclasses
 
-        task = dataclasses.replace(config.task, num_prompts=MANY * config.task.num_prompts)
+        task: Any = config.task
+        task = dataclasses.replace(task, num_prompts=MANY * task.num_prompts)
         config = dataclasses.replace(config, task=task)
     return config
 

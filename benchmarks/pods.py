@@ -23,7 +23,7 @@ import heapq
 import json
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from compiled import ROOT, SHAPES, V5E, V5P, Target, devices, find_compilers
@@ -189,6 +189,7 @@ def memory_needed(name: str, pod: Target, fsdp: int, tensor: int, rows: int, slo
     from cero_jax.model import ModelConfig
     from cero_jax.sampler import SamplerConfig
 
+    shape: dict[str, Any]
     shape, vocab = SHAPES[name]
     return memory.estimate(
         ModelConfig(compute_dtype="bfloat16", remat=True, **shape),

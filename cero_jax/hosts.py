@@ -48,7 +48,10 @@ def join() -> None:
         return
     # The run has handlers of its own; JAX's would take SIGTERM away from them.
     jax.config.update("jax_enable_preemption_service", False)
-    limits = {"heartbeat_timeout_seconds": HEARTBEAT_SECONDS, "initialization_timeout": JOIN_SECONDS + 60}
+    limits: dict[str, Any] = {
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+        "initialization_timeout": JOIN_SECONDS + 60,  # `_waiting` ends it first
+    }
     try:
         with _waiting(given):
             jax.distributed.initialize(**given, **limits)
