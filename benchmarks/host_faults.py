@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hosts import ROOT, Ended, address, first_difference, made, spawn, start, steps_of
+from hosts import Ended, address, first_difference, made, spawn, start, steps_of
 
 AT_MOST = 60  # seconds, in which the others end
 HANGS = """
@@ -39,23 +39,19 @@ MANY = 100  # times the prompts
 def config_of(case: str, folder: Path):
     """The config of the small run, or of one like it."""
     from cero_jax.config import AllocatorConfig
-    from cero_jax.sampler import SamplerConfig
     from cero_jax.sharding import MeshConfig
     from cero_jax.tasks.dataset import Dataset
-    from tests.tiny_run import tiny_config
     from tests.two_hosts import hosts_config
 
     if case == "hang":
         (folder / "hangs.py").write_text(HANGS)
         rows = folder / "rows.jsonl"
-        rows.write_text("\n".join(json.dumps({"question": f"{i} + 1 =", "answer": str(i + 1)}) for i in range(12)))
+        rows.write_text("\n".join(json.dumps({"question": f"{i} + 1 =", "answer": str(i + 1)}) for i in range(28)))
         verifier = {"verifier": "hangs:on_one", "verifier_seconds": 1.0}
-        return tiny_config(
+        return hosts_config(
             folder / "run",
             task=Dataset(path=str(rows), max_prompt_tokens=12, num_heldout=4, **verifier),
-            model_folder=str(ROOT / "tests/fixtures/qwen2"),
-            allocator=AllocatorConfig(total_budget=96, num_epochs=3, min_group=2, max_group=8),
-            sampler=SamplerConfig(max_completion_tokens=6),
+            allocator=AllocatorConfig(total_budget=48, num_epochs=3, min_group=2, max_group=8),
         )
     changes = {"split": {"mesh": MeshConfig(fsdp=2)}, "profiled": {"profile_steps": "2:4"}}.get(case, {})
     config = hosts_config(folder / "run", **changes)
