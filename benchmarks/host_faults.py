@@ -28,7 +28,7 @@ import os, time
 def on_one(question, completion, answer):
     if os.environ.get("JAX_PROCESS_ID") == "1":
         time.sleep(1000)
-    return float(len(completion) % 2 == 0)
+    return float(int(completion) % 3 == 0)
 """
 MANY = 100  # times the prompts
 
@@ -40,19 +40,13 @@ def config_of(case: str, folder: Path):
     """The config of the small run, or of one like it."""
     from cero_jax.config import AllocatorConfig
     from cero_jax.sharding import MeshConfig
-    from cero_jax.tasks.dataset import Dataset
-    from tests.two_hosts import hosts_config
+    from tests.two_hosts import JudgedInAPool, hosts_config
 
     if case == "hang":
         (folder / "hangs.py").write_text(HANGS)
-        rows = folder / "rows.jsonl"
-        rows.write_text("\n".join(json.dumps({"question": f"{i} + 1 =", "answer": str(i + 1)}) for i in range(28)))
-        verifier = {"verifier": "hangs:on_one", "verifier_seconds": 1.0}
-        return hosts_config(
-            folder / "run",
-            task=Dataset(path=str(rows), max_prompt_tokens=12, num_heldout=4, **verifier),
-            allocator=AllocatorConfig(total_budget=48, num_epochs=3, min_group=2, max_group=8),
-        )
+        judged = JudgedInAPool(num_prompts=24, num_heldout=8, traces=str(folder), verifier="hangs:on_one")
+        budget = AllocatorConfig(total_budget=48, num_epochs=3, min_group=2, max_group=8)
+        return hosts_config(folder / "run", task=judged, allocator=budget)
     changes = {"split": {"mesh": MeshConfig(fsdp=2)}, "profiled": {"profile_steps": "2:4"}}.get(case, {})
     config = hosts_config(folder / "run", **changes)
     if case == "many":

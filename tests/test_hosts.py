@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,13 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 from two_hosts import STOPPED_AFTER, hosts_config
 
 import train
-from cero_jax import diagnostics, hosts, run, sharding
-from cero_jax.checkpoint import is_key
+from cero_jax import hosts, sharding
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,25 +72,6 @@ def test_what_one_process_knows_all_know_and_what_fails_in_one_fails_in_all(two)
     assert first["read"]
     assert "the work directory /proc/self/cwd/runs of process 0 is not that of process 1" in first["not_shared"]
     assert first["other_settings"].startswith("ValueError: process 1 has seed=1, process 0 0: give all the same")
-
-
-def test_what_two_processes_left_is_the_same_to_one_device_and_to_four(two, monkeypatch):
-    """State and ledger, and who gets the rollouts of an epoch that is allocated from there."""
-    runs, found = two[0] / "runs", []
-    for number in (1, 2, 4):
-        work_dir = shutil.copytree(runs / "two", runs / f"on-{number}")
-        with monkeypatch.context() as patch:
-            patch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:number]))
-            this, state, cursor = run.start(hosts_config(work_dir))
-        counts, after = this.allocate(state.allocator)
-        this.close()
-        assert counts.sharding.num_devices == number
-        assert cursor.devices == f"1 process(es), {jax.device_count()} device(s)"
-        assert diagnostics(state.allocator)["spent"] == cursor.spent > 0
-        assert counts.sum() > 0
-        leaves = jax.tree.leaves((state, counts, after))
-        found.append([np.asarray(jax.random.key_data(x) if is_key(x) else x).tobytes() for x in leaves])
-    assert found[0] == found[1] == found[2]
 
 
 @pytest.fixture
