@@ -354,7 +354,7 @@ def fail_at_once(*expected: type[Exception]) -> NoReturn:
     try:
         if hosts.is_broken_off(error):
             why = str(error).partition("\n")[0][:200]
-            say(f"error: another process is gone ({why}): JAX will say which, by its number in the run's first line")
+            say(f"error: another process is gone ({why}): JAX will say which, by its number: {hosts.names()}")
             hosts.wait_for_the_dead()
         elif isinstance(error, expected):
             say(f"error: {hosts.noted(error)}")

@@ -34,6 +34,7 @@ PATIENCE, JOIN_SECONDS = 20, 300  # until a process says that it waits for other
 HEARTBEAT_SECONDS = 40  # without a sign of life, after which a process is taken for dead
 BROKEN_OFF = ("UNKNOWN: ", "UNAVAILABLE: ", "INTERNAL: ", "ABORTED: ", "CANCELLED: ", "DEADLINE_EXCEEDED: ")
 AT_FIRST = 1024  # bytes that an exchange takes in its first message: most need no second
+_joined: list[str] = []  # the host of each process of this run, and its devices
 
 
 def join() -> None:
@@ -67,8 +68,13 @@ def join() -> None:
     if not leads():
         logging.getLogger("cero_jax").setLevel(logging.ERROR)
     here = f"{socket.gethostname()} (pid {os.getpid()}, {jax.local_device_count()} x {jax.devices()[0].device_kind})"
-    joined = ", ".join(f"{index} on {each}" for index, each in enumerate(each_has(lambda: here)))
-    tell(f"{jax.process_count()} processes, {jax.device_count()} devices: {joined}")
+    _joined[:] = each_has(lambda: here)
+    tell(f"{jax.process_count()} processes, {jax.device_count()} devices: {names()}")
+
+
+def names() -> str:
+    """The number and the host of each process that has joined, in words."""
+    return ", ".join(f"{index} on {each}" for index, each in enumerate(_joined))
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from two_hosts import STOPPED_AFTER, hosts_config
 
 import train
 from cero_jax import hosts, sharding
+from cero_jax.checkpoint import fail_at_once
 
 ROOT = Path(__file__).parent.parent
 
@@ -140,9 +141,9 @@ def test_a_process_joins_others_only_where_there_are_some():
 def test_who_waits_for_others_says_so_and_not_for_ever(monkeypatch, capsys):
     ended = threading.Event()
     monkeypatch.setattr(os, "_exit", lambda status: ended.set())
-    monkeypatch.setattr(hosts, "PATIENCE", 0.01)
     with hosts._waiting({}):
         pass
+    monkeypatch.setattr(hosts, "PATIENCE", 0.01)
     monkeypatch.setattr(hosts, "JOIN_SECONDS", 0.1)
     with hosts._waiting({"coordinator_address": "host0:1234", "num_processes": 2, "process_id": 1}):
         assert ended.wait(10)
@@ -175,6 +176,23 @@ def test_a_process_that_cannot_join_says_why_and_does_not_run_alone(monkeypatch)
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"'host0:1234'.*: JAX cannot join .*Failed to start RPC server"):
         hosts.join()
+
+
+def test_a_collective_that_breaks_off_names_all_hosts_and_waits_for_jax_to_say_which(monkeypatch, capsys):
+    monkeypatch.setattr(hosts, "_joined", ["host0 (pid 7, 1 x cpu)", "host1 (pid 8, 1 x cpu)"])
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    waited = []
+    monkeypatch.setattr(hosts.time, "sleep", waited.append)
+    monkeypatch.setattr(os, "_exit", lambda status: waited.append(f"status {status}"))
+    try:
+        raise RuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer\nand more")
+    except RuntimeError:
+        fail_at_once(ValueError)
+    assert waited == [hosts.HEARTBEAT_SECONDS + 15, "status 1"]
+    assert capsys.readouterr().err == (
+        "error: another process is gone (UNKNOWN: Gloo AllGather failed: Connection reset by peer): JAX will say "
+        "which, by its number: 0 on host0 (pid 7, 1 x cpu), 1 on host1 (pid 8, 1 x cpu)\n"
+    )
 
 
 def saved_arrays(run_dir):
