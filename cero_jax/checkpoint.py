@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -157,6 +157,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_not_from_orbax)
+        _hush_closed_loops()
         self._directory, self._read_only = directory, read_only
         self._passed_over: set[int] = set()
         arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SPLIT_FROM)
@@ -343,6 +344,22 @@ def _in_short(error: Exception) -> str:
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     """Orbax logs what it raises too, with a traceback from each of its threads, and asyncio does from each task."""
     return record.levelno < logging.WARNING or not ("orbax" in record.pathname or "orbax" in record.getMessage())
+
+
+@cache  # once is enough
+def _hush_closed_loops() -> None:
+    """Let nothing be printed of a loop that is closed.
+
+    Where several arrays are damaged, Orbax closes its event loop at the first, and TensorStore then has nobody to tell
+    of the others: Python would print a traceback for each.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def fail_at_once(*expected: type[Exception]) -> NoReturn:
