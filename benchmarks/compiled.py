@@ -123,7 +123,7 @@ class Program(NamedTuple):
 
 def main() -> None:
     args = _arguments()
-    _find_compilers(args.libtpu, args.cuda)
+    find_compilers(args.libtpu, args.cuda)
     for config in args.configs:
         for name in args.targets:
             for mesh in args.meshes or [_usual_mesh(config, TARGETS[name])]:
@@ -153,7 +153,7 @@ def _usual_mesh(config: str, target: Target) -> tuple[int, int, int]:
     return 1, target.chips // tensor, tensor
 
 
-def _find_compilers(libtpu: Path | None, cuda: Path | None) -> None:
+def find_compilers(libtpu: Path | None, cuda: Path | None) -> None:
     """Put the compilers where jax looks for them. To be called before jax is imported."""
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}

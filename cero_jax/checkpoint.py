@@ -16,7 +16,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -157,6 +157,7 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_not_from_orbax)
+        _hush_closed_loops()
         self._directory, self._read_only = directory, read_only
         self._passed_over: set[int] = set()
         arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SPLIT_FROM)
@@ -345,6 +346,22 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return record.levelno < logging.WARNING or not ("orbax" in record.pathname or "orbax" in record.getMessage())
 
 
+@cache  # once is enough
+def _hush_closed_loops() -> None:
+    """Let nothing be printed of a loop that is closed.
+
+    Where several arrays are damaged, Orbax closes its event loop at the first, and TensorStore then has nobody to tell
+    of the others: Python would print a traceback for each.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def fail_at_once(*expected: type[Exception]) -> NoReturn:
     """Print the exception being handled, in one line where it is `expected`, and end the process with status 1.
 
@@ -354,7 +371,7 @@ def fail_at_once(*expected: type[Exception]) -> NoReturn:
     try:
         if hosts.is_broken_off(error):
             why = str(error).partition("\n")[0][:200]
-            say(f"error: another process is gone ({why}): JAX will say which, by its number in the run's first line")
+            say(f"error: another process is gone ({why}): JAX will say which, by its number: {hosts.names()}")
             hosts.wait_for_the_dead()
         elif isinstance(error, expected):
             say(f"error: {hosts.noted(error)}")

@@ -140,9 +140,11 @@ def main(args: Sequence[str] | None = None) -> None:
         result = evaluate(policy.sample, policy.params, policy.task, config.evaluation, given["seed"], *scale)
         output = local_path(given["output"] or str(Path(given["run"]) / f"samples-{policy.spent}.jsonl"))
         hosts.of_first(partial(write_samples, output, result.samples))
-    except (OSError, ValueError, FloatingPointError) as error:
-        if hosts.several():
+    except Exception as error:
+        if hosts.several():  # of whatever kind it is: the others may be waiting
             fail_at_once(OSError, ValueError, FloatingPointError)
+        if not isinstance(error, OSError | ValueError | FloatingPointError):
+            raise
         parser.error(printable(str(error)))
     hosts.tell(scores_table(result.scores))
     say_once(f"{policy.spent:,} rollouts spent; {len(result.samples):,} samples to read in {output}")

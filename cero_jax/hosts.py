@@ -16,44 +16,94 @@ import logging
 import os
 import pickle
 import socket
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from cero_jax.terminal import say
+
 T = TypeVar("T")
 
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+PATIENCE, JOIN_SECONDS = 20, 300  # until a process says that it waits for others; until it ends
 HEARTBEAT_SECONDS = 40  # without a sign of life, after which a process is taken for dead
 BROKEN_OFF = ("UNKNOWN: ", "UNAVAILABLE: ", "INTERNAL: ", "ABORTED: ", "CANCELLED: ", "DEADLINE_EXCEEDED: ")
 AT_FIRST = 1024  # bytes that an exchange takes in its first message: most need no second
+_joined: list[str] = []  # the host of each process of this run, and its devices
 
 
 def join() -> None:
     """Join the other processes of this run, where there are others, and once; before anything touches a device.
 
     Where JAX sees a cluster (a TPU pod, Slurm, Open MPI) it knows the rest; else all of BY_HAND are given in the
-    environment. Raises ValueError where only some of them are, or they are no numbers.
+    environment. Raises ValueError where only some of them are, they are no numbers, or JAX cannot join the others. Ends
+    the process, in one line, where they do not come.
     """
     given = _given_by_hand(os.environ)
     if jax.distributed.is_initialized() or not (given or _in_a_cluster(os.environ)):
         return
     # The run has handlers of its own; JAX's would take SIGTERM away from them.
     jax.config.update("jax_enable_preemption_service", False)
+    limits: dict[str, Any] = {
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+        "initialization_timeout": JOIN_SECONDS + 60,  # `_waiting` ends it first
+    }
     try:
-        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
-    except ValueError:
-        if given:
-            raise
-        return  # libtpu is installed, and there is no TPU
+        with _waiting(given):
+            jax.distributed.initialize(**given, **limits)
+    except Exception as error:  # a port in use, a package that is missing, metadata that do not come
+        named = os.environ.get("TPU_WORKER_HOSTNAMES", "")
+        if isinstance(error, ValueError) and not given and "," not in named:
+            return  # libtpu is installed, and there is no TPU
+        there = f"TPU_WORKER_HOSTNAMES={named}" if "," in named else given or "on this cluster"
+        raise ValueError(
+            f"{there}: JAX cannot join the other processes ({type(error).__name__}: {error}): see that process 0's "
+            "port is free there, that jax[tpu] is installed on TPU hosts, and that they have their chips"
+        ) from error
     if not leads():
         logging.getLogger("cero_jax").setLevel(logging.ERROR)
     here = f"{socket.gethostname()} (pid {os.getpid()}, {jax.local_device_count()} x {jax.devices()[0].device_kind})"
-    joined = ", ".join(f"{index} on {each}" for index, each in enumerate(each_has(lambda: here)))
-    tell(f"{jax.process_count()} processes, {jax.device_count()} devices: {joined}")
+    _joined[:] = each_has(lambda: here)
+    tell(f"{jax.process_count()} processes, {jax.device_count()} devices: {names()}")
+
+
+def names() -> str:
+    """The number and the host of each process that has joined, in words."""
+    return ", ".join(f"{index} on {each}" for index, each in enumerate(_joined))
+
+
+@contextlib.contextmanager
+def _waiting(given: dict[str, Any]) -> Iterator[None]:
+    """Say after a while that the others are waited for, and end the process where they do not come.
+
+    JAX says nothing while it waits, and then ends the process with a trace of its own calls.
+    """
+    me = f"process {given['process_id']} of {given['num_processes']}" if given else "this process"
+    who = f"{me} on {socket.gethostname()}"
+    where = f"at {given['coordinator_address']}" if given else "that the cluster names"
+
+    def give_up() -> None:
+        say(
+            f"error: {who}: not all processes have come together {where} within {JOIN_SECONDS} s: see that each is "
+            "started, by what its log says, and that all can reach process 0 there"
+        )
+        os._exit(1)
+
+    patience = threading.Timer(PATIENCE, say, [f"{who} waits for the others {where}, {JOIN_SECONDS} s at most"])
+    timers = patience, threading.Timer(JOIN_SECONDS, give_up)
+    for timer in timers:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        for timer in timers:
+            timer.cancel()
 
 
 def _given_by_hand(environment: Mapping[str, str]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ class Clock:
 
 
 class Profile:
-    """A trace of the steps that "10:12" names, for TensorBoard or Perfetto, by each process on its own host."""
+    """A trace of the steps that "10:12" names, for TensorBoard or Perfetto, by each process into its own folder."""
 
     def __init__(self, steps: str | None, folder: Path):
         self._first, self._end = parsed(steps)

@@ -310,7 +310,7 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         metrics=hosts.alike(lambda: MetricsWriter(directory, cursor.metrics_position) if writes else Unwritten()),
         progress=Progress(total=config.allocator.total_budget, initial=cursor.spent) if writes else Unwritten(),
         clock=Clock(),
-        profile=Profile(config.profile_steps, directory / "profile"),
+        profile=Profile(config.profile_steps, directory / "profile" / f"process-{jax.process_index()}"),
     )
     held, total = len(task.heldout.questions), config.allocator.total_budget
     hosts.tell(

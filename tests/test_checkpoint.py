@@ -7,8 +7,10 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from cero_jax import checkpoint
 from cero_jax.checkpoint import LAYOUT, Checkpoints, Cursor, Damaged, _damage_named, put_aside
 from cero_jax.checksums import checksums, text_checksum
 from cero_jax.run import saved_start
@@ -343,3 +346,13 @@ def test_names_put_aside_are_never_taken_twice(tmp_path):
         put_aside(tmp_path / "x")
     found = {path.name: path.read_text() for path in (tmp_path / "put_aside").iterdir()}
     assert found == {"x": "one", "x-2": "two", "x-3": "three"}
+
+
+def test_what_comes_from_a_closed_loop_is_not_printed_and_all_else_is(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", heard.append)
+    checkpoint._hush_closed_loops.__wrapped__()
+    others = [SimpleNamespace(exc_value=error) for error in (RuntimeError("another"), ValueError("and this"), None)]
+    for each in (*others, SimpleNamespace(exc_value=RuntimeError("Event loop is closed"))):
+        sys.unraisablehook(each)
+    assert heard == others

@@ -24,6 +24,7 @@ import yaml
 import train
 from cero_jax import evaluate
 from cero_jax.config import from_command_line
+from cero_jax.hosts import BY_HAND
 from cero_jax.report import __main__ as report
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,3 +236,34 @@ def test_an_own_allocator_spends_its_budget_where_its_rule_says():
 @pytest.mark.parametrize("name", [".github/workflows/test.yml", ".pre-commit-config.yaml", "CITATION.cff"])
 def test_what_others_programs_read_is_yaml(name):
     assert yaml.safe_load((ROOT / name).read_text())
+
+
+def test_the_manifests_for_kubernetes_are_whole_and_their_commands_parse():
+    blocks = re.findall(r"^```text\n(apiVersion: .*?)^```$", (ROOT / "docs/clusters.md").read_text(), re.M | re.DOTALL)
+    jobs = {each["kind"]: each["spec"] for block in blocks for each in yaml.safe_load_all(block)}
+    assert set(jobs) == {"JobSet", "Service", "Job"}
+    for job in (jobs["Job"], jobs["JobSet"]["replicatedJobs"][0]["template"]["spec"]):
+        assert job["completions"] == job["parallelism"]
+        pod = job["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["command"][:2] == ["python", "train.py"]
+        (devices,) = container["resources"]["limits"].values()
+        mesh = from_command_line(container["command"][2:]).mesh
+        assert mesh.fsdp == job["completions"] * devices
+        assert [each["name"] for each in container["volumeMounts"]] == [each["name"] for each in pod["volumes"]]
+    given = {each["name"]: each.get("value") for each in jobs["Job"]["template"]["spec"]["containers"][0]["env"]}
+    assert set(given) == set(BY_HAND)
+    assert given["JAX_NUM_PROCESSES"] == str(jobs["Job"]["completions"])
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docker/*.Dockerfile")), ids=lambda path: path.stem)
+def test_a_container_gets_what_exists_and_what_the_package_needs(path):
+    copied = re.findall(r"^COPY (.+) \S+$", path.read_text(), re.M)
+    assert {"pyproject.toml", "README.md", "LICENSE", "cero_jax", "train.py", "configs"} <= set(
+        " ".join(copied).split()
+    )
+    let_in = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[0] == "!"}
+    for name in " ".join(copied).split():
+        assert (ROOT / name).exists()
+        assert name in let_in
+    from_command_line(ast.literal_eval(re.findall(r"^CMD (.+)$", path.read_text(), re.M)[0]))

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from two_hosts import STOPPED_AFTER, hosts_config
 
 import train
 from cero_jax import hosts, sharding
+from cero_jax.checkpoint import fail_at_once
 
 ROOT = Path(__file__).parent.parent
 
@@ -134,6 +136,63 @@ def test_a_process_joins_others_only_where_there_are_some():
         only_cpu | {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"},
     ):  # in a script, outside of srun
         assert not hosts._in_a_cluster(alone)
+
+
+def test_who_waits_for_others_says_so_and_not_for_ever(monkeypatch, capsys):
+    ended = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+    with hosts._waiting({}):
+        pass
+    monkeypatch.setattr(hosts, "PATIENCE", 0.01)
+    monkeypatch.setattr(hosts, "JOIN_SECONDS", 0.1)
+    with hosts._waiting({"coordinator_address": "host0:1234", "num_processes": 2, "process_id": 1}):
+        assert ended.wait(10)
+    here = f"process 1 of 2 on {socket.gethostname()}"
+    waits, gives_up = capsys.readouterr().err.splitlines()
+    assert waits == f"{here} waits for the others at host0:1234, 0.1 s at most"
+    assert gives_up.startswith(f"error: {here}: not all processes have come together at host0:1234 within 0.1 s: see")
+
+
+def test_a_process_that_cannot_join_says_why_and_does_not_run_alone(monkeypatch):
+    def refuses(error):
+        def initialize(**settings):
+            raise error
+
+        monkeypatch.setattr(jax.distributed, "initialize", initialize)
+
+    for name in hosts.BY_HAND:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(hosts, "_in_a_cluster", lambda environment: True)
+    refuses(ValueError("coordinator_address should be defined."))
+    hosts.join()  # libtpu without a TPU: alone, as on any machine
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "host0")
+    hosts.join()
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "host0,host1")
+    with pytest.raises(ValueError, match=r"TPU_WORKER_HOSTNAMES=host0,host1: JAX cannot join the other .*ValueError"):
+        hosts.join()
+    monkeypatch.delenv("TPU_WORKER_HOSTNAMES")
+    refuses(jax.errors.JaxRuntimeError("UNKNOWN: Failed to start RPC server"))
+    for name, value in zip(hosts.BY_HAND, ("host0:1234", "2", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"'host0:1234'.*: JAX cannot join .*Failed to start RPC server"):
+        hosts.join()
+
+
+def test_a_collective_that_breaks_off_names_all_hosts_and_waits_for_jax_to_say_which(monkeypatch, capsys):
+    monkeypatch.setattr(hosts, "_joined", ["host0 (pid 7, 1 x cpu)", "host1 (pid 8, 1 x cpu)"])
+    monkeypatch.setattr(hosts, "several", lambda: True)
+    waited = []
+    monkeypatch.setattr(hosts.time, "sleep", waited.append)
+    monkeypatch.setattr(os, "_exit", lambda status: waited.append(f"status {status}"))
+    try:
+        raise RuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer\nand more")
+    except RuntimeError:
+        fail_at_once(ValueError)
+    assert waited == [hosts.HEARTBEAT_SECONDS + 15, "status 1"]
+    assert capsys.readouterr().err == (
+        "error: another process is gone (UNKNOWN: Gloo AllGather failed: Connection reset by peer): JAX will say "
+        "which, by its number: 0 on host0 (pid 7, 1 x cpu), 1 on host1 (pid 8, 1 x cpu)\n"
+    )
 
 
 def saved_arrays(run_dir):

@@ -1,5 +1,9 @@
 """Where the time of a step goes, stalls by name, and which steps a profiler traces."""
 
+import gzip
+import json
+
+import jax.numpy as jnp
 import pytest
 
 from cero_jax import pace
@@ -66,3 +70,14 @@ def test_the_steps_named_are_traced_once(monkeypatch, tmp_path):
     for wrong in ("10", "12:10", "a:b", "3:3", "-1:2"):
         with pytest.raises(ValueError, match=f"profile_steps='{wrong}' must be FIRST:END, such as 10:12"):
             parsed(wrong)
+
+
+def test_a_trace_holds_what_was_run_meanwhile(tmp_path):
+    profile = Profile("0:1", tmp_path)
+    profile.at(0)
+    jnp.ones(3).sum().block_until_ready()
+    profile.at(1)
+    (trace,) = tmp_path.rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert any("reduce_sum" in event.get("name", "") for event in events)
+    assert next(tmp_path.rglob("*.xplane.pb")).stat().st_size > 0

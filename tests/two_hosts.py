@@ -15,6 +15,7 @@ import train
 from cero_jax import evaluate, hosts, metrics, run_directory, sharding, warm_start
 from cero_jax.config import Config
 from cero_jax.rewards import RIGHT, WRONG, Verdict
+from cero_jax.rewards.pool import Pool
 from cero_jax.sampler import SamplerConfig
 from cero_jax.tasks.chain_sum import ChainSum
 from cero_jax.tokenizer import AlphabetTokenizer
@@ -49,6 +50,17 @@ class JudgedSomewhere(ChainSum):
             return Verdict(float(right), RIGHT if right else WRONG, completion)
 
         return task._replace(tokenizer=EveryTokenEnds("0123456789.="), verify=verify)
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgedInAPool(JudgedSomewhere):
+    """Judged by a function module:function, in processes of its own that have a second for each."""
+
+    verifier: str = ""
+
+    def build(self, seed, tokenizer=None):
+        task = super().build(seed, tokenizer)
+        return task._replace(verify=None, verify_many=Pool(self.verifier, seconds=1.0).many)
 
 
 def hosts_config(work_dir, **changes) -> Config:
