@@ -52,6 +52,8 @@ def main(args: Sequence[str] | None = None) -> None:
             for run in parsed.runs:
                 print(printable(describe(read_run(run))), end="\n\n")
             print(printable(str(picture)))
+    except ModuleNotFoundError as error:
+        parser.error(f"{error}: the picture needs it (pip install matplotlib); --html, --serve and --prompt do not")
     except (OSError, ValueError) as error:
         parser.error(printable(str(error)))
 

@@ -320,9 +320,8 @@ def read_samples(
     """
     samples: dict[int, deque[dict[str, Any]]] = {}
     for sample in _whole_rows(run.path / "samples.jsonl"):
-        prompt = sample.get("prompt_id")
-        if sample["kind"] == "train" and (prompts is None or prompt in prompts):
-            samples.setdefault(prompt, deque(maxlen=most)).append(sample)
+        if sample["kind"] == "train" and (prompts is None or sample["prompt_id"] in prompts):
+            samples.setdefault(sample["prompt_id"], deque(maxlen=most)).append(sample)
     return samples
 
 
