@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test test-integrations check bench clean
+.PHONY: train test test-integrations check docs bench clean
 
 train: $(VENV)/.train  ## set up, run the main job, show it learn (about three minutes on two cores)
 	$(RUN) train.py configs/chain_sum.py
@@ -17,10 +17,14 @@ test-integrations: $(VENV)-trl/.made $(VENV)-tunix/.made  ## the allocator insid
 	$(VENV)-trl/bin/python -m pytest --confcutdir=tests/integrations tests/integrations/test_trl.py
 	$(VENV)-tunix/bin/python -m pytest --confcutdir=tests/integrations tests/integrations/test_tunix.py
 
-check: $(VENV)/.check  ## format, lint, types
+check: $(VENV)/.check docs  ## format, lint, types, the documents as a site, the notebook that trains
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
+	$(RUN) -m tests.notebooks docs/notebooks/small_run.ipynb
+
+docs: $(VENV)/.check  ## the documents as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 bench: $(VENV)/.train  ## the first figures of docs/results.md (hours)
 	$(RUN) benchmarks/sample_efficiency.py
@@ -50,4 +54,4 @@ $(VENV)-tunix/.made: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-trl $(VENV)-tunix runs
+	rm -rf $(VENV) $(VENV)-trl $(VENV)-tunix runs site

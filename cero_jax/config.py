@@ -31,6 +31,7 @@ from cero_jax.sharding import MeshConfig
 from cero_jax.warm_start import WarmStartConfig
 
 ALLOCATORS = ("cero", "uniform", "cero_dual", "variance", "knapsack")
+INSTALLED = Path(__file__).parent / "configs"  # a copy, or in a clone a link
 _FILE = "config file "  # begins the name of a module that is a user's file
 
 
@@ -242,15 +243,19 @@ def check_seed(seed: int) -> None:
 def from_command_line(args: list[str]) -> Config:
     """The config of a file, `configs/NAME.py`, with overrides: ["configs/chain_sum.py", "--seed=3"].
 
+    Where there is no such file, as without a clone, a config of that name that is installed with the package is meant.
     An unknown key is refused with the nearest names; --help lists all with units and defaults. Exits on bad usage.
     """
     if not args or args[0].startswith("-"):
         sys.exit("usage: python train.py configs/NAME.py [--key=value ...]   (configs/NAME.py --help lists the keys)")
-    if not Path(args[0]).is_file():
-        there = ", ".join(sorted(str(path) for path in Path("configs").glob("*.py")))
+    file = Path(args[0])
+    if not file.is_file() and file.parent == Path("configs"):
+        file = INSTALLED / file.name
+    if not file.is_file():
+        there = ", ".join(sorted(f"configs/{path.name}" for path in INSTALLED.glob("*.py")))
         sys.exit(f"error: no config file {args[0]}; there are: {there}")
     args = ["--dry-run=True" if arg == "--dry-run" else arg for arg in args]
-    default = getattr(_load_file(Path(args[0]), again=True), "config", None)
+    default = getattr(_load_file(file, again=True), "config", None)
     if not isinstance(default, Config):
         sys.exit(f"error: {args[0]} must set `config` to a cero_jax.config.Config")
     _refuse_unknown(args[1:], default)

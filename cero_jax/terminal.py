@@ -4,11 +4,11 @@ import contextlib
 import sys
 from typing import Any
 
-from tqdm import tqdm
-
 
 def say(text: str) -> None:
     """Write to stderr, above the line that moves. Where nobody can read it any more, the run goes on all the same."""
+    from tqdm import tqdm  # only here: the allocator's own commands do without
+
     with contextlib.suppress(OSError):
         tqdm.write(text, file=sys.stderr)
 

@@ -1,18 +1,27 @@
 """A prompt's history against the allocator itself; the page: what is in it, and that no completion breaks out."""
 
+import base64
+import contextlib
+import hashlib
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+import threading
+from http.client import HTTPConnection
 
 import numpy as np
 import pytest
 
 import cero_jax
 from cero_jax.allocator.posterior import fitted_prior
-from cero_jax.report.html import page_data, write_page
-from cero_jax.report.read_run import prompt_history, read_run, read_samples, replay
+from cero_jax.report import __main__ as command
+from cero_jax.report.curves import seconds, stretches
+from cero_jax.report.html import MAX_PROMPTS, MAX_VISITS, as_json, page, page_data, write_page
+from cero_jax.report.read_run import MAX_LABELS, allocation, prompt_history, read_run, read_samples, replay
+from cero_jax.report.serve import server
 
 N, DISCOUNT = 6, 0.8
 HOSTILE = "</script><script>document.title='BROKEN'</script><!-- <b>bold</b> \u2028 ${x} `\\"
@@ -34,7 +43,8 @@ def run(tmp_path):
         rows.append(
             {"kind": "step", "step": step, "epoch": step // 3, "spent": spent, "prompt_ids": ids.tolist(),
              "num_rollouts": rollouts.tolist(), "num_correct": correct.tolist(), "num_evidence": evidence.tolist(),
-             "live_share": 0.5, "reward": 0.25, "entropy": 1.5}
+             "live_share": 0.5, "reward": 0.25, "entropy": 1.5,
+             "grad_norm": float("nan") if step == 1 else 0.5, "loss": -0.001}
             | ({"rewards": {"correct": 0.2, "format": 0.5}} if step else {})
         )  # fmt: skip
         samples += [
@@ -69,6 +79,14 @@ def run(tmp_path):
     (tmp_path / "prompts.json").write_text(json.dumps(prompts))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in samples) + '{"kind": "tr')
+    # Batches of two steps: the phases of a batch stand in its last row.
+    timings = [
+        {"kind": "step", "step": row["step"], "spent": row["spent"], "sample_seconds": 1.0, "learn_seconds": 0.5}
+        | ({"phase_seconds": {"draw": 2.0, "verify": 0.5, "learn": 1.0, "host": 0.25}} if row["step"] % 2 else {})
+        for row in rows[:-1]
+    ]
+    timings.append({"kind": "eval", "step": 12, "spent": spent, "eval_seconds": 3.0})
+    (tmp_path / "timings.jsonl").write_text("".join(json.dumps(row) + "\n" for row in timings))
     return read_run(tmp_path), state
 
 
@@ -115,28 +133,219 @@ def test_a_prompts_history_to_read(run):
             prompt_history(run, prompt)
 
 
+def lines(data: dict, title: str) -> dict[str, list]:
+    (picture,) = (each for each in data["runs"][0]["pictures"] if each["title"].startswith(title))
+    return picture["lines"]
+
+
 def test_the_page_holds_everything_and_asks_the_network_for_nothing(run, tmp_path):
     run, _ = run
-    write_page(run, tmp_path / "page.html")
+    write_page([run], tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert page.count("</script>") == 1
+    assert page.count("</script>") == 2  # the data, and the program
     assert not re.search(r"(src|href)=|@import|url\(|fetch\(", page)
-    start = page.index("const run = ") + len("const run = ")
-    assert json.JSONDecoder().raw_decode(page, start)[0] == json.loads(json.dumps(page_data(run)))
-    data = page_data(run)
-    assert len(data["prompts"]) == N
-    assert data["prompts"][0]["question"] == f"question 0 {HOSTILE}"
-    assert len(data["prompts"][0]["samples"]) == min(4, len(read_samples(run)[0]))
-    assert list(data["accuracy"]) == ["all", "a", "b"]
-    assert [[len(line) for line in data["parts"].values()], len(data["entropy"])] == [[11, 11], 12]
-    assert data["parts"]["format"][0] == [data["reward"][1][0], 0.5]
-    assert len(data["mechanism"]["ahead"]) == 3  # the fourth epoch may be under way
+    (shown,) = re.findall(r'id="data">(.*?)</script>', page, re.DOTALL)
+    assert json.loads(shown) == json.loads(as_json(page_data([run])))
+    data = page_data([run])
+    (of_run,) = data["runs"]
+    assert len(of_run["prompts"]) == of_run["number"] == N
+    assert of_run["prompts"][0]["question"] == f"question 0 {HOSTILE}"
+    assert len(of_run["prompts"][0]["samples"]) == min(4, len(read_samples(run)[0]))
+    assert list(lines(data, "Held-out accuracy")) == ["all", "a", "b"]
+    reward = lines(data, "Mean reward")
+    assert [len(line) for line in reward.values()] == [12, 11, 11]
+    assert reward["format"][0] == [reward[""][1][0], 0.5]
+    assert [len(lines(data, title)[""]) for title in ("Entropy", "Norm", "Loss")] == [12, 11, 12]  # without the nan
+    assert len(of_run["mechanism"]["ahead"]) == 3  # the fourth epoch may be under way
+    assert of_run["settings"]["allocator.discount"] == str(DISCOUNT)
+    rollouts = [sum(row["num_rollouts"]) for row in run.steps]
+    assert sum(row[3] for row in of_run["population"]) == sum(rollouts)
+    assert [sum(row[i] for row in of_run["population"]) for i in (1, 2)] == [N, 1]
+
+
+def test_the_browser_is_told_to_run_the_pages_own_program_alone(run, tmp_path):
+    run, _ = run
+    write_page([run], tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', html)
+    (program,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(program.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert policy.startswith("default-src 'none'")
+    assert "connect-src" not in policy
+
+
+def test_time_by_phase_is_of_a_step_whatever_a_batch_holds(run):
+    run, _ = run
+    phases = lines(page_data([run]), "Seconds a step")
+    assert {name: line[0][1] for name, line in phases.items()} == {
+        "draw": 1.0, "verify": 0.25, "learn": 0.5, "host": 0.125
+    }  # fmt: skip
+    assert page_data([run])["runs"][0]["seconds"] == {
+        "draw": 12.0, "verify": 3.0, "learn": 6.0, "host": 1.5, "evaluate": 3.0
+    }  # fmt: skip
+    early = [{"kind": "step", "spent": 4, "sample_seconds": 1.0, "learn_seconds": 0.5}]  # of an earlier commit
+    assert seconds(early) == {"draw and verify": 1.0, "learn": 0.5, "evaluate": 0}
+
+
+def test_stretches_keep_the_mean_and_leave_out_what_is_no_number():
+    points = [(float(i), float(i % 7)) for i in range(1000)]
+    short = stretches([*points, (1000.0, float("nan")), (1001.0, float("inf"))])
+    assert len(short) == 60
+    parts = np.array_split(np.array(points), 60)
+    np.testing.assert_allclose(short, [part.mean(axis=0) for part in parts], rtol=1e-5)
+    assert stretches([(1, 2.5)]) == [[1.0, 2.5]]
+    assert stretches([]) == []
+
+
+def test_several_runs_have_names_that_tell_them_apart(run):
+    run, _ = run
+    other = run._replace(config=run.config | {"seed": 1})
+    names = [each["name"] for each in page_data([run, other])["runs"]]
+    assert names == ["cero, seed 0", "cero, seed 1"]
+    moved = run._replace(path=run.path / "copy")
+    (run.path / "copy").mkdir()
+    assert [each["name"] for each in page_data([run, moved])["runs"]] == [run.path.name, "copy"]
+
+
+def test_a_hundred_thousand_prompts_are_a_page_that_a_browser_bears(run):
+    """It had 93 MB."""
+    run, _ = run
+    rng, number = np.random.default_rng(0), 100_000
+    steps = tuple(
+        run.steps[0] | {"step": i, "epoch": i // 4, "spent": 32_000 * (i + 1), "num_rollouts": [8] * 4000,
+        "prompt_ids": np.sort(rng.choice(number - 1, 4000, replace=False)).tolist(),
+        "num_correct": rng.binomial(8, 0.5, 4000).tolist(), "num_evidence": [8] * 4000}
+        for i in range(8)
+    )  # fmt: skip
+    texts = tuple(f"question {i} {'x' * 3000}" for i in range(number))
+    large = run._replace(
+        labels=tuple(f"kind {i % 30}" for i in range(number)), steps=steps, questions=texts, answers=texts
+    )
+    (data,) = (whole := page_data([large]))["runs"]
+    assert len(page(whole)) < 8e6
+    assert data["number"] == number
+    assert 0.9 * MAX_PROMPTS <= len(data["prompts"]) <= MAX_PROMPTS
+    drawn = np.zeros(number, int)
+    for row in steps:
+        drawn[row["prompt_ids"]] += 8
+    shown = [prompt["id"] for prompt in data["prompts"]]
+    assert shown == sorted(set(shown))
+    assert (
+        np.sort(drawn)[-MAX_PROMPTS // 2] <= np.sort(drawn[shown])[-MAX_PROMPTS // 2]
+    )  # the most drawn are among them
+    assert all(prompt["rollouts"] == drawn[prompt["id"]] for prompt in data["prompts"])
+    assert sum(row[3] for row in data["population"]) == drawn.sum()  # figures are of all
+    assert len(data["map"]["labels"]) == MAX_LABELS
+    assert sum(data["map"]["of_prompts"]) == pytest.approx(1)
+
+
+def test_kinds_of_the_fewest_prompts_share_a_row(run):
+    run, _ = run
+    labels = tuple(f"kind {i}" for i in range(20)) + tuple(f"kind {i}" for i in range(5, 15)) * 2
+    where = allocation(run._replace(labels=labels))
+    assert where.labels == (*(f"kind {i}" for i in (0, *range(5, 15))), "9 other kinds")
+    np.testing.assert_allclose(where.share.sum(axis=0), 1)
+    assert where.of_prompts[-1] == pytest.approx(9 / 40)
+
+
+def test_a_prompts_last_visits_are_shown_and_the_others_counted(run):
+    run, _ = run
+    steps = tuple(run.steps[0] | {"step": i, "spent": 8 * (i + 1), "prompt_ids": [2], "num_rollouts": [8],
+                  "num_correct": [i % 9], "num_evidence": [8]} for i in range(100))  # fmt: skip
+    prompt = page_data([run._replace(steps=steps)])["runs"][0]["prompts"][2]
+    assert prompt["visited"] == 100
+    assert [visit[1] for visit in prompt["visits"]] == [8 * (i + 1) for i in range(100 - MAX_VISITS, 100)]
 
 
 def test_texts_are_clipped(run):
     run, _ = run
-    (clipped,) = {p["question"] for p in page_data(run._replace(questions=("x" * 10**6,) * N))["prompts"]}
+    (clipped,) = {p["question"] for p in page_data([run._replace(questions=("x" * 10**6,) * N)])["runs"][0]["prompts"]}
     assert len(clipped) < 1600
+
+
+@contextlib.contextmanager
+def served(*run_dirs):
+    """The port of a server of these runs."""
+    with server([str(each) for each in run_dirs], 0) as serving:
+        thread = threading.Thread(target=serving.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield serving.server_address
+        finally:
+            serving.shutdown()
+            thread.join()
+
+
+def answer(address, path: str, **headers) -> tuple[int, dict, bytes]:
+    connection = HTTPConnection(*address, timeout=30)
+    connection.request("GET", path, headers=headers)
+    response = connection.getresponse()
+    return response.status, dict(response.headers), response.read()
+
+
+def test_a_served_run_is_shown_as_it_goes_on(run):
+    run, _ = run
+    metrics = run.path / "metrics.jsonl"
+    with served(run.path) as address:
+        status, headers, page = answer(address, "/")
+        assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+        assert b"connect-src 'self'" in page
+        assert b'fetch("data.json"' in page
+        _, headers, body = answer(address, "/data.json")
+        assert json.loads(body)["runs"][0]["spent"] == run.steps[-1]["spent"]
+        assert answer(address, "/data.json", **{"If-None-Match": headers["ETag"]})[::2] == (304, b"")
+        step = run.steps[-1] | {"step": 12, "spent": run.steps[-1]["spent"] + 16}
+        with metrics.open("a") as file:
+            file.write(json.dumps(step)[:40])  # half of it is on the disk
+        late = json.loads(answer(address, "/data.json")[2])
+        assert "half-written" in late["state"]
+        assert late["runs"][0]["spent"] == run.steps[-1]["spent"]
+        with metrics.open("a") as file:
+            file.write(json.dumps(step)[40:] + "\n")
+        status, _, body = answer(address, "/data.json", **{"If-None-Match": headers["ETag"]})
+        assert (status, json.loads(body)["runs"][0]["spent"]) == (200, step["spent"])
+        assert "state" not in json.loads(body)
+
+
+def test_a_server_gives_nothing_but_the_page_and_to_this_machine_alone(run):
+    run, _ = run
+    with served(run.path) as address:
+        assert address[0] == "127.0.0.1"
+        elsewhere = ("/config.json", "/../config.json", "/%2e%2e/config.json", f"/{run.path}/config.json", "/?x")
+        for path in (*elsewhere, "//etc/passwd", "/data.json/../metrics.jsonl", "/index.html", "/\\..\\config.json"):
+            status, _, body = answer(address, path)
+            assert status == 404, path
+            assert b"allocator" not in body
+        for host in ("evil.example", f"evil.example:{address[1]}", "127.0.0.1", ""):
+            assert answer(address, "/data.json", Host=host)[0] == 403
+        assert answer(address, "/data.json", Host=f"localhost:{address[1]}")[0] == 200
+        connection = HTTPConnection(*address, timeout=30)
+        connection.request("POST", "/", body="x")
+        assert connection.getresponse().status == 501
+        with pytest.raises(SystemExit), contextlib.redirect_stderr(stderr := io.StringIO()):
+            command.main([str(run.path), "--serve", str(address[1])])
+        assert f"port {address[1]} cannot be had" in stderr.getvalue()
+
+
+def test_a_run_that_has_nothing_to_show_yet_is_waited_for(run, tmp_path):
+    run, _ = run
+    whole = (run.path / "metrics.jsonl").read_text()
+    (run.path / "metrics.jsonl").write_text("")
+    with served(run.path) as address:
+        data = json.loads(answer(address, "/data.json")[2])
+        assert data["runs"] == []
+        assert "no step in it yet" in data["state"]
+        assert answer(address, "/")[0] == 200
+        (run.path / "metrics.jsonl").write_text(whole)
+        assert len(json.loads(answer(address, "/data.json")[2])["runs"]) == 1
+
+
+@pytest.mark.parametrize("port", ["70000", "-1", "x", "80.5"])
+def test_a_port_that_is_none_is_refused(run, port, capsys):
+    with pytest.raises(SystemExit):
+        command.main([str(run[0].path), f"--serve={port}"])
+    assert "must be a port" in capsys.readouterr().err
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -145,11 +354,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser")
 def test_the_page_in_a_browser(run, tmp_path):
     run, _ = run
-    write_page(run, tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    (tmp_path / "page.html").write_text(
-        page.replace("</html>", "<script>document.querySelector('tr.row').click()</script>")
-    )
+    write_page([run], tmp_path / "page.html")
     command = [
         BROWSER,
         "--headless",
@@ -163,9 +368,61 @@ def test_the_page_in_a_browser(run, tmp_path):
     ).stdout
     assert "<title>x, cero, seed 0</title>" in dom
     assert dom.count('class="row"') == N
-    assert dom.count("<svg") == 6  # accuracy, live, reward, calibration, pace, and the opened prompt's
     assert "&lt;/script&gt;&lt;script&gt;document.title='BROKEN'" in dom
-    assert "<b>bold</b>" not in dom.partition("<script>")[0]
+    assert "<b>bold</b>" not in dom.partition('id="data">')[0]
+    assert 'aria-sort="descending"' in dom
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser")
+def test_the_page_at_two_widths_by_keyboard_and_as_it_goes_on(run, tmp_path):
+    """In light and dark; needs Playwright, from PyPI: `pip install playwright`."""
+    sync_playwright = pytest.importorskip("playwright.sync_api").sync_playwright
+    run, _ = run
+    other = run._replace(config=run.config | {"seed": 1})
+    write_page([run, other], tmp_path / "page.html")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        backgrounds = set()
+        for width, scheme in ((1280, "light"), (400, "dark")):
+            page = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme).new_page()
+            errors: list[str] = []
+            page.on("pageerror", lambda error, errors=errors: errors.append(str(error)))
+            page.on("console", lambda message, errors=errors: errors.append(message.text))
+            page.on("request", lambda request, errors=errors: errors.append(request.url))
+            page.goto((tmp_path / "page.html").as_uri())
+            backgrounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+            page.locator("#sort-0").focus()
+            page.keyboard.press("Enter")
+            assert page.locator("#prompts th").first.get_attribute("aria-sort") == "descending"
+            assert page.locator("#prompts th").first.inner_text() == "# ▼"
+            assert page.locator("tr.row").first.get_attribute("data-id") == str(N - 1)
+            page.locator(f"#row-{N - 2}").focus()
+            page.keyboard.press("Enter")
+            assert HOSTILE.split("\u2028")[0] in page.locator(".detail").inner_text()
+            assert page.title() == "cero, seed 0 | cero, seed 1"
+            page.locator(".strip").first.focus()
+            page.keyboard.press("ArrowLeft")
+            assert page.locator(".strip i.now").count() == 1
+            page.locator("#charts svg[tabindex]").first.focus()
+            page.keyboard.press("ArrowRight")
+            assert "cero, seed 1" in page.locator("#charts output").first.inner_text()
+            assert page.locator(".strip").first.evaluate("strip => strip.clientWidth") > 0.9 * width
+            assert page.evaluate("document.documentElement.scrollWidth") == width
+            assert errors == [(tmp_path / "page.html").as_uri()]
+        assert len(backgrounds) == 2
+        with served(run.path) as address:
+            page = browser.new_page()
+            page.goto("http://{}:{}/".format(*address))
+            page.locator("#search").fill("#2")
+            page.locator("#row-2").click()
+            step = run.steps[-1] | {"step": 12, "spent": run.steps[-1]["spent"] + 16}
+            with (run.path / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(step) + "\n")
+            page.evaluate("refresh()")
+            page.get_by_text(f"{step['spent']} rollouts spent").wait_for()
+            assert page.locator(".detail").count() == 1
+            assert page.locator("#search").input_value() == "#2"
+        browser.close()
 
 
 def test_command_line(run, tmp_path):

@@ -34,9 +34,10 @@ def test_integrations_import_neither_torch_nor_their_trainers_until_used():
     assert not modules & {"torch", "tunix", "flax", "optax", "orbax"}
 
 
-def test_the_simulator_imports_jax_and_numpy_only():
-    modules = imported("import cero_jax.simulate")
+def test_the_simulator_and_reports_import_jax_and_numpy_only():
+    modules = imported("import cero_jax.simulate, cero_jax.report.__main__")
     assert not modules & {"flax", "optax", "orbax", "chex", "scipy", "matplotlib", "tyro", "pyarrow"}
+    assert not modules & {"tqdm", "tensorboardX", "pebble", "safetensors"}
 
 
 def test_an_unknown_name_is_refused_with_those_there_are():

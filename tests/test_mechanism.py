@@ -165,6 +165,9 @@ def test_a_runs_own_rows_say_what_the_report_replays_from_its_counts(run):
     assert who.groups == sum(weights)
     for name, total in (("effective_expected", who.effective), ("effective_at_random", who.effective_at_random)):
         assert np.dot(weights, [row[name] for row in rows]) == pytest.approx(total, rel=1e-4)
+    for column, name in ((2, "effective_expected"), (3, "effective_at_random")):
+        np.testing.assert_allclose(found.course[:, column], [row[name] for row in rows], rtol=1e-4)
+    assert np.dot(weights, found.course[:, 1]) == pytest.approx(found.groups.effective.sum())
     shares = np.array([list(row["prompts_by_success"].values()) for row in rows])
     lifts = np.array([list(row["lift_by_success"].values()) for row in rows], float)  # None: nan
     np.testing.assert_allclose(weights @ shares, who.in_bin_at_random)
@@ -192,9 +195,9 @@ def test_what_is_printed_of_a_run(run):
     run, _ = run
     text, found = summary.describe(run), summary.summarise(run)
     assert f"{100 * found.groups.effective.mean():.1f} % of {found.selection.groups} groups" in text
-    assert summary.effective_groups(found) in page_data(run)["mechanism"]["lines"]
-    assert len(page_data(run)["mechanism"]["calibration"]) == 10
-    json.dumps(page_data(run), allow_nan=False)
+    assert summary.effective_groups(found) in page_data([run])["runs"][0]["mechanism"]["lines"]
+    assert len(page_data([run])["runs"][0]["mechanism"]["calibration"]) == 10
+    json.dumps(page_data([run]), allow_nan=False)
 
 
 def test_the_pace_of_an_epoch_under_way_is_left_out(run):

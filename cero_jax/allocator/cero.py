@@ -43,8 +43,8 @@ def cero(
 ) -> Allocator:
     """The default allocator: rollouts go where U_i'(X_i), the utility of one more, is highest.
 
-    In each epoch the shares are n_i = clip(X_i*(lambda) - X_i, 0, max_group), with X_i the prompt's cumulative
-    rollouts, X_i* the inverse of U_i', and the price lambda such that they sum to the epoch's budget.
+    In each epoch the shares are `n_i = clip(X_i*(lambda) - X_i, 0, max_group)`, with X_i the prompt's cumulative
+    rollouts, `X_i*` the inverse of U_i', and the price lambda such that they sum to the epoch's budget.
     Source of v, of "capture" and lambda: CERO (arXiv 2610.09679), section 2; solving for lambda afresh is our own.
 
     Args:

@@ -7,7 +7,7 @@ over two steps counts once.
 Letters: N prompts, M of them that stand for all, G groups drawn, B bins.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -105,18 +105,25 @@ def effective_chances(alpha: np.ndarray, beta: np.ndarray, largest: int) -> Iter
     for k in range(largest):
         total = alpha + beta + k
         all_right, all_wrong = all_right * (alpha + k) / total, all_wrong * (beta + k) / total
-        yield 1 - all_right - all_wrong
+        yield np.maximum(1 - all_right - all_wrong, 0)  # which rounding would take below
 
 
 def observe(epochs: Iterable[Epoch]) -> tuple[Selection, Groups]:
     """Who got the groups of all these epochs together, and what came of each group. At least one epoch."""
-    selections, groups = [], []
-    for each in epochs:
-        selections.append(selection(each))
-        expected = expected_variance(each.alpha, each.beta)  # type: ignore[arg-type] (NumPy in, NumPy out)
-        groups.append(Groups(each.prompt_ids, each.rollouts, each.correct, expected))  # type: ignore[arg-type]
-    together = Selection._make(map(sum, zip(*selections, strict=True)))
-    return together, Groups._make(map(np.concatenate, zip(*groups, strict=True)))
+    return together([observe_one(each) for each in epochs])
+
+
+def observe_one(of: Epoch) -> tuple[Selection, Groups]:
+    """The same of a single epoch."""
+    expected = expected_variance(of.alpha, of.beta)  # type: ignore[arg-type] (NumPy in, NumPy out)
+    return selection(of), Groups(of.prompt_ids, of.rollouts, of.correct, expected)  # type: ignore[arg-type]
+
+
+def together(observed: Sequence[tuple[Selection, Groups]]) -> tuple[Selection, Groups]:
+    """What was observed of several epochs, at least one, as if of one."""
+    selections, groups = zip(*observed, strict=True)
+    summed = Selection._make(map(sum, zip(*selections, strict=True)))
+    return summed, Groups._make(map(np.concatenate, zip(*groups, strict=True)))
 
 
 def lift(selection: Selection) -> np.ndarray:

@@ -5,7 +5,8 @@ Letters: N prompts, M of them that stand for all, U visits.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -19,6 +20,7 @@ from cero_jax.report.mechanism import spaced
 from cero_jax.terminal import printable
 
 MAX_COLUMNS = 60  # of a heat map
+MAX_LABELS = 12  # of its rows
 MAX_STRETCHES = 30  # of steps, each a point of a curve: one step alone is noise
 
 _COUNTS = "num_rollouts", "num_correct", "num_evidence"  # of each visit; an older log has no num_evidence
@@ -156,12 +158,17 @@ def _curve(series: Sequence[tuple]) -> Curve:
 def allocation(run: RunLog) -> Allocation:
     """Rollouts by label over the epochs, in up to 60 columns; an epoch without rollouts has shares 0.
 
-    Where a task knows no labels, prompts are told apart by their success at the first visit.
+    Where a task knows no labels, prompts are told apart by their success at the first visit; where it knows more than
+    MAX_LABELS, those of the fewest prompts share a row, the last.
     """
-    prompt_labels = np.array(run.labels if len(set(run.labels)) > 1 else success_labels(run))
-    labels = sorted(set(prompt_labels), key=_by_number)
+    prompt_labels = run.labels if len(set(run.labels)) > 1 else success_labels(run)
+    counts = Counter(prompt_labels)
+    labels = sorted(counts, key=_by_number)
+    if len(labels) > MAX_LABELS:
+        most = {label for label, _ in counts.most_common(MAX_LABELS - 1)}
+        labels = [*(label for label in labels if label in most), f"{len(labels) - len(most):,} other kinds"]
     row_of_label = {label: i for i, label in enumerate(labels)}
-    row_of_prompt = np.array([row_of_label[label] for label in prompt_labels])
+    row_of_prompt = np.array([row_of_label.get(label, len(labels) - 1) for label in prompt_labels])
     num_epochs = 1 + max(row["epoch"] for row in run.steps)
     first_epoch = np.unique(np.linspace(0, num_epochs, min(num_epochs, MAX_COLUMNS) + 1).astype(int))
     rollouts = np.zeros((len(labels), len(first_epoch) - 1))
@@ -282,41 +289,66 @@ class Visit(NamedTuple):
     after: tuple[float, float]
 
 
-def replay(run: RunLog) -> tuple[list[list[Visit]], np.ndarray]:
-    """The visits of each prompt, and alpha, beta at the end: [2, N] float64. Raises what `epochs` raises."""
+def replay(run: RunLog, prompts: Collection[int] | None = None) -> tuple[list[list[Visit]], np.ndarray]:
+    """The visits of each prompt, and alpha, beta at the end: [2, N] float64. Raises what `epochs` raises.
+
+    prompts: those whose visits are wanted, the others have none; None: all.
+    """
     visits: list[list[Visit]] = [[] for _ in run.labels]
+    wanted = np.full(len(visits), prompts is None)
+    wanted[list(prompts or ())] = True
     prior = np.array(run.config["allocator"]["prior"], float)[:, None]
     after, spent = np.repeat(prior, len(visits), axis=1), np.zeros(len(visits), int)  # a prompt's last visit
     for epoch in epochs(run):
         expected = epoch.fitted if run.config["allocator"]["name"] == "cero" else epoch.held
         unjudged = epoch.rollouts - epoch.evidence
-        counts = np.stack([epoch.spent, epoch.rollouts, epoch.correct, unjudged], axis=1).tolist()
-        pairs = expected.T.tolist(), epoch.after.T.tolist()
-        for prompt, numbers, *pair in zip(epoch.prompt_ids.tolist(), counts, *pairs, strict=True):
+        some = wanted[epoch.prompt_ids]
+        counts = np.stack([epoch.spent, epoch.rollouts, epoch.correct, unjudged], axis=1)[some].tolist()
+        pairs = expected.T[some].tolist(), epoch.after.T[some].tolist()
+        for prompt, numbers, *pair in zip(epoch.prompt_ids[some].tolist(), counts, *pairs, strict=True):
             visits[prompt].append(Visit(epoch.number, *numbers, *map(tuple, pair)))
         after[:, epoch.prompt_ids], spent[epoch.prompt_ids] = epoch.after, epoch.spent
     return visits, prior + (after - prior) * kept(run, run.steps[-1]["spent"] - spent)
 
 
-def read_samples(run: RunLog) -> dict[int, list[dict[str, Any]]]:
-    """The completions kept of each training prompt, in order; none where the run wrote none."""
-    samples: dict[int, list[dict[str, Any]]] = {}
-    path = run.path / "samples.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            sample = json.loads(line)
-        except ValueError:  # the last line of a running run
-            continue
-        if sample["kind"] == "train":
-            samples.setdefault(sample["prompt_id"], []).append(sample)
+def read_samples(
+    run: RunLog, prompts: Collection[int] | None = None, most: int | None = None
+) -> dict[int, deque[dict[str, Any]]]:
+    """The completions kept of each training prompt, in order; none where the run wrote none.
+
+    prompts: those whose completions are wanted; None: all. most: the latest so many of each.
+    """
+    samples: dict[int, deque[dict[str, Any]]] = {}
+    for sample in _whole_rows(run.path / "samples.jsonl"):
+        if sample["kind"] == "train" and (prompts is None or sample["prompt_id"] in prompts):
+            samples.setdefault(sample["prompt_id"], deque(maxlen=most)).append(sample)
     return samples
+
+
+def read_timings(run: RunLog) -> list[dict[str, Any]]:
+    """The rows of timings.jsonl, in order, seconds by name; none where the run wrote none."""
+    return list(_whole_rows(run.path / "timings.jsonl"))
+
+
+def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a file that a run may do without, and may be writing to."""
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:  # the last line of a running run
+                continue
+            if isinstance(row, dict) and "kind" in row:
+                yield row
 
 
 def prompt_history(run: RunLog, prompt: int, max_samples: int = 4) -> str:
     """A prompt's history for a terminal. Raises ValueError where there is no such prompt."""
     if not 0 <= prompt < len(run.labels):
         raise ValueError(f"{run.path}: no prompt {prompt}: its ids are 0 to {len(run.labels) - 1}")
-    visits, samples = replay(run)[0][prompt], read_samples(run).get(prompt, [])
+    visits, samples = replay(run, [prompt])[0][prompt], read_samples(run, [prompt], max_samples).get(prompt, ())
     total, right = sum(v.rollouts for v in visits), sum(v.correct for v in visits)
     lines = [
         f"prompt {prompt} ({run.labels[prompt]}): {total} rollouts in {len(visits)} visits, {right} right",
@@ -330,7 +362,7 @@ def prompt_history(run: RunLog, prompt: int, max_samples: int = 4) -> str:
             f"{v.epoch:>6} {v.spent:>10,} {v.rollouts:>9} {v.correct:>6} {mean(v.expected):>9.2f} "
             f"{mean(v.after):>8.2f} ± {deviation(v.after):.2f}{late}"
         )
-    for sample in samples[-max_samples:]:
+    for sample in samples:
         lines.append(f"--- after {sample['spent']:,} rollouts, {sample['status']}, {sample['length']} tokens")
         lines.append(sample["completion"])
     return printable("\n".join(line for line in lines if line))

@@ -3,7 +3,7 @@
 The posterior is the run's under the prior fitted to the population, whatever the allocator: what `cero` goes by, and
 nearest to the truth for an allocator that goes by another (benchmarks/LOG.md).
 
-Letters: N prompts, E epochs, B bins.
+Letters: N prompts, E epochs that ended, F epochs with a group, B bins.
 """
 
 from typing import NamedTuple
@@ -27,6 +27,7 @@ class Summary(NamedTuple):
     exposure: np.ndarray  # [3] rollouts of a prompt over the mean: 10, 50 and 90 % of the prompts
     never_visited: float  # share of the prompts
     ahead: np.ndarray  # [E] rollouts spent less the even share, at the end of each epoch that has ended
+    course: np.ndarray  # [F, 4] rollouts spent by its end; share of its groups effective: seen, expected, at random
 
 
 def summarise(run: RunLog) -> Summary:
@@ -37,7 +38,8 @@ def summarise(run: RunLog) -> Summary:
     rollouts = np.zeros(len(run.labels), int)
     for row in run.steps:
         rollouts[row["prompt_ids"]] += row["num_rollouts"]
-    selection, groups = mechanism.observe(_as_groups(epoch) for epoch in epochs(run))
+    observed = [(int(epoch.spent[-1]), mechanism.observe_one(_as_groups(epoch))) for epoch in epochs(run)]
+    selection, groups = mechanism.together([each for _, each in observed])
     if not selection.groups:
         raise ValueError(f"{run.path / 'metrics.jsonl'}: no rollout that was judged")
     return Summary(
@@ -47,7 +49,12 @@ def summarise(run: RunLog) -> Summary:
         mechanism.exposure(rollouts),
         float(np.mean(rollouts == 0)),
         ahead(run),
+        np.array([_effective(spent, *each) for spent, each in observed if each[0].groups]),
     )
+
+
+def _effective(spent: int, who: Selection, groups: Groups) -> tuple[float, ...]:
+    return spent, float(groups.effective.mean()), who.effective / who.groups, who.effective_at_random / who.groups
 
 
 def _as_groups(epoch: EpochLog) -> mechanism.Epoch:
