@@ -61,6 +61,7 @@ class Cursor(NamedTuple):
     best_checkpoint: int = 0  # the number of the one that holds that policy; 0: it is not kept
     start_hash: str = ""  # of the parameters that RL started from, where resuming reads them again
     devices: str = ""  # that it goes on with, in words
+    wandb_id: str = ""  # of its run in W&B, whether it has one
     metrics_position: dict | None = None  # how far the metrics files reach
     checkpoint_number: int = 0
     saved_step: int = 0  # step of that checkpoint
@@ -171,18 +172,18 @@ class Checkpoints:
         """The newest checkpoint's cursor, None where nothing was saved. Raises ValueError where none can be read."""
         return hosts.of_first(self._newest)
 
-    def started(self) -> str:
-        """When the run began, as the newest checkpoint has it whose cursor is whole; "" where none is.
+    def newest_whole(self) -> Cursor | None:
+        """The newest cursor that is whole; None where none is.
 
         Moves nothing and says nothing: `cursor` speaks of damage. Raises as it does of what cannot be read now.
         """
-        return hosts.of_first(self._newest_started)
+        return hosts.of_first(self._newest_whole)
 
-    def _newest_started(self) -> str:
+    def _newest_whole(self) -> Cursor | None:
         for number in sorted(self._numbers(), reverse=True):
             with suppress(Damaged):
-                return self._read_cursor(number)[0].started
-        return ""
+                return self._read_cursor(number)[0]
+        return None
 
     def _newest(self) -> Cursor | None:
         while numbers := self._numbers():

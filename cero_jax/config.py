@@ -112,9 +112,9 @@ class Config:
     allocator: AllocatorConfig = field(default_factory=AllocatorConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     model_folder: str | None = None
-    """Hugging Face folder: its weights, shape and tokenizer take the place of `model` (except its dtypes, remat,
-    attention and LoRA) and of the task's tokenizer. The trained model is written to <work_dir>/export-<rollouts>, in
-    that format."""
+    """Hugging Face folder, or hf:OWNER/NAME for one on the hub: its weights, shape and tokenizer take the place of
+    `model` (except its dtypes, remat, attention and LoRA) and of the task's tokenizer. The trained model is written to
+    <work_dir>/export-<rollouts>, in that format."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
@@ -142,6 +142,8 @@ class Config:
     """Steps (of learner.rows_per_step rollouts) between two checkpoints; a stop by signal saves one more."""
     profile_steps: str | None = None
     """FIRST:END: a trace of these steps, END not among them, by JAX's profiler, in <work_dir>/profile."""
+    wandb: str | None = None
+    """Log to Weights & Biases too: PROJECT or ENTITY/PROJECT. WANDB_MODE=offline keeps it in <work_dir>/wandb."""
     work_dir: str | None = None
     """Where everything of the run goes; None is runs/<name>-<allocator>-<seed>."""
     extend: bool = False

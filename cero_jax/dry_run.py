@@ -21,15 +21,15 @@ from cero_jax.config import Config, check_saved_as_it_is, to_json
 from cero_jax.data import Prompts, Task, epoch_order, prompts_hash
 from cero_jax.evaluation import sampling_batches
 from cero_jax.grpo import BY_POSTERIOR
-from cero_jax.huggingface import weights
+from cero_jax.huggingface import hub, weights
 from cero_jax.initial_policy import kept_from_start, needs_start
 from cero_jax.learner import Batch
 from cero_jax.pace import Seconds
 from cero_jax.packing import StepPlan, plan
-from cero_jax.pieces import Pieces, build, memory_needed, widths_of
+from cero_jax.pieces import Pieces, build, memory_needed, slow_here, widths_of
 from cero_jax.rewards import WRONG, Verdict
 from cero_jax.rollout import Beliefs, sampling_batch, to_batch
-from cero_jax.run import saved_start
+from cero_jax.run import saved_run
 from cero_jax.run_directory import changes_to_say, check_alike, check_free, check_resumable, check_work_dir
 from cero_jax.sampler import Rollouts
 from cero_jax.terminal import one_line, printable
@@ -45,7 +45,7 @@ def dry_run(config: Config) -> int:
     """
     check_work_dir(config.run_dir)
     check_saved_as_it_is(config)
-    pieces = build(config, saved_start(config.run_dir))
+    pieces = build(config, saved_run(config.run_dir))
     config, task = pieces.config, pieces.task
     fresh = Cursor(config=to_json(config), prompts_hash=prompts_hash(task.train))
     check_alike(config, fresh.prompts_hash)
@@ -54,7 +54,8 @@ def dry_run(config: Config) -> int:
     check_resumable(cursor, config, fresh.prompts_hash)
     if needs_start(config, cursor):
         _check_start(pieces)
-    for line in (*_prompts(pieces), *changes_to_say(cursor, config), memory_needed(config, task, pieces.mesh)):
+    needed = memory_needed(config, task, pieces.mesh), slow_here(config)
+    for line in filter(None, (*_prompts(pieces), *changes_to_say(cursor, config), *needed)):
         hosts.tell(line)
     number = len(task.train.questions)
     counts, _ = jax.jit(pieces.allocator.allocate)(pieces.allocator.init(number, config.seed))
@@ -82,7 +83,7 @@ def _check_start(pieces: Pieces) -> None:
     """Raise ValueError or OSError where the policy that RL starts from cannot be had."""
     config, task = pieces.config, pieces.task
     if config.model_folder is not None:
-        weights.check(config.model_folder)
+        weights.check(hub.model_folder(config.model_folder))
     else:
         warm_start.check_steps(config.warm_start, task, pieces.mesh)
         if config.warm_start.num_steps:

@@ -22,7 +22,7 @@ from cero_jax.initial_policy import check_same_start, starting_policy
 from cero_jax.metrics import say_once
 from cero_jax.model import Params
 from cero_jax.paths import local_path
-from cero_jax.pieces import build_task, check_context, check_rows, sampler_of
+from cero_jax.pieces import build_task, check_context, check_rows, pinned, sampler_of
 from cero_jax.sampler import Sampler
 from cero_jax.terminal import printable
 
@@ -69,7 +69,7 @@ def restore_policy(
                 f"{path.parent}: no best checkpoint in it: the run has to keep it, evaluation.keep_best=True"
             )
         raise ValueError(f"{path.parent}: no checkpoint in it yet: let the run go on")
-    config, task = hosts.alike(partial(build_task, changed, cursor.started))
+    config, task = hosts.alike(partial(build_task, pinned(changed, cursor), cursor.started))
     check_context(config, task.heldout)
     try:
         mesh = sharding.make_mesh(config.mesh)

@@ -11,7 +11,7 @@ from cero_jax import lora
 from cero_jax.checkpoint import Cursor
 from cero_jax.config import Config
 from cero_jax.data import Task
-from cero_jax.huggingface import weights
+from cero_jax.huggingface import hub, weights
 from cero_jax.learner import Fixed, Learner
 from cero_jax.model import Dtype, ModelConfig, Params, abstract_params, init_params
 from cero_jax.optimizer import TrainState
@@ -26,7 +26,7 @@ def dtypes(config: Config) -> dict[str, Dtype]:
 def starting_policy(config: Config, task: Task, mesh: Mesh, cache_dir: Path) -> Params:
     """The policy that RL starts from, without adapters: the model folder's, or one warm-started here."""
     if config.model_folder is not None:
-        return weights.load(config.model_folder, mesh, **dtypes(config))[1]
+        return weights.load(hub.model_folder(config.model_folder), mesh, **dtypes(config))[1]
     return warm_start(
         config.warm_start,
         dataclasses.replace(config.model, lora_rank=None),

@@ -1,4 +1,4 @@
-"""What a run leaves for people: three JSONL files, TensorBoard, one line of progress.
+"""What a run leaves for people: three JSONL files, TensorBoard, W&B where it is asked for, one line of progress.
 
 metrics.jsonl has rows of three kinds: "epoch" as one is allocated (docs/glossary.md says what its figures are), "step"
 and "eval". It and samples.jsonl hold only what the state determines, so a resumed run's equal an uninterrupted one's to
@@ -23,11 +23,12 @@ from tensorboardX.record_writer import masked_crc32c
 from tqdm import tqdm
 
 from cero_jax import hosts
+from cero_jax.pace import Compiling
 from cero_jax.terminal import say
+from cero_jax.weights_and_biases import WeightsAndBiases
 
 RECORD = "metrics.jsonl"
 FILES = (RECORD, "timings.jsonl", "samples.jsonl")
-LINE = "{n}/{total} rollouts, {rate_noinv_fmt}, {remaining} left{postfix}"  # in tqdm's names
 
 
 class MetricsWriter:
@@ -40,10 +41,13 @@ class MetricsWriter:
     line included, is cut off, and hidden from TensorBoard. None starts the run afresh. Where a file is shorter than
     that, or gone, the run goes on behind its last whole line, with a word. Raises ValueError where that is
     metrics.jsonl, or one cannot be opened.
+    wandb: where scalars and an evaluation's completions go too.
     """
 
-    def __init__(self, run_dir: Path | str, position: dict[str, int] | None = None):
-        run_dir = Path(run_dir)
+    def __init__(
+        self, run_dir: Path | str, position: dict[str, int] | None = None, wandb: WeightsAndBiases | None = None
+    ):
+        run_dir, self._wandb = Path(run_dir), wandb
         start = dict.fromkeys((*FILES, "spent"), 0) | (position or {})
         self._spent, self._failed = start["spent"], set[str]()
         paths = [run_dir / name for name in FILES]
@@ -68,7 +72,8 @@ class MetricsWriter:
     def write(self, row: dict[str, Any], timings: dict[str, Any]) -> None:
         """Append `row` (with "kind", "step" and "spent", in rollouts) and, with those three, `timings` (in seconds).
 
-        Scalars of both, also of nested dicts, go to TensorBoard over the rollouts spent. Arrays are written as lists.
+        Scalars of both, also of nested dicts, go to TensorBoard and W&B over the rollouts spent. Arrays are written as
+        lists.
         """
         self._spent = int(row["spent"])
         timings = {key: row[key] for key in ("kind", "step", "spent")} | timings
@@ -77,17 +82,26 @@ class MetricsWriter:
             _append(self._files[0], lines[0].encode() + b"\n")
         with self._may_fail(self._files[1].name):
             _append(self._files[1], lines[1].encode() + b"\n")
+        scalars = [*_scalars(json.loads(lines[0]), row["kind"]), *_scalars(json.loads(lines[1]), "timings")]
         if self._events is not None:
             with self._may_fail(self._events.name):
-                scalars = [*_scalars(json.loads(lines[0]), row["kind"]), *_scalars(json.loads(lines[1]), "timings")]
                 values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars]
                 _append(self._events, _record(step=self._spent, summary=Summary(value=values)))
+        if self._wandb is not None:
+            self._wandb.write(self._spent, dict(scalars))
 
     def write_samples(self, kind: str, spent: int, samples: list[dict[str, Any]]) -> None:
         """Append completions for a person to read, with the kind ("train", "eval") and the rollouts spent by then."""
         lines = [json.dumps({"kind": kind, "spent": spent} | each).encode() + b"\n" for each in samples]
         with self._may_fail(self._files[2].name):
             _append(self._files[2], b"".join(lines))
+        if self._wandb is not None and kind == "eval":
+            self._wandb.write_completions(spent, samples)
+
+    def end(self, picture: Path | None = None) -> None:
+        """Let W&B have the report's picture, and close there."""
+        if self._wandb is not None:
+            self._wandb.end(picture)
 
     def position(self) -> dict[str, int]:
         """How far the files reach, on disk by now: bytes of each, and rollouts spent. What a checkpoint stores."""
@@ -178,6 +192,8 @@ class Unwritten:
     def position(self) -> dict[str, int]:
         return {}
 
+    def end(self, picture: Path | None = None) -> None: ...
+
     def update(self, spent: int, **figures: float | int | None) -> None: ...
 
     def close(self) -> None: ...
@@ -201,7 +217,8 @@ class Progress:
     """One line that moves: rollouts spent of the budget, rollouts a second, time left, and the last figures.
 
     total, initial: rollouts of the whole run, and those spent before it was resumed. Where `stream` (stderr) is no
-    terminal, a plain line every `every_seconds` takes its place.
+    terminal, a plain line every `every_seconds` takes its place. The rate leaves out the time to compile, which is said
+    once.
     """
 
     def __init__(self, total: int, initial: int = 0, stream: TextIO | None = None, every_seconds: float = 10.0):
@@ -209,31 +226,27 @@ class Progress:
         self._total, self._initial, self._spent = total, initial, initial
         self._every_seconds = every_seconds
         self._start, self._printed = time.monotonic(), float("-inf")
-        self._figures = ""
+        self._compiling: Compiling | None = Compiling()
+        self._figures: list[str] = []
         self._bar = None
         with contextlib.suppress(OSError):  # here and below: a terminal that is gone, a log on a full disk
             if self._stream.isatty():
-                self._bar = tqdm(
-                    total=total,
-                    initial=initial,
-                    file=self._stream,
-                    unit="",
-                    bar_format="{bar}| " + LINE,
-                    dynamic_ncols=True,
-                )
+                # nrows: a terminal may say that it has none, and then nothing would be shown
+                self._bar = tqdm(total=total, file=self._stream, bar_format="{desc}", nrows=20)
 
     def update(self, spent: int, **figures: float | int | None) -> None:
-        """Show `spent` rollouts and the figures by name, e.g. epoch=3, reward=0.52; None leaves one out."""
+        """Show `spent` rollouts and the figures by name, e.g. reward=0.52, epoch=3; None leaves one out."""
+        if self._spent == self._initial and self._compiling and (seconds := self._compiling.seconds) >= 1:
+            say(f"compiled in {seconds:.0f} s, which the rate leaves out")
         self._spent = spent
-        self._figures = ", ".join(
+        self._figures = [
             f"{name} {value}" if isinstance(value, int) else f"{name} {value:.2f}"
             for name, value in figures.items()
             if value is not None
-        )
+        ]
         with contextlib.suppress(OSError):
             if self._bar is not None:
-                self._bar.n = spent
-                self._bar.set_postfix_str(self._figures)
+                self._bar.set_description_str(self._line(_columns(self._stream) - 1))
             elif time.monotonic() - self._printed >= self._every_seconds:
                 self._print()
 
@@ -244,11 +257,29 @@ class Progress:
                 self._bar.close()
             else:
                 self._print()
+        if self._compiling:
+            self._compiling.close()
+            self._compiling = None
 
     def _print(self) -> None:
         self._printed = time.monotonic()
-        elapsed = self._printed - self._start
-        line = tqdm.format_meter(
-            self._spent, self._total, elapsed, initial=self._initial, postfix=self._figures, unit="", bar_format=LINE
-        )
-        print(line, file=self._stream, flush=True)
+        print(self._line(), file=self._stream, flush=True)
+
+    def _line(self, most: int | None = None) -> str:
+        """The line, of `most` characters: figures for which there is no room are left out, the last first."""
+        compiling = self._compiling.seconds if self._compiling else 0.0
+        seconds = time.monotonic() - self._start - compiling
+        rate = (self._spent - self._initial) / seconds if seconds > 0 else 0.0
+        left = tqdm.format_interval((self._total - self._spent) / rate) if rate else "?"
+        speed = f"{rate:.{1 if rate < 100 else 0}f}/s"
+        parts = [f"{self._spent}/{self._total} rollouts", speed, f"{left} left", *self._figures]
+        while most is not None and len(parts) > 1 and len(", ".join(parts)) > most:
+            parts.pop()
+        return ", ".join(parts)
+
+
+def _columns(stream: TextIO) -> int:
+    """Of a terminal; 80 where it does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    return 80

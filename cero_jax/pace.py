@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -62,6 +62,31 @@ class Clock:
         self._usual.append(total)
         idle = (phases["verify"] + phases["host"]) / total
         return {"batch_seconds": total, "phase_seconds": phases, "device_idle_at_least": idle}, told
+
+
+class Compiling:
+    """How long JAX has been compiling in this process since this was made, tracing and reading its cache among it."""
+
+    def __init__(self):
+        self._since, self._spans = time.monotonic(), list[tuple[float, float]]()  # rising, none touching another
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds: what is compiled within or beside another thing counts once."""
+        return sum(end - begin for begin, end in self._spans)
+
+    def close(self) -> None:
+        """Listen no longer."""
+        jax.monitoring.unregister_event_duration_listener(self._heard)
+
+    def _heard(self, event: str, duration_secs: float, **_: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            end = time.monotonic()
+            begin = max(end - duration_secs, self._since)
+            while self._spans and self._spans[-1][1] >= begin:
+                begin = min(begin, self._spans.pop()[0])
+            self._spans.append((begin, end))
 
 
 class Profile:

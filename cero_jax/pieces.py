@@ -5,19 +5,22 @@ from datetime import datetime
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cero_jax import hosts, memory, sharding
+from cero_jax import hosts, memory, sharding, weights_and_biases
 from cero_jax.allocator.base import Allocator
-from cero_jax.config import Config
+from cero_jax.checkpoint import Cursor
+from cero_jax.config import Config, flat
 from cero_jax.data import Prompts, Task, prompt_widths
+from cero_jax.huggingface import hub
 from cero_jax.huggingface.families import read_config
 from cero_jax.huggingface.tokenizer import FolderTokenizer
 from cero_jax.initial_policy import dtypes
 from cero_jax.learner import Learner, make_learner
-from cero_jax.paths import local_path
 from cero_jax.sampler import Sampler, make_sampler
+from cero_jax.tasks.dataset import Dataset
 from cero_jax.verify import probe
 
 
@@ -32,12 +35,15 @@ class Pieces(NamedTuple):
     sample: Sampler
 
 
-def build(config: Config, started: str = "") -> Pieces:
-    """Build and check all of it. Raises ValueError for whatever a run cannot begin with.
+def build(config: Config, begun: Cursor | None = None) -> Pieces:
+    """Build and check all of it. Raises ValueError for whatever a run cannot begin with, OSError as `pinned` does.
 
-    started: as in `build_task`.
+    begun: what is known of the run that is gone on with; None: it begins.
     """
-    config, task = hosts.alike(partial(build_task, config, started))
+    if config.wandb is not None:
+        hosts.of_first(partial(weights_and_biases.check, config.wandb))
+    config = pinned(config, begun)
+    config, task = hosts.alike(partial(build_task, config, begun.started if begun else ""))
     config.check(len(task.train.questions))
     check_context(config, task.train, task.heldout)
     mesh = sharding.make_mesh(config.mesh)
@@ -46,6 +52,27 @@ def build(config: Config, started: str = "") -> Pieces:
     temperature, widths = config.sampler.temperature, widths_of(config, task.train)
     learner = make_learner(config.model, task.tokenizer.vocab_size, config.learner, temperature, mesh, widths)
     return Pieces(config, task, mesh, allocator, learner, sampler_of(config, task, mesh))
+
+
+def pinned(config: Config, begun: Cursor | None) -> Config:
+    """The config with a commit in each name on the hub, so that a run has the same files whenever it is started.
+
+    begun: of the run that is gone on with, whose commits stay. Raises as `hub.model_folder` does.
+    """
+    before = flat(begun.config) if begun else {}
+    files = [before.get("task.path") or "", *(before.get("task.heldout_paths") or ())]
+
+    def at_commit(given: str, kind: hub.Kind, kept: list[str]) -> str:
+        return hosts.of_first(partial(hub.pinned, given, kind, kept)) if hub.is_name(given) else given
+
+    if config.model_folder is not None:
+        folder = at_commit(config.model_folder, "model", [before.get("model_folder") or ""])
+        config = dataclasses.replace(config, model_folder=folder)
+    if isinstance(config.task, Dataset):
+        path = at_commit(config.task.path, "dataset", files)
+        heldout = tuple(at_commit(each, "dataset", [*files, path]) for each in config.task.heldout_paths)
+        config = dataclasses.replace(config, task=dataclasses.replace(config.task, path=path, heldout_paths=heldout))
+    return config
 
 
 def build_task(config: Config, started: str = "") -> tuple[Config, Task]:
@@ -59,13 +86,14 @@ def build_task(config: Config, started: str = "") -> tuple[Config, Task]:
         probe(task)
         return config, task
     kept = {name: getattr(config.model, name) for name in ("lora_rank", "lora_alpha", "remat", "attention")}
-    folder = str(local_path(config.model_folder))
+    folder = hub.model_folder(config.model_folder)
     model_config, _ = read_config(folder, **dtypes(config))
     tokenizer = FolderTokenizer(folder, datetime.fromisoformat(started) if started else None)
     task = config.task.build(config.seed, tokenizer)
     probe(task)
     model_config = dataclasses.replace(model_config, **kept)
-    return dataclasses.replace(config, model=model_config, model_folder=folder), task
+    named = config.model_folder if hub.is_name(config.model_folder) else str(folder)
+    return dataclasses.replace(config, model=model_config, model_folder=named), task
 
 
 def check_context(config: Config, *parts: Prompts) -> None:
@@ -112,3 +140,13 @@ def memory_needed(config: Config, task: Task, mesh: Mesh) -> str:
         min_group=config.allocator.min_group,
     )
     return memory.memory_report(needed, memory.device_bytes())
+
+
+def slow_here(config: Config) -> str:
+    """A word where a model of a folder meets a CPU, as under a jax without its accelerator's part; "" elsewhere."""
+    if config.model_folder is None or jax.default_backend() != "cpu":
+        return ""
+    return (
+        "WARNING: JAX sees no GPU and no TPU here: this model will run on the CPU, and slowly. For an NVIDIA GPU: pip "
+        "install 'cero_jax[train,cuda]'; for a TPU: 'cero_jax[train,tpu]'"
+    )

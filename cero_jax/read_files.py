@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from cero_jax.huggingface import hub
 from cero_jax.paths import local_path
 
 OTHERS = {  # how a file begins that holds no rows to be read -> what it is, and what to do
@@ -55,10 +56,13 @@ GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 
 
 def find_files(pattern: str) -> list[Path]:
-    """The files of a path or glob ("data/**/*.jsonl"), sorted.
+    """The files of a path or glob ("data/**/*.jsonl"), sorted, or of a name on the hub ("hf:openai/gsm8k:main/train").
 
-    Raises FileNotFoundError where there is none, ValueError at a folder, or where the system does not let it be read.
+    Raises FileNotFoundError where there is none, ValueError at a folder, or where the system does not let it be read,
+    and as `hub.data_files` does.
     """
+    if hub.is_name(pattern):
+        return hub.data_files(pattern)
     path = local_path(pattern)
     with _unreadable_named(path):
         if path.is_file():
@@ -234,7 +238,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         from pyarrow import parquet
     except ImportError as error:
         raise ValueError(
-            f"{path}: Parquet needs pyarrow: pip install 'cero_jax[parquet]', or give JSONL or CSV"
+            f"{path}: Parquet needs pyarrow: pip install 'cero_jax[train]', or give JSONL or CSV"
         ) from error
     number = 0
     try:

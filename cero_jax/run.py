@@ -22,7 +22,7 @@ from cero_jax.data import Task, epoch_order, prompts_hash
 from cero_jax.evaluation import evaluate, scores_table
 from cero_jax.grpo import BY_POSTERIOR
 from cero_jax.health import Health
-from cero_jax.huggingface import weights
+from cero_jax.huggingface import hub, weights
 from cero_jax.initial_policy import (
     abstract_policy,
     check_same_start,
@@ -36,7 +36,7 @@ from cero_jax.model import Params
 from cero_jax.optimizer import TrainState
 from cero_jax.pace import Clock, Profile
 from cero_jax.packing import StepPlan, plan
-from cero_jax.pieces import build, memory_needed
+from cero_jax.pieces import build, memory_needed, slow_here
 from cero_jax.report.mechanism import epoch_row
 from cero_jax.report.picture import draw_report
 from cero_jax.report.read_run import read_run
@@ -55,6 +55,7 @@ from cero_jax.run_directory import (
 )
 from cero_jax.sampler import Sampler
 from cero_jax.terminal import one_line, printable
+from cero_jax.weights_and_biases import WeightsAndBiases, new_id
 
 
 class State(NamedTuple):
@@ -140,7 +141,7 @@ class Run(NamedTuple):
         self.profile.at(cursor.step)
         self.metrics.write_samples("train", cursor.spent, step_samples(step))
         reward, live = metrics["reward"], metrics["live_share"]
-        self.progress.update(cursor.spent, epoch=cursor.epoch, reward=reward, accuracy=cursor.accuracy, live=live)
+        self.progress.update(cursor.spent, reward=reward, accuracy=cursor.accuracy, live=live, epoch=cursor.epoch)
         return cursor
 
     def trouble(self, cursor: Cursor) -> str:
@@ -176,7 +177,7 @@ class Run(NamedTuple):
         folder = self.directory / f"export-{cursor.spent}"
         if not hosts.of_first(folder.exists):
             with _written(folder):
-                weights.save(folder, self.config.model_folder, self.config.model, self.params(state))
+                weights.save(folder, hub.model_folder(self.config.model_folder), self.config.model, self.params(state))
         return folder
 
     def finish(self, state: State, cursor: Cursor, signal: int = 0) -> int:
@@ -185,6 +186,7 @@ class Run(NamedTuple):
         if not self.ended(cursor):
             why = self.trouble(cursor) or "the same command goes on from there"
             hosts.tell(f"stopped and saved after {cursor.spent:,} rollouts; {why}")
+            self.metrics.end()
             return 128 + signal if signal else 1
         for text in health.at_the_end(Health(**cursor.health), state.held):
             hosts.tell(text)
@@ -196,6 +198,7 @@ class Run(NamedTuple):
         picture = self.directory / "report.png"
         with _written(picture):
             draw_report([self.directory], picture)
+        self.metrics.end(picture)
         hosts.tell(printable(describe(read_run(self.directory))))
         spent, accuracy = cursor.spent, cursor.accuracy
         hosts.tell(f"{spent:,} rollouts spent, held-out accuracy {accuracy:.3f}; who got them, and what for: {picture}")
@@ -231,13 +234,13 @@ def _written(path: Path) -> Iterator[None]:
         ) from error
 
 
-def saved_start(run_dir: Path) -> str:
-    """When the run in a directory began, as its checkpoints have it; "" where there are none yet."""
+def saved_run(run_dir: Path) -> Cursor | None:
+    """What the checkpoints in a run's directory know of it before it is built; None where there are none yet."""
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
-        return ""
+        return None
     with closing(Checkpoints(folder, read_only=True)) as checkpoints:
-        return checkpoints.started()
+        return checkpoints.newest_whole()
 
 
 def start(config: Config) -> tuple[Run, State, Cursor]:
@@ -246,12 +249,13 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
     check_saved_as_it_is(config)
     check_shared(config.run_dir)
     now = hosts.of_first(lambda: datetime.now().isoformat(timespec="seconds"))
-    started = saved_start(config.run_dir) or now
-    config, task, mesh, allocator, learner, sample = build(config, started)
+    begun = saved_run(config.run_dir) or Cursor({}, "", started=now)
+    config, task, mesh, allocator, learner, sample = build(config, begun)
     num_prompts, tokenizer, everywhere = len(task.train.questions), task.tokenizer, sharding.replicated(mesh)
     assert config.allocator.prior is not None  # filled in
-    hosts.tell(memory_needed(config, task, mesh))
-    fresh = Cursor(config=to_json(config), prompts_hash=prompts_hash(task.train), started=started)
+    for line in filter(None, (memory_needed(config, task, mesh), slow_here(config))):
+        hosts.tell(line)
+    fresh = Cursor(config=to_json(config), prompts_hash=prompts_hash(task.train), started=begun.started)
     check_alike(config, fresh.prompts_hash)
     directory, cache_dir = open_run_dir(config)
 
@@ -295,6 +299,8 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         cursor = cursor._replace(finished=False, config=fresh.config)
     writes = hosts.leads()
     cursor = cursor._replace(devices=devices_here())
+    if config.wandb is not None:
+        cursor = cursor._replace(wandb_id=cursor.wandb_id or hosts.of_first(new_id))
     run = Run(
         config=config,
         directory=directory,
@@ -307,7 +313,7 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         believe=jax.jit(partial(believe, prior=config.allocator.prior), out_shardings=everywhere),
         fixed=fixed,
         checkpoints=checkpoints,
-        metrics=hosts.alike(lambda: MetricsWriter(directory, cursor.metrics_position) if writes else Unwritten()),
+        metrics=hosts.alike(lambda: _writer(directory, cursor, config) if writes else Unwritten()),
         progress=Progress(total=config.allocator.total_budget, initial=cursor.spent) if writes else Unwritten(),
         clock=Clock(),
         profile=Profile(config.profile_steps, directory / "profile" / f"process-{jax.process_index()}"),
@@ -325,6 +331,12 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
         hosts.tell(f"{directory}: {cursor.since_best} evaluations without a better accuracy; to go on, give a larger "
                    "evaluation.patience")  # fmt: skip
     return run, state, cursor
+
+
+def _writer(directory: Path, cursor: Cursor, config: Config) -> MetricsWriter:
+    """What takes the run's metrics, W&B among it where that is asked for."""
+    wandb = config.wandb and WeightsAndBiases(config.wandb, directory, cursor.wandb_id, to_json(config))
+    return MetricsWriter(directory, cursor.metrics_position, wandb or None)
 
 
 def believe(allocator: AllocatorState, prompt_ids: Array, prior: tuple[float, float]) -> tuple[Array, Array]:

@@ -26,6 +26,7 @@ CHANGEABLE_ON_RESUME = (  # fields, or the beginnings of their names
     "evaluation",
     "checkpoint_every_steps",
     "profile_steps",
+    "wandb",
     "dry_run",
     "max_unjudged_steps",
     "learner.max_skipped_steps",

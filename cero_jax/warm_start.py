@@ -207,6 +207,9 @@ def _imitate(
     for number in progress:
         rate = np.float32(config.learning_rate * (1 - number / config.num_steps))
         state, loss = step(state, demonstration_batch(task, rng, config.rows_per_step, max_tokens), rate)
+        if number == 0:  # it was compiled for, which is no part of the rate
+            jax.block_until_ready(loss)
+            progress.unpause()
         if number % 50 == 49:  # reading the loss waits for the step, so not at each
             progress.set_postfix(loss=f"{float(loss):.3f}", refresh=False)
     if not np.isfinite(loss):  # before it is cached: a parameter that is no number makes every later loss none

@@ -3,7 +3,7 @@ r"""DAPO's rows (Parquet, a chat in `prompt`, the gold answer in `reward_model.g
 As it stands, a tiny random policy on bytes: a check of the plumbing. With a model folder's tokenizer say
 --task.chat=True.
 
-Needs: 2 cores, 3 GB of memory, `pip install '.[train,parquet]'`, and the files (BytedTsinghua-SIA/DAPO-Math-17k).
+Needs: 2 cores, 3 GB of memory, and the files (BytedTsinghua-SIA/DAPO-Math-17k).
 Expect: rewards of 0, since nothing was ever taught.
 Command: python train.py configs/dapo.py --task.path='dapo-math-17k/*.parquet'
 """

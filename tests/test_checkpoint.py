@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from cero_jax import checkpoint
 from cero_jax.checkpoint import LAYOUT, Checkpoints, Cursor, Damaged, _damage_named, put_aside
 from cero_jax.checksums import checksums, text_checksum
-from cero_jax.run import saved_start
+from cero_jax.run import saved_run
 
 
 def mixed(word: int) -> int:
@@ -196,9 +196,9 @@ def test_when_a_run_began_is_read_without_a_word_on_damage(saved, capfd, monkeyp
     closed, close = [], Checkpoints.close
     monkeypatch.setattr(Checkpoints, "close", lambda self: closed.append(1) or close(self))
     DAMAGES["a cursor that is no JSON"](saved / "3")
-    assert saved_start(saved.parent) == STARTED
+    assert saved_run(saved.parent).started == STARTED
     DAMAGES["a cursor that is no JSON"](saved / "2")
-    assert saved_start(saved.parent) == saved_start(saved.parent / "none") == ""  # what goes on from it will refuse it
+    assert saved_run(saved.parent) is saved_run(saved.parent / "none") is None  # what goes on from it will refuse it
     assert (capfd.readouterr().err, len(closed)) == ("", 2)
     assert {"2", "3"} <= {path.name for path in saved.iterdir()}
 

@@ -1,12 +1,16 @@
 """Metrics files that a crash and a resume leave bit-identical, TensorBoard beside them, and the progress line."""
 
 import contextlib
+import fcntl
 import io
 import json
+import os
 import re
 import struct
 import subprocess
+import termios
 
+import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
@@ -250,17 +254,60 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_the_live_line():
+def test_the_live_line(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("cero_jax.metrics.time.monotonic", lambda: now[0])
     stream = Terminal()
     progress = Progress(25600, initial=12800, stream=stream)
-    progress.update(12832, epoch=25, reward=0.521, accuracy=None)
-    progress.update(19200, epoch=26, reward=0.5, accuracy=0.8125, live=0.25)
+    now[0] = 110.0
+    progress.update(12832, reward=0.521, accuracy=None)
+    now[0] = 164.0
+    progress.update(19200, reward=0.5, accuracy=0.8125, live=0.25, epoch=26)
     progress.close()
-    last = stream.getvalue().split("\r")[-1]
-    assert re.search(
-        r"\| 19200/25600 rollouts, .*/s, \d+:\d+ left, epoch 26, reward 0.50, accuracy 0.81, live 0.25", last
-    )
-    assert "accuracy" not in stream.getvalue().split("\r")[2]
+    lines = [line.rstrip() for line in stream.getvalue().split("\r")]
+    assert "12832/25600 rollouts, 3.2/s, 1:06:30 left, reward 0.52" in lines
+    # 80 columns: the epoch has no room
+    assert lines[-1] == "19200/25600 rollouts, 100/s, 01:04 left, reward 0.50, accuracy 0.81, live 0.25"
+
+
+@pytest.mark.parametrize(("columns", "rows", "figures"), [(80, 24, 2), (0, 0, 2), (60, 0, 1), (200, 50, 4), (9, 5, 0)])
+def test_the_line_fits_the_terminal_that_there_is(columns, rows, figures, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("cero_jax.metrics.time.monotonic", lambda: now[0])
+    leader, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    with open(terminal, "w") as stream:
+        progress = Progress(1_000_000, stream=stream)
+        now[0] = 200.0
+        progress.update(250_000, reward=0.5, accuracy=0.75, live=0.25, epoch=26)
+        progress.close()
+        shown = b""
+        while b"\n" not in shown:
+            shown += os.read(leader, 4096)
+    os.close(leader)
+    line = shown.decode().rstrip().split("\r")[-1].rstrip()
+    assert line.startswith("250000/1000000 rollouts")
+    assert len(line) < (columns or 80) or columns == 9
+    assert len(re.findall("reward|accuracy|live|epoch", line)) == figures
+
+
+def test_the_rate_leaves_out_the_time_to_compile_which_is_said(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr("cero_jax.metrics.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    progress = Progress(1000, stream=stream, every_seconds=0)
+    now[0] = 140.0
+    for seconds in (5.0, 40.0, 7.0):  # the first within the second; the last begins with what was heard before
+        jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", seconds)
+    jax.monitoring.record_event_duration_secs("/jax/checkpoint/write", 30.0)
+    now[0] = 150.0
+    progress.update(100)
+    progress.update(200)
+    progress.close()
+    jax.monitoring.record_event_duration_secs("/jax/core/compile/backend_compile_duration", 1.0)  # it listens no longer
+    lines = stream.getvalue().splitlines()
+    assert lines[:2] == ["100/1000 rollouts, 10.0/s, 01:30 left", "200/1000 rollouts, 20.0/s, 00:40 left"]
+    assert capsys.readouterr().err == "compiled in 40 s, which the rate leaves out\n"
 
 
 def test_plain_lines_where_there_is_no_terminal(monkeypatch):
@@ -276,4 +323,4 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch):
     lines = stream.getvalue().splitlines()
     assert [line.split(" ")[0] for line in lines] == ["5100/10000", "6100/10000", "7100/10000", "7500/10000"]
     # 2,500 left at 100 a second; what was spent before the resume does not count as speed
-    assert lines[-1] == "7500/10000 rollouts, 100.00/s, 00:25 left, epoch 24"
+    assert lines[-1] == "7500/10000 rollouts, 100/s, 00:25 left, epoch 24"

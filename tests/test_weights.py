@@ -29,7 +29,7 @@ from cero_jax.huggingface import weights
 from cero_jax.huggingface.tokenizer import FolderTokenizer
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
-from cero_jax.run import saved_start
+from cero_jax.run import saved_run
 from cero_jax.sampler import SamplerConfig, SamplingBatch, make_sampler
 from cero_jax.sharding import MeshConfig
 from cero_jax.tasks.chain_sum import ChainSum
@@ -323,7 +323,7 @@ def test_a_run_starts_from_a_folder_and_ends_with_one(tmp_path):
     task = dataclasses.replace(folder_config(tmp_path).task, chat=True, max_prompt_tokens=40)
     config = folder_config(tmp_path, model_folder=str(folder), task=task)
     assert train.main(config) == 0
-    started = datetime.fromisoformat(saved_start(config.run_dir))
+    started = datetime.fromisoformat(saved_run(config.run_dir).started)
     prompts = json.loads((config.run_dir / "prompts.json").read_text())["questions"]
     assert {prompt.partition(" ")[0] for prompt in prompts} == {started.strftime("%y%m%d%H%M%S")}
     measured = restore_policy(config.run_dir, {}, {}).task.heldout.questions

@@ -11,6 +11,7 @@ import numpy as np
 
 from cero_jax import read_files
 from cero_jax.data import Prompts, Task, encode_prompts
+from cero_jax.huggingface import hub
 from cero_jax.rewards import CORRECT, ERROR, RIGHT, TIMED_OUT, Verifier, VerifyMany, verdict
 from cero_jax.rewards.choice import choice
 from cero_jax.rewards.exact import exact
@@ -44,8 +45,9 @@ class Dataset:
     """Prompts and gold answers from files of rows."""
 
     path: str
-    """The training file or a glob of files: JSONL, a JSON array, CSV or Parquet. Empty: no training prompts, as for an
-    evaluation, which reads the held-out files alone."""
+    """The training file or a glob of files: JSONL, a JSON array, CSV or Parquet; or a name on the hub,
+    hf:OWNER/NAME:CONFIGURATION/SPLIT. Empty: no training prompts, as for an evaluation, which reads the held-out files
+    alone."""
     question_field: str = "question"
     """Field of the question, text or messages; "reward_model.ground_truth" looks inside, "problem|question" at both."""
     answer_field: str = "answer"
@@ -70,7 +72,8 @@ class Dataset:
     max_prompt_tokens: int = 1024
     """Longest prompt in tokens; longer ones are dropped and counted."""
     heldout_paths: tuple[str, ...] = ()
-    """Held-out files or globs with the same fields, each a data set under its name; none holds rows of `path` out."""
+    """Held-out files, globs or names on the hub, with the same fields, each a data set under its name; none holds rows
+    of `path` out."""
     num_heldout: int = 256
     """Rows of `path` held out, drawn by the seed, where there is no held-out file."""
 
@@ -230,7 +233,7 @@ def _report_duplicates(train: Prompts, heldout: Prompts) -> None:
 
 def _names(paths: Sequence[str]) -> list[str]:
     """Of several data sets: as much of the end of each path as tells it from the others, without its suffix."""
-    parts = [Path(path).with_suffix("").parts for path in paths]
+    parts = [Path(hub.without_revision(path)).with_suffix("").parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(each[-length:]) for each in parts]
         if len({*names, "all"}) == len(names) + 1:
