@@ -1,17 +1,22 @@
-"""TRL's GRPOTrainer with CERO and without, on a toy of which some prompts are hopeless and some always solved.
+"""TRL's and Tunix's trainers with CERO and without, on a toy of which some prompts are hopeless and some always solved.
 
-    make test-integrations                                                # makes the environment
-    .venv-trl/bin/python benchmarks/integrations.py --seeds 0 1 2 --out benchmarks/integrations.jsonl
+    make test-integrations                                                # makes the environments
+    .venv-trl/bin/python benchmarks/integrations.py --arms TRL CERO --out benchmarks/integrations.jsonl
+    .venv-tunix/bin/python benchmarks/integrations.py --arms Tunix "CERO in Tunix" --out benchmarks/integrations.jsonl
     .venv-trl/bin/python benchmarks/integrations.py --table benchmarks/integrations.jsonl
 
 60 prompts: 24 whose answer cannot be said, 12 for which anything is right, 24 sums of two digits to be learned by heart
 by a random Qwen2 of a few thousand parameters. 150 steps of 8 groups of 4: 4,800 rollouts, 80 a prompt.
+
+Tunix draws every step with the same noise, and so learns little of the sums: here each call has a seed of its own.
 """
 
 # pyright: reportMissingImports=false
-# The environment of the checks has no torch.
+# The environment of the checks has neither torch nor tunix.
 
 import argparse
+import dataclasses
+import itertools
 import json
 import sys
 import tempfile
@@ -23,8 +28,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/integrations")]
 
 KINDS = np.array(["hopeless"] * 24 + ["solved"] * 12 + ["learnable"] * 24)
-ARMS = {"TRL": None, "CERO": "group", "CERO, by the posterior": "posterior"}
-STEPS, SAMPLES = 150, 32
+TRL = {"TRL": None, "CERO": "group", "CERO, by the posterior": "posterior"}
+TUNIX = {"Tunix": False, "CERO in Tunix": True}
+ARMS = [*TRL, *TUNIX]
+STEPS, SAMPLES, BATCH, GROUP = 150, 32, 8, 4
 
 
 def rows():
@@ -38,58 +45,99 @@ def rows():
     ], kinds
 
 
-def accuracy(model, tokenizer, learnable) -> float:
-    """Of SAMPLES completions for each learnable prompt, at temperature 1."""
+class Judge:
+    """The reward function, which counts where the rollouts go and which groups have two different rewards."""
+
+    __name__ = "correct"
+
+    def __init__(self, data, kinds):
+        self.place = {row["prompt"]: kind for row, kind in zip(data, kinds, strict=True)}
+        self.drawn = dict.fromkeys(("hopeless", "solved", "learnable"), 0)
+        self.live: list[bool] = []
+
+    def __call__(self, prompts, completions, answer, **_):
+        rewards = [float(a in c) for a, c in zip(answer, completions, strict=True)]
+        for prompt in prompts:
+            self.drawn[self.place[prompt]] += 1
+        self.live += (np.ptp(np.reshape(rewards, (-1, GROUP)), axis=1) > 0).tolist()
+        return rewards
+
+    def figures(self) -> dict:
+        total = sum(self.drawn.values())
+        shares = {f"share_{kind}": count / total for kind, count in self.drawn.items()}
+        return {"effective": float(np.mean(self.live)), **shares, "rollouts": total}
+
+
+def right(learnable, texts) -> float:
+    """Of SAMPLES completions of each learnable prompt, behind each other."""
+    return float(np.mean([learnable[i // SAMPLES]["answer"] in text for i, text in enumerate(texts)]))
+
+
+def in_trl(advantage: str | None, seed: int, learning_rate: float, data, learnable, judge) -> tuple[float, int]:
+    """Train; returns the accuracy at the end at temperature 1, and the steps."""
     import torch
-
-    prompts = tokenizer([row["prompt"] for row in learnable], return_tensors="pt")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        drawn = model.eval().generate(
-            input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], do_sample=True, top_k=0,
-            max_new_tokens=3, num_return_sequences=SAMPLES,
-        )  # fmt: skip
-    completions = tokenizer.batch_decode(drawn[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-    return float(np.mean([learnable[i // SAMPLES]["answer"] in text for i, text in enumerate(completions)]))
-
-
-def run(arm: str, seed: int, learning_rate: float) -> dict:
-    """One run: its accuracy at the end, where its rollouts went, and how many groups had two different rewards."""
     import trl_toy
     from datasets import Dataset
     from trl import GRPOTrainer
 
     from cero_jax.integrations.trl import CeroGRPOTrainer
 
-    data, kinds = rows()
-    place = {row["prompt"]: kind for row, kind in zip(data, kinds, strict=True)}
-    drawn = dict.fromkeys(("hopeless", "solved", "learnable"), 0)
-
-    def correct(prompts, completions, answer, **_):
-        for prompt in prompts:
-            drawn[place[prompt]] += 1
-        return [float(a in c) for a, c in zip(answer, completions, strict=True)]
-
-    advantage = ARMS[arm]
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl_toy.build(
-            folder, trainer=CeroGRPOTrainer if advantage else GRPOTrainer, seed=seed, reward_funcs=correct,
+            folder, trainer=CeroGRPOTrainer if advantage else GRPOTrainer, seed=seed, reward_funcs=judge,
             train_dataset=Dataset.from_list(data), config={"max_steps": STEPS, "learning_rate": learning_rate},
             **({"advantage": advantage} if advantage else {}),
         )  # fmt: skip
         trainer.train()
-    live = [1 - row["frac_reward_zero_std"] for row in trainer.state.log_history if "frac_reward_zero_std" in row]
+    prompts = trainer.processing_class([row["prompt"] for row in learnable], return_tensors="pt")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        drawn = trainer.model.eval().generate(
+            input_ids=prompts["input_ids"], attention_mask=prompts["attention_mask"], do_sample=True, top_k=0,
+            max_new_tokens=3, num_return_sequences=SAMPLES,
+        )  # fmt: skip
+    behind = drawn[:, prompts["input_ids"].shape[1] :]
+    return right(learnable, trainer.processing_class.batch_decode(behind, skip_special_tokens=True)), (
+        trainer.state.global_step
+    )
+
+
+def in_tunix(with_cero: bool, seed: int, learning_rate: float, data, learnable, judge) -> tuple[float, int]:
+    """The same."""
+    import tunix_toy
+
+    from cero_jax.integrations.tunix import CeroDataset
+
+    rows = [{"prompts": row["prompt"], "answer": row["answer"]} for row in data]
+    cero = CeroDataset(rows, batch_size=BATCH, num_generations=GROUP, total_budget=STEPS * BATCH * GROUP, seed=seed)
+    settings = {"max_steps": STEPS, "seed": seed, "learning_rate": learning_rate}
+    learner = tunix_toy.learner(cero, None, cero.watch(judge) if with_cero else judge, **settings)
+    rollout, seeds = learner.rl_cluster.rollout, itertools.count(10_000 * seed)
+    generate = rollout.generate
+    rollout.generate = lambda prompts, config, **kw: generate(
+        prompts, dataclasses.replace(config, seed=next(seeds)), **kw
+    )
+    if with_cero:
+        cero.train(learner)
+    else:
+        rng = np.random.default_rng(seed)
+        passes = -(-STEPS * BATCH // len(rows))
+        order = np.concatenate([rng.permutation(len(rows)) for _ in range(passes)])[: STEPS * BATCH]
+        learner.train([{name: np.array([rows[i][name] for i in ids]) for name in rows[0]}
+                       for ids in order.reshape(STEPS, BATCH)])  # fmt: skip
+    asked = [row["prompt"] for row in learnable for _ in range(SAMPLES)]
+    return right(learnable, learner.rl_cluster.generate(asked).text), learner.rl_cluster.actor_trainer.train_steps
+
+
+def run(arm: str, seed: int, learning_rate: float) -> dict:
+    """One run: its accuracy at the end, where its rollouts went, and how many groups had two different rewards."""
+    data, kinds = rows()
+    judge = Judge(data, kinds)
     learnable = [row for row, kind in zip(data, kinds, strict=True) if kind == "learnable"]
-    return {
-        "arm": arm,
-        "seed": seed,
-        "learning_rate": learning_rate,
-        "accuracy": accuracy(trainer.model, trainer.processing_class, learnable),
-        "effective": float(np.mean(live)),
-        **{f"share_{kind}": count / sum(drawn.values()) for kind, count in drawn.items()},
-        "rollouts": sum(drawn.values()),
-        "steps": trainer.state.global_step,
-    }
+    how = seed, learning_rate, data, learnable, judge
+    accuracy, steps = in_trl(TRL[arm], *how) if arm in TRL else in_tunix(TUNIX[arm], *how)
+    where = {"arm": arm, "seed": seed, "learning_rate": learning_rate, "accuracy": accuracy}
+    return where | judge.figures() | {"steps": steps}
 
 
 def table(path: Path) -> str:
@@ -114,7 +162,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--learning-rate", type=float, default=1e-2)
-    parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
+    parser.add_argument("--arms", nargs="*", default=ARMS, choices=ARMS)
     parser.add_argument("--out", type=Path, default=Path("integrations.jsonl"))
     parser.add_argument("--table", type=Path)
     args = parser.parse_args()

@@ -51,16 +51,18 @@ def short(prompts, completions, **kwargs):
     return [-0.1 * len(c) for c in completions]
 
 
-def learner(cero, folder, reward_fns, max_steps, num_iterations=1, metric_fns=None, **batches):
+def learner(
+    cero, folder, reward_fns, max_steps, num_iterations=1, metric_fns=None, seed=0, learning_rate=3e-3, **batches
+):
     """batches: mini_batch_size and train_micro_batch_size."""
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     shape = {"num_layers": 1, "embed_dim": 16, "hidden_dim": 32, "num_heads": 2, "head_dim": 8, "num_kv_heads": 1}
     config = ModelConfig(vocab_size=len(WORDS), rope_theta=10_000, norm_eps=1e-6, use_tied_embedding=False, **shape)
     with mesh:
-        model = Qwen2(config, rngs=nnx.Rngs(0))
+        model = Qwen2(config, rngs=nnx.Rngs(seed))
     every = ocp.CheckpointManagerOptions(save_interval_steps=3, max_to_keep=3)
     training = clusters.RLTrainingConfig(
-        actor_optimizer=optax.adam(3e-3),
+        actor_optimizer=optax.adam(learning_rate),
         max_steps=max_steps,
         eval_every_n_steps=4,
         checkpoint_root_directory=None if folder is None else str(folder),
