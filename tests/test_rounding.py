@@ -101,6 +101,16 @@ def test_the_sum_is_exact_at_a_million_prompts():
 
 def test_a_sum_far_off_the_shares_is_met_at_once_and_alike():
     budget, valid = jnp.int32(2**31 - 5), jnp.ones(1000, bool)  # rollout by rollout it would take two million rounds
-    n = whole_groups(jax.random.key(0), jnp.ones(1000), valid, budget, min_group=4, max_group=2**22)
+    n = whole_groups(jax.random.key(0), jnp.full(1000, 4.0), valid, budget, min_group=4, max_group=2**22)
     assert int(n.sum()) == int(budget)
     assert int(n.max() - n.min()) <= 1
+
+
+@pytest.mark.parametrize("num_prompts", [512, 20_480, 1_000])
+def test_each_part_of_the_file_gets_its_share(num_prompts):
+    """Equal shares of a file sorted by difficulty: no epoch takes its groups from one kind, however rare."""
+    shares, valid, budget = jnp.ones(num_prompts), jnp.ones(num_prompts, bool), jnp.int32(num_prompts)
+    for seed in range(3):
+        got = whole_groups(jax.random.key(seed), shares, valid, budget, min_group=4, max_group=8)
+        parts = np.asarray(got).reshape(-1, 8).sum(1)  # of eight neighbours, which share two groups
+        assert set(parts) <= {4, 8, 12}
