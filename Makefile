@@ -21,7 +21,7 @@ check: $(VENV)/.check docs  ## format, lint, types, the documents as a site, the
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
-	$(RUN) -m tests.notebooks docs/notebooks/small_run.ipynb
+	$(RUN) -m tests.notebooks docs/notebooks/small_run.ipynb --quick
 
 docs: $(VENV)/.check  ## the documents as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet

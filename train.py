@@ -20,7 +20,8 @@ import numpy as np
 
 from cero_jax import hosts
 from cero_jax.checkpoint import Cursor, fail_at_once
-from cero_jax.config import Config, from_command_line
+from cero_jax.command_line import from_command_line
+from cero_jax.config import Config
 from cero_jax.dry_run import dry_run
 from cero_jax.dynamic_sampling import collect
 from cero_jax.learner import learning_rate, rows_with_gradient

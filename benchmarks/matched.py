@@ -17,7 +17,7 @@ import numpy as np
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from cero_jax.config import from_command_line  # noqa: E402
+from cero_jax.command_line import from_command_line  # noqa: E402
 from train import start, train  # noqa: E402
 
 

@@ -233,7 +233,7 @@ def judge(folder: Path, best: dict[str, Setting], results: dict[str, list[list[d
 def show_headroom(folder: Path, samples: int) -> None:
     """Draw every training prompt `samples` times from the model as it comes, and print the pool's headroom."""
     from cero_jax import sharding
-    from cero_jax.config import from_command_line
+    from cero_jax.command_line import from_command_line
     from cero_jax.evaluation import EvaluationConfig, evaluate
     from cero_jax.headroom import explain, headroom
     from cero_jax.huggingface import weights

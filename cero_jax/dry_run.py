@@ -17,7 +17,7 @@ import numpy as np
 from cero_jax import hosts, lora, model, sharding, warm_start
 from cero_jax.best import waited_enough
 from cero_jax.checkpoint import Checkpoints, Cursor
-from cero_jax.config import Config, check_saved_as_it_is, to_json
+from cero_jax.config import Config
 from cero_jax.data import Prompts, Task, epoch_order, prompts_hash
 from cero_jax.evaluation import sampling_batches
 from cero_jax.grpo import BY_POSTERIOR
@@ -32,6 +32,7 @@ from cero_jax.rollout import Beliefs, sampling_batch, to_batch
 from cero_jax.run import saved_run
 from cero_jax.run_directory import changes_to_say, check_alike, check_free, check_resumable, check_work_dir
 from cero_jax.sampler import Rollouts
+from cero_jax.saved_config import check_saved_as_it_is, to_json
 from cero_jax.terminal import one_line, printable
 from cero_jax.verify import Verified, judge
 

@@ -15,7 +15,7 @@ import jax
 
 from cero_jax import hosts, lora, model, sharding
 from cero_jax.checkpoint import Checkpoints, fail_at_once
-from cero_jax.config import Config, check_seed, from_json
+from cero_jax.config import Config, check_seed
 from cero_jax.data import Task
 from cero_jax.evaluation import evaluate, scores_table
 from cero_jax.initial_policy import check_same_start, starting_policy
@@ -24,6 +24,7 @@ from cero_jax.model import Params
 from cero_jax.paths import local_path
 from cero_jax.pieces import build_task, check_context, check_rows, pinned, sampler_of
 from cero_jax.sampler import Sampler
+from cero_jax.saved_config import from_json
 from cero_jax.terminal import printable
 
 

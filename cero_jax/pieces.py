@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from cero_jax import hosts, memory, sharding, weights_and_biases
 from cero_jax.allocator.base import Allocator
 from cero_jax.checkpoint import Cursor
-from cero_jax.config import Config, flat
+from cero_jax.config import Config
 from cero_jax.data import Prompts, Task, prompt_widths
 from cero_jax.huggingface import hub
 from cero_jax.huggingface.families import read_config
@@ -20,6 +20,7 @@ from cero_jax.huggingface.tokenizer import FolderTokenizer
 from cero_jax.initial_policy import dtypes
 from cero_jax.learner import Learner, make_learner
 from cero_jax.sampler import Sampler, make_sampler
+from cero_jax.saved_config import flat
 from cero_jax.tasks.dataset import Dataset
 from cero_jax.verify import probe
 

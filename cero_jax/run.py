@@ -17,7 +17,7 @@ from cero_jax import best, dynamic_sampling, health, hosts, lora, sharding
 from cero_jax.allocator.base import AllocateFn, AllocatorState, UpdateFn
 from cero_jax.allocator.posterior import under_fitted_prior
 from cero_jax.checkpoint import Checkpoints, Cursor
-from cero_jax.config import Config, check_saved_as_it_is, to_json
+from cero_jax.config import Config
 from cero_jax.data import Task, epoch_order, prompts_hash
 from cero_jax.evaluation import evaluate, scores_table
 from cero_jax.grpo import BY_POSTERIOR
@@ -54,6 +54,7 @@ from cero_jax.run_directory import (
     write_settings,
 )
 from cero_jax.sampler import Sampler
+from cero_jax.saved_config import check_saved_as_it_is, to_json
 from cero_jax.terminal import one_line, printable
 from cero_jax.weights_and_biases import WeightsAndBiases, new_id
 

@@ -14,9 +14,10 @@ import jax
 
 from cero_jax import hosts
 from cero_jax.checkpoint import Cursor, put_aside
-from cero_jax.config import Config, default_values, flat, to_json
+from cero_jax.config import Config
 from cero_jax.data import Task
 from cero_jax.metrics import FILES
+from cero_jax.saved_config import default_values, flat, to_json
 from cero_jax.terminal import say
 
 CHANGEABLE_ON_RESUME = (  # fields, or the beginnings of their names

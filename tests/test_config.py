@@ -13,13 +13,15 @@ import pytest
 from tiny_run import tiny_config
 
 from cero_jax import run as runs
-from cero_jax.config import AllocatorConfig, check_saved_as_it_is, from_command_line, from_json, to_json
+from cero_jax.command_line import from_command_line
+from cero_jax.config import AllocatorConfig
 from cero_jax.evaluation import EvaluationConfig
 from cero_jax.learner import LearnerConfig
 from cero_jax.model import ModelConfig
 from cero_jax.rope import RopeScaling
 from cero_jax.run_directory import open_run_dir
 from cero_jax.sampler import SamplerConfig
+from cero_jax.saved_config import check_saved_as_it_is, from_json, to_json
 from cero_jax.sharding import MeshConfig
 from cero_jax.tasks.chain_sum import ChainSum
 from cero_jax.tasks.dataset import Dataset

@@ -24,7 +24,7 @@ import yaml
 
 import train
 from cero_jax import evaluate
-from cero_jax.config import from_command_line
+from cero_jax.command_line import from_command_line
 from cero_jax.hosts import BY_HAND
 from cero_jax.report import __main__ as report
 

@@ -10,7 +10,8 @@ import pytest
 from tiny_run import tiny_config
 
 import train
-from cero_jax.config import AllocatorConfig, from_command_line
+from cero_jax.command_line import from_command_line
+from cero_jax.config import AllocatorConfig
 from cero_jax.dry_run import _prompts, dry_run
 from cero_jax.evaluation import EvaluationConfig
 from cero_jax.pieces import build

@@ -10,7 +10,7 @@ import pytest
 
 import train
 from cero_jax import evaluate
-from cero_jax.config import from_command_line
+from cero_jax.command_line import from_command_line
 from cero_jax.report.__main__ import main as report
 from cero_jax.tokenizer import ByteTokenizer
 

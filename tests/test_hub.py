@@ -12,7 +12,7 @@ from stand_in_hub import serving
 from stand_in_wandb import wandb_stand_in
 
 from cero_jax import run
-from cero_jax.config import from_command_line
+from cero_jax.command_line import from_command_line
 from cero_jax.huggingface import hub
 from cero_jax.read_files import find_files
 

@@ -18,9 +18,9 @@ from tiny_run import FirstDigit, runs_end, tiny_config
 import train
 from cero_jax import run as runs
 from cero_jax.checkpoint import LAYOUT, Checkpoints, Cursor
-from cero_jax.config import to_json
 from cero_jax.evaluate import restore_policy
 from cero_jax.run_directory import changes_to_say, check_resumable, open_run_dir
+from cero_jax.saved_config import to_json
 from cero_jax.sharding import MeshConfig
 from cero_jax.tasks.dataset import Dataset
 

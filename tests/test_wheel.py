@@ -51,7 +51,7 @@ import sys, cero_jax
 allocator = cero_jax.uniform(total_budget=64, num_epochs=1)
 print(cero_jax.__file__)
 print(*sorted({"flax", "optax", "orbax", "tyro", "scipy", "matplotlib", "torch"} & sys.modules.keys()) or ["none"])
-from cero_jax.config import from_command_line
+from cero_jax.command_line import from_command_line
 print(from_command_line(["configs/chain_sum.py", "--seed=3"]).seed)
 from_command_line(["configs/nothing.py"])
 """
