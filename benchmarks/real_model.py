@@ -1,6 +1,7 @@
 """Does it pay on a real model? Allocations and advantages on graded equations, each arm at its best setting.
 
-    python benchmarks/real_model.py headroom models/smollm2-135m-instruct   # is there anything to allocate?
+    python benchmarks/real_model.py headroom models/smollm2-135m-instruct   # is there anything to allocate? or left, of
+                                                                            # a folder that a run has exported?
     python benchmarks/real_model.py train models/smollm2-135m-instruct      # tune every arm, judge it on other seeds
 
 benchmarks/model_folder.py makes the folder; configs/equations.py is the task: 288 equations of twelve kinds, of which
@@ -230,8 +231,11 @@ def judge(folder: Path, best: dict[str, Setting], results: dict[str, list[list[d
         print(f"| `{kind}` | {start:.0%} | {' | '.join(cells)} |")
 
 
-def show_headroom(folder: Path, samples: int) -> None:
-    """Draw every training prompt `samples` times from the model as it comes, and print the pool's headroom."""
+def show_headroom(folder: Path, samples: int, seed: int, out: Path | None) -> None:
+    """Draw every training prompt of a seed `samples` times from a model; print the headroom, write who was right.
+
+    What is written is read by benchmarks/equations_third.py.
+    """
     from cero_jax import sharding
     from cero_jax.command_line import from_command_line
     from cero_jax.evaluation import EvaluationConfig, evaluate
@@ -239,12 +243,12 @@ def show_headroom(folder: Path, samples: int) -> None:
     from cero_jax.huggingface import weights
     from cero_jax.pieces import build_task, sampler_of
 
-    config, task = build_task(from_command_line([str(CONFIG), f"--model-folder={folder}", "--seed=100"]))
+    config, task = build_task(from_command_line([str(CONFIG), f"--model-folder={folder}", f"--seed={seed}"]))
     mesh = sharding.make_mesh(sharding.MeshConfig())
     shape, params = weights.load(folder, mesh)
     sample = sampler_of(dataclasses.replace(config, model=shape), task._replace(heldout=task.train), mesh)
     pool = task._replace(heldout=task.train)
-    drawn = evaluate(sample, params, pool, EvaluationConfig(samples=samples, rows=config.evaluation.rows), 100).samples
+    drawn = evaluate(sample, params, pool, EvaluationConfig(samples=samples, rows=config.evaluation.rows), seed).samples
     right = np.zeros(len(task.train.answers), int)
     for each in drawn:
         right[each["prompt_id"]] += each["reward"] == 1
@@ -252,6 +256,8 @@ def show_headroom(folder: Path, samples: int) -> None:
     print(f"{len(right)} prompts x {samples}: {share.mean():.3f} right; never {np.mean(right == 0):.0%}")
     print(f"groups of 4 with variance: {np.mean(1 - share**4 - (1 - share) ** 4):.0%}, as the shares have it")
     print(explain(headroom(right[:, None], np.full((len(right), 1), samples))))
+    if out is not None:
+        out.write_text(json.dumps({"labels": task.train.labels, "right": right.tolist(), "samples": samples}))
 
 
 def main(folder: Path, arms: list[str], workers: int) -> None:
@@ -313,6 +319,8 @@ if __name__ == "__main__":
     for name in ("headroom", "train", "reference", "compare"):
         commands.add_parser(name).add_argument("folder", type=Path)
     commands.choices["headroom"].add_argument("--samples", type=int, default=8)
+    commands.choices["headroom"].add_argument("--seed", type=int, default=100)
+    commands.choices["headroom"].add_argument("--out", type=Path)
     commands.choices["train"].add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     commands.choices["train"].add_argument("--workers", type=int, default=1)
     for name in ("reference", "compare"):
@@ -320,7 +328,7 @@ if __name__ == "__main__":
     args = parser.parse_args()
     match args.command:
         case "headroom":
-            show_headroom(args.folder, args.samples)
+            show_headroom(args.folder, args.samples, args.seed, args.out)
         case "train":
             main(args.folder, args.arms, args.workers)
         case "reference":
