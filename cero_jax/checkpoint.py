@@ -30,6 +30,7 @@ from cero_jax.checksums import described, text_checksum, type_of
 from cero_jax.terminal import say
 
 SPLIT_FROM = 2**20  # bytes of an array that Orbax writes in pieces, where several devices hold copies; it compiles each
+SAVED_APART = 120  # seconds that a host's writers wait for those of the others, which may have failed
 KEPT = 2  # the newest, and one more in case it is damaged
 LAYOUT = 3  # of a checkpoint; 1 kept arrays by position, 2 had no checksums
 # What the system says of a damaged file. Whatever else it says, of rights, memory, disks, mounts or networks, is
@@ -152,7 +153,10 @@ class Checkpoints:
     def __init__(self, directory: Path, read_only: bool = False):
         self._kept = _NewestAndBest()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=self._kept, cleanup_tmp_directories=True, create=True
+            preservation_policy=self._kept,
+            cleanup_tmp_directories=True,
+            create=True,
+            async_options=ocp.AsyncOptions(timeout_secs=SAVED_APART),
         )
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM, sent for real: said at once, whatever the main thread does, and the second ends it."""
 
 import hashlib
+import io
 import os
 import signal
 import subprocess
@@ -127,11 +128,12 @@ def test_a_run_that_fails_gives_the_handlers_back(number):
         assert signal.getsignal(number) != signal.SIG_DFL
         raise OSError("no disk")
 
-    run: Any = SimpleNamespace(evaluate=fail, ended=lambda cursor: False)
+    run: Any = SimpleNamespace(evaluate=fail, ended=lambda cursor: False, metrics=io.StringIO())
     more = left_behind()
     with pytest.raises(OSError, match="no disk"):
         train(run, SimpleNamespace(), Cursor({}, ""))  # type: ignore[arg-type]
     assert signal.getsignal(number) == signal.SIG_DFL
+    assert run.metrics.closed
     wait_for(lambda: not more())
 
 

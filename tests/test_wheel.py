@@ -58,4 +58,4 @@ from_command_line(["configs/nothing.py"])
     environment = {"PYTHONPATH": str(wheel), "PATH": "", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.splitlines() == [str(wheel / "cero_jax/__init__.py"), "none", "3"]
-    assert done.stderr.startswith("no config file configs/nothing.py; there are: configs/chain_sum.py, ")
+    assert done.stderr.startswith("error: no config file configs/nothing.py; there are: configs/chain_sum.py, ")
