@@ -342,6 +342,10 @@ def _damage_named(path: Path) -> Iterator[None]:
 
 def _in_short(error: Exception) -> str:
     """An exception in one line: its beginning says what, its end why."""
+    while "Barrier timed out" in str(error):  # Orbax waits for the other hosts after an error too, and raises this
+        if not isinstance(error.__context__, Exception):
+            return f"what another host was to write did not come within {SAVED_APART} s"
+        error = error.__context__
     line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return line if len(line) <= 300 else f"{line[:100]} ... {line[-180:]}"
 
