@@ -36,8 +36,10 @@ class Third(Equations):
         if truth["labels"] != list(train.labels):
             raise ValueError(f"{self.truth} is of other prompts than seed={seed} has: write it with that seed")
         most = np.argsort(-right * (truth["samples"] - right), kind="stable")[: len(right) // 3]
-        columns = ([column[i] for i in sorted(most)] for column in (train.questions, train.answers, train.labels))
-        return task._replace(train=encode_prompts(*columns, task.tokenizer, self.max_prompt_tokens))
+        rows = [(train.questions[i], train.answers[i], train.labels[i]) for i in sorted(most)]
+        questions, answers, labels = zip(*rows, strict=True)
+        third = encode_prompts(questions, answers, labels, task.tokenizer, self.max_prompt_tokens)
+        return task._replace(train=third)
 
 
 config = dataclasses.replace(_whole["config"], name="equations_third", task=Third())
