@@ -1,10 +1,13 @@
-"""What would an allocation be worth that knew the truth? Graded equations, the third of the prompts that vary most.
+r"""What would an allocation be worth that knew the truth? Graded equations, the third of the prompts that vary most.
 
 The model as it comes is asked first, and nobody pays for that; equal shares of this third are then what an allocator
 could do at best that never has to find out. The held-out prompts are those of all.
 
     python benchmarks/real_model.py headroom models/smollm2-135m-instruct --samples 16 --seed 100 --out right.json
-    python train.py benchmarks/equations_third.py --model-folder=models/smollm2-135m-instruct --task.truth=right.json
+    python train.py benchmarks/equations_third.py --model-folder=models/smollm2-135m-instruct --task.truth=right.json \
+        --seed=100 --allocator.name=uniform --allocator.min-group=1 --allocator.group-size=1 --allocator.max-group=8 \
+        --allocator.total-budget=768 --learner.advantage=reward --learner.learning-rate=1e-5 --learner.rows-per-step=8 \
+        --learner.rows-per-microbatch=8 --evaluation.every-rollouts=192
 """
 
 import dataclasses
