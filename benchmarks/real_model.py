@@ -1,4 +1,4 @@
-"""Does it pay on a real model? Allocations and advantages on graded equations, each arm at its best setting.
+r"""Does it pay on a real model? Allocations and advantages on graded equations, each arm at its best setting.
 
     python benchmarks/real_model.py headroom models/smollm2-135m-instruct   # is there anything to allocate? or left, of
                                                                             # a folder that a run has exported?
@@ -12,6 +12,13 @@ GRPO is then judged with the whole budget, each other arm with several: where do
 Accuracy is over 192 held-out equations, four samples each, at temperature 1. Each finished run is a line of
 real_model.jsonl and is not run again; a stopped benchmark goes on. `--workers` runs go at once, which share the device;
 rollouts and accuracy do not depend on that, seconds do. Intervals are over seeds.
+
+Two arms begin with pass rates, of the policy as it comes or of another model, written beforehand for each seed:
+
+    for seed in 100 101 0 1 2 3 4; do
+        python benchmarks/real_model.py headroom models/smollm2-135m-instruct --samples 16 --seed $seed \
+            --out benchmarks/pass_rates/smollm2-135m-instruct-$seed.json
+    done
 
 The model that a run exports can be read back by transformers; the difference of its logits:
 
@@ -35,6 +42,7 @@ from sample_efficiency import in_words, mean_and_error, savings
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "real_model.jsonl"
+RATES_FOLDER = HERE / "pass_rates"  # what models got right of the training prompts, by seed
 CONFIG = HERE.parent / "configs/equations.py"
 WHOLE = 1_536  # rollouts
 RATES = (1.25e-6, 2.5e-6, 5e-6, 1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4)
@@ -52,6 +60,8 @@ class Arm(NamedTuple):
     budget: int
     judged: tuple[int, ...]
     matched: bool = False  # the counts of such a run, each prompt's given to another prompt
+    rates: str | None = None  # the model whose pass rates are known at the start, and what one is worth in rollouts
+    rate_rollouts: float = 0.0
 
 
 HALF = WHOLE // 2
@@ -61,6 +71,12 @@ ARMS = {
     "cero": Arm("cero", "grpo", 4, WHOLE, LATE),
     "uniform + reward": Arm("uniform", "reward", 1, HALF, EARLY),
     "cero + reward": Arm("cero", "reward", 1, HALF, EARLY),
+    "cero + reward + pass rates": Arm(
+        "cero", "reward", 1, HALF, EARLY, rates="smollm2-135m-instruct", rate_rollouts=8.0
+    ),
+    "cero + reward + pass rates, Gemma's": Arm(
+        "cero", "reward", 1, HALF, EARLY, rates="gemma-3-270m", rate_rollouts=4.0
+    ),
     "cero + posterior": Arm("cero", "posterior", 1, WHOLE, LATE),
     "cero + reward, prompts permuted": Arm("cero", "reward", 1, HALF, EARLY, matched=True),
     "cero_dual": Arm("cero_dual", "grpo", 4, WHOLE, LATE),
@@ -97,9 +113,23 @@ def command(folder: Path, cell: dict) -> list[str]:
         "learner.learning-rate": cell["learning_rate"],
         "learner.rows-per-step": cell["rows"],
         "learner.rows-per-microbatch": min(16, cell["rows"]),
-        "evaluation.every-rollouts": cell["budget"] // 4,
+        "evaluation.every-rollouts": cell["budget"],
     }
-    return [str(CONFIG), *(f"--{k}={v}" for k, v in flags.items())]
+    if cell["rates"] is None:
+        return [str(CONFIG), *(f"--{k}={v}" for k, v in flags.items())]
+    flags |= {
+        "task.right": right_of(cell["rates"], cell["seed"]),
+        "allocator.pass-rate-rollouts": cell["rate_rollouts"],
+    }
+    return [str(HERE / "equations_known.py"), *(f"--{k}={v}" for k, v in flags.items())]
+
+
+def right_of(model: str, seed: int) -> Path:
+    """What `headroom --out` wrote of a model for a seed. Raises FileNotFoundError where it did not."""
+    path = RATES_FOLDER / f"{model}-{seed}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: `headroom --out` writes it, see the top of real_model.py")
+    return path
 
 
 def run(folder: Path, cell: dict) -> dict:
@@ -234,7 +264,7 @@ def judge(folder: Path, best: dict[str, Setting], results: dict[str, list[list[d
 def show_headroom(folder: Path, samples: int, seed: int, out: Path | None) -> None:
     """Draw every training prompt of a seed `samples` times from a model; print the headroom, write who was right.
 
-    What is written is read by benchmarks/equations_third.py.
+    What is written is read by benchmarks/equations_known.py.
     """
     from cero_jax import sharding
     from cero_jax.command_line import from_command_line
@@ -257,6 +287,7 @@ def show_headroom(folder: Path, samples: int, seed: int, out: Path | None) -> No
     print(f"groups of 4 with variance: {np.mean(1 - share**4 - (1 - share) ** 4):.0%}, as the shares have it")
     print(explain(headroom(right[:, None], np.full((len(right), 1), samples))))
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"labels": task.train.labels, "right": right.tolist(), "samples": samples}))
 
 

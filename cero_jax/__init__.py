@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         offline_optimum,
         uniform,
         variance,
+        with_pass_rates,
     )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "offline_optimum",
     "uniform",
     "variance",
+    "with_pass_rates",
 ]
 
 

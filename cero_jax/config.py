@@ -54,11 +54,13 @@ class AllocatorConfig:
     cero_dual."""
     explore: float = defaults.EXPLORE
     """Share of an epoch for prompts whose evidence has faded, stalest first (cero)."""
+    pass_rate_rollouts: float = defaults.PASS_RATE_ROLLOUTS
+    """Rollouts of the policy that a prompt's pass rate is worth, where the task's data have one."""
     utility: Literal["exponential", "rational", "capture"] = defaults.UTILITY
     """How utility saturates in a prompt's cumulative rollouts (cero); capture is the paper's."""
 
     def __post_init__(self):
-        check(self, tau=(1e-3, 1e12), discount=(1e-9, 1), explore=(0, 1))
+        check(self, tau=(1e-3, 1e12), discount=(1e-9, 1), explore=(0, 1), pass_rate_rollouts=(0, 2**24))
 
     def build(self, advantage: AdvantageKind = "grpo") -> cero_jax.Allocator:
         """The allocator. Raises ValueError naming what does not fit.

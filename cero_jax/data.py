@@ -20,6 +20,7 @@ class Prompts(NamedTuple):
     offsets: np.ndarray  # [N + 1] int64, rising from 0
     labels: tuple[str, ...]  # [N] what a report groups by; "all" where the task knows nothing
     longest: int  # tokens of the longest prompt, at least 1: Tp, the width that rows of any of them fit
+    pass_rates: np.ndarray | None = None  # [N] float32, share of another model's rollouts that was right; NaN: unknown
 
     @property
     def lengths(self) -> np.ndarray:
@@ -70,12 +71,14 @@ def encode_prompts(
     max_prompt_tokens: int | None = None,
     sources: Sequence[str] | None = None,
     drop_long: bool = False,
+    pass_rates: Sequence[float] | None = None,
 ) -> Prompts:
     """Tokenize N questions.
 
     max_prompt_tokens: of one prompt; None: no limit.
     sources: where each row came from ("file:line"), for the message; by default its place.
     drop_long: leave out the prompts longer than `max_prompt_tokens`: fewer than N come back.
+    pass_rates: N, where they are known at all; NaN where one is not.
     Raises ValueError at an empty prompt, or, without drop_long, one longer than `max_prompt_tokens`.
     """
     encoded = [tokenizer.encode(question) for question in questions]
@@ -85,6 +88,7 @@ def encode_prompts(
         encoded = [encoded[i] for i in kept]
         questions, answers, labels = ([column[i] for i in kept] for column in (questions, answers, labels))
         sources = [sources[i] for i in kept] if sources else None
+        pass_rates = [pass_rates[i] for i in kept] if pass_rates is not None else None
     for i, ids in enumerate(encoded):
         if not 1 <= len(ids) <= limit:
             where = sources[i] if sources else f"prompt {i}"
@@ -93,11 +97,12 @@ def encode_prompts(
     offsets = np.fromiter(accumulate(map(len, encoded), initial=0), np.int64, len(encoded) + 1)
     tokens = np.fromiter(chain.from_iterable(encoded), np.int32, offsets[-1])
     longest = max(map(len, encoded), default=1)
-    return Prompts(tuple(questions), tuple(answers), tokens, offsets, tuple(labels), longest)
+    rates = None if pass_rates is None else np.array(pass_rates, np.float32)
+    return Prompts(tuple(questions), tuple(answers), tokens, offsets, tuple(labels), longest, rates)
 
 
 def prompts_hash(prompts: Prompts) -> str:
-    """Sha256 (hex) of the ordered questions, answers and tokens: a resume on other prompts is refused by it."""
+    """Sha256 (hex) of the ordered questions, answers, tokens and pass rates: a resume on others is refused by it."""
     digest, texts = hashlib.sha256(), (*prompts.questions, *prompts.answers)
     for start in range(0, len(texts), _HASHED_AT_ONCE):
         encoded = [text.encode("utf-8") for text in texts[start : start + _HASHED_AT_ONCE]]
@@ -105,6 +110,8 @@ def prompts_hash(prompts: Prompts) -> str:
         digest.update(b"".join(part for each in encoded for part in (len(each).to_bytes(8, "little"), each)))
     digest.update(np.ascontiguousarray(prompts.offsets, "<i8").data)
     digest.update(np.ascontiguousarray(prompts.tokens, "<i4").data)
+    if prompts.pass_rates is not None:
+        digest.update(np.ascontiguousarray(prompts.pass_rates, "<f4").data)
     return digest.hexdigest()
 
 

@@ -26,7 +26,7 @@ from cero_jax.initial_policy import kept_from_start, needs_start
 from cero_jax.learner import Batch
 from cero_jax.pace import Seconds
 from cero_jax.packing import StepPlan, plan
-from cero_jax.pieces import Pieces, build, memory_needed, slow_here, widths_of
+from cero_jax.pieces import Pieces, build, memory_needed, slow_here, starting_allocator, widths_of
 from cero_jax.rewards import WRONG, Verdict
 from cero_jax.rollout import Beliefs, sampling_batch, to_batch
 from cero_jax.run import saved_run
@@ -59,7 +59,7 @@ def dry_run(config: Config) -> int:
     for line in filter(None, (*_prompts(pieces), *changes_to_say(cursor, config), *needed)):
         hosts.tell(line)
     number = len(task.train.questions)
-    counts, _ = jax.jit(pieces.allocator.allocate)(pieces.allocator.init(number, config.seed))
+    counts, _ = jax.jit(pieces.allocator.allocate)(starting_allocator(pieces.allocator, config, task.train))
     plans = _steps(config, np.asarray(counts))
     hosts.tell(_budget(config, plans))
     # An allocator may leave an epoch empty: then a group of the first prompt stands for its steps.

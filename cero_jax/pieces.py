@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cero_jax import hosts, memory, sharding, weights_and_biases
-from cero_jax.allocator.base import Allocator
+from cero_jax.allocator.base import Allocator, AllocatorState, with_pass_rates
 from cero_jax.checkpoint import Cursor
 from cero_jax.config import Config
 from cero_jax.data import Prompts, Task, prompt_widths
@@ -53,6 +53,14 @@ def build(config: Config, begun: Cursor | None = None) -> Pieces:
     temperature, widths = config.sampler.temperature, widths_of(config, task.train)
     learner = make_learner(config.model, task.tokenizer.vocab_size, config.learner, temperature, mesh, widths)
     return Pieces(config, task, mesh, allocator, learner, sampler_of(config, task, mesh))
+
+
+def starting_allocator(allocator: Allocator, config: Config, train: Prompts) -> AllocatorState:
+    """The allocator before the first rollout, with the pass rates that the task's data have."""
+    state = allocator.init(len(train.questions), config.seed)
+    if train.pass_rates is None:
+        return state
+    return with_pass_rates(state, train.pass_rates, config.allocator.pass_rate_rollouts)
 
 
 def pinned(config: Config, begun: Cursor | None) -> Config:

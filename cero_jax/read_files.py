@@ -294,6 +294,20 @@ def text(source: str, field: str, value: Any) -> str:
     return value
 
 
+def share(source: str, field: str, value: Any) -> float:
+    """A field's value as a share, NaN where it is null. Raises ValueError where it is no number from 0 to 1."""
+    if value is None or value == "":  # as CSV has it
+        return math.nan
+    try:
+        number = float(text(source, field, value))
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        shown = json.dumps(value, default=repr)[:40]
+        raise ValueError(f"{source}: field {field!r} is {shown}, no share from 0 to 1: mend it, or name another field")
+    return number
+
+
 def name(source: str, field: str, value: Any) -> str:
     """A field's value as what it is known by: text or a number as it is, a list or an object as JSON."""
     if isinstance(value, list | dict) and value:

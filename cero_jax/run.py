@@ -36,7 +36,7 @@ from cero_jax.model import Params
 from cero_jax.optimizer import TrainState
 from cero_jax.pace import Clock, Profile
 from cero_jax.packing import StepPlan, plan
-from cero_jax.pieces import build, memory_needed, slow_here
+from cero_jax.pieces import build, memory_needed, slow_here, starting_allocator
 from cero_jax.report.mechanism import epoch_row
 from cero_jax.report.picture import draw_report
 from cero_jax.report.read_run import read_run
@@ -267,7 +267,7 @@ def start(config: Config) -> tuple[Run, State, Cursor]:
 
     @partial(jax.jit, out_shardings=everywhere)
     def at_start() -> tuple[AllocatorState, Array]:
-        return allocator.init(num_prompts, config.seed), jnp.zeros(num_prompts, jnp.int32)
+        return starting_allocator(allocator, config, task.train), jnp.zeros(num_prompts, jnp.int32)
 
     allocator_state, num_rollouts = at_start()
     mean_tokens = np.full(num_prompts, config.sampler.max_completion_tokens, np.float32)

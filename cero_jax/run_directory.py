@@ -256,6 +256,8 @@ def write_settings(run_dir: Path, config: Config, task: Task, prompts_hash: str)
     """
     labels = task.train.labels[:1] if len(set(task.train.labels)) == 1 else task.train.labels
     prompts = {"hash": prompts_hash, "labels": labels, "questions": task.train.questions, "answers": task.train.answers}
+    if task.train.pass_rates is not None:
+        prompts["pass_rates"] = [None if rate != rate else rate for rate in task.train.pass_rates.tolist()]
     path, part = run_dir / "prompts.json", run_dir / "prompts.json.part"
     try:
         (run_dir / "config.json").write_text(json.dumps(to_json(config), indent=2))

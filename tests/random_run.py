@@ -10,14 +10,21 @@ import cero_jax
 from cero_jax.report.read_run import RunLog, read_run
 
 N, DISCOUNT = 6, 0.8
+RATES, WORTH = [0.25, None, 1.0, 0.0, 0.5, 0.75], 5.0  # of another model, and what they are worth in rollouts
 HOSTILE = "</script><script>document.title='BROKEN'</script><!-- <b>bold</b> \u2028 ${x} `\\"
 
 
-def random_run(folder: Path) -> tuple[RunLog, Any]:
+def start(rates: bool) -> tuple[cero_jax.Allocator, cero_jax.AllocatorState]:
+    """The allocator of the run and its state at the start, with pass rates or without."""
+    allocator = cero_jax.cero(total_budget=1000, num_epochs=10, discount=DISCOUNT)
+    state = allocator.init(N)
+    return allocator, cero_jax.with_pass_rates(state, np.array(RATES, float), WORTH) if rates else state
+
+
+def random_run(folder: Path, rates: bool = False) -> tuple[RunLog, Any]:
     """Random visits, each settled by a real allocator too: the run as it is read, and the allocator's last state."""
     rng = np.random.default_rng(0)
-    allocator = cero_jax.cero(total_budget=1000, num_epochs=10, discount=DISCOUNT)
-    state, rows, samples, spent = allocator.init(N), [], [], 0
+    (allocator, state), rows, samples, spent = start(rates), [], [], 0
     for step in range(12):
         ids = rng.choice(N - 1, 2, replace=False)  # the last prompt is never visited
         rollouts = rng.integers(4, 9, 2)
@@ -57,10 +64,13 @@ def random_run(folder: Path) -> tuple[RunLog, Any]:
             "discount": DISCOUNT,
             "total_budget": 1000,
             "num_epochs": 10,
+            "pass_rate_rollouts": WORTH,
         },
     }
     (folder / "config.json").write_text(json.dumps(config))
     prompts = {"labels": ["all"] * N, "questions": [f"question {i} {HOSTILE}" for i in range(N)], "answers": ["7"] * N}
+    if rates:
+        prompts["pass_rates"] = RATES
     (folder / "prompts.json").write_text(json.dumps(prompts))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in samples) + '{"kind": "tr')

@@ -9,9 +9,8 @@ import sys
 
 import numpy as np
 import pytest
-from random_run import DISCOUNT, HOSTILE, N, random_run
+from random_run import DISCOUNT, HOSTILE, N, random_run, start
 
-import cero_jax
 from cero_jax.allocator.posterior import fitted_prior
 from cero_jax.report.curves import seconds, stretches
 from cero_jax.report.html import MAX_PROMPTS, MAX_VISITS, as_json, page, page_data, write_page
@@ -23,8 +22,9 @@ def run(tmp_path):
     return random_run(tmp_path)
 
 
-def test_the_replayed_posterior_is_the_allocators(run):
-    run, state = run
+@pytest.mark.parametrize("rates", [False, True])
+def test_the_replayed_posterior_is_the_allocators(tmp_path, rates):
+    run, state = random_run(tmp_path, rates)
     visits, posterior = replay(run)
     np.testing.assert_allclose(posterior, [state.alpha, state.beta], rtol=1e-5)  # which is in float32
     assert [sum(v.rollouts for v in each) for each in visits] == state.cumulative_rollouts.tolist()
@@ -34,11 +34,11 @@ def test_the_replayed_posterior_is_the_allocators(run):
         assert [v.spent for v in each] == sorted(v.spent for v in each)
 
 
-def test_expected_is_what_the_allocator_went_by(run):
+@pytest.mark.parametrize("rates", [False, True])
+def test_expected_is_what_the_allocator_went_by(tmp_path, rates):
     """The population's prior in the place of the configured one, as the state stood when the epoch was allocated."""
-    run, _ = run
-    allocator = cero_jax.cero(total_budget=1000, num_epochs=10, discount=DISCOUNT)
-    state, visits = allocator.init(N), replay(run)[0]
+    run, _ = random_run(tmp_path, rates)
+    (allocator, state), visits = start(rates), replay(run)[0]
     for number, row in enumerate(run.steps):
         if number % 3 == 0:  # an epoch begins
             seen = [np.asarray(state.alpha) - 0.5, np.asarray(state.beta) - 0.5]
@@ -153,7 +153,11 @@ def test_a_hundred_thousand_prompts_are_a_page_that_a_browser_bears(run):
     )  # fmt: skip
     texts = tuple(f"question {i} {'x' * 3000}" for i in range(number))
     large = run._replace(
-        labels=tuple(f"kind {i % 30}" for i in range(number)), steps=steps, questions=texts, answers=texts
+        labels=tuple(f"kind {i % 30}" for i in range(number)),
+        steps=steps,
+        questions=texts,
+        answers=texts,
+        known=np.zeros((2, number)),
     )
     (data,) = (whole := page_data([large]))["runs"]
     assert len(page(whole)) < 8e6

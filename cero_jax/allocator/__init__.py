@@ -1,6 +1,6 @@
 """Adaptive rollout allocation: pure functions on a NamedTuple state, one contract for every allocator."""
 
-from cero_jax.allocator.base import Allocator, AllocatorState, Candidates, Rule, diagnostics
+from cero_jax.allocator.base import Allocator, AllocatorState, Candidates, Rule, diagnostics, with_pass_rates
 from cero_jax.allocator.build import build_allocator
 from cero_jax.allocator.cero import cero
 from cero_jax.allocator.cero_dual import cero_dual
@@ -25,4 +25,5 @@ __all__ = [
     "offline_optimum",
     "uniform",
     "variance",
+    "with_pass_rates",
 ]

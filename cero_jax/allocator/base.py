@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from cero_jax.allocator.checks import check_pass_rates
 from cero_jax.allocator.ledger import Ledger, TokenLedger, as_float
 from cero_jax.allocator.posterior import expected_variance
 
@@ -161,6 +162,31 @@ class Rule(Protocol):
             rule_state and budget_dual where the rule keeps anything or has a price).
         """
         ...
+
+
+def with_pass_rates(state: AllocatorState, pass_rates: ArrayLike, num_rollouts: ArrayLike) -> AllocatorState:
+    """The state of a run that is about to begin, knowing how often another model was right on each prompt.
+
+    A pass rate counts like so many rollouts that were drawn before and are not charged: it fades as rollouts are spent,
+    as other evidence does, and the prior fitted to the population sees it.
+
+    Args:
+        state: as `init` returned it.
+        pass_rates: [N] float, share of the other model's rollouts that was right, in [0, 1]; NaN where it is not known.
+        num_rollouts: [] or [N] float, what a rate is worth in rollouts of the policy that is trained: at most as many
+            as it was measured with, fewer where the other model is another.
+
+    Returns:
+        The state with the rates in its posterior.
+
+    Raises:
+        ValueError: what can be read is out of its range, or pass_rates has another shape than [N].
+    """
+    check_pass_rates(pass_rates, num_rollouts, state.alpha.shape[0])
+    rates = jnp.asarray(pass_rates, jnp.float32)
+    worth = jnp.where(jnp.isnan(rates), 0.0, jnp.asarray(num_rollouts, jnp.float32))
+    successes = worth * jnp.nan_to_num(rates)
+    return state._replace(alpha=state.alpha + successes, beta=state.beta + (worth - successes))
 
 
 def diagnostics(state: AllocatorState) -> dict[str, Array]:

@@ -98,6 +98,19 @@ def checked_counts(counts: dict, release, prompt_ids, num_prompts: int) -> dict:
     return {**counts, **arrays}
 
 
+def check_pass_rates(pass_rates, num_rollouts, num_prompts: int) -> None:
+    """Raises ValueError where these are not a share for each prompt, or NaN, and what the shares are worth."""
+    rates, worth = (jnp.asarray(x) if isinstance(x, Tracer) else np.asarray(x) for x in (pass_rates, num_rollouts))
+    for name, array, shapes in (("pass_rates", rates, [(num_prompts,)]), ("num_rollouts", worth, [(), (num_prompts,)])):
+        if array.shape not in shapes:
+            raise ValueError(f"{name} has shape {array.shape}, not {shapes[-1]}: give one number a prompt")
+    wrong = np.array([]) if isinstance(rates, Tracer) else rates[(rates < 0) | (rates > 1)]
+    if len(wrong):
+        raise ValueError(f"pass_rates holds {wrong[0]:g}: give shares in [0, 1], and NaN where one is not known")
+    if not isinstance(worth, Tracer) and not ((worth >= 0) & (worth < np.inf)).all():
+        raise ValueError(f"num_rollouts={num_rollouts} that a pass rate is worth must be finite and not negative")
+
+
 def _check_values(counts: dict[str, np.ndarray]) -> None:
     """Raises ValueError on values of counts [U], without padding, that cannot be. A few reads over them, no more."""
     ordered = [name for name in ("num_correct", "num_evidence", "num_rollouts") if name in counts]

@@ -39,6 +39,7 @@ class RunLog(NamedTuple):
     labels: tuple[str, ...]  # [N]
     steps: tuple[dict[str, Any], ...]  # the "step" rows of metrics.jsonl, at least one
     evals: tuple[dict[str, Any], ...]  # its "eval" rows, at least one
+    known: np.ndarray  # [2, N] float64, successes and failures that pass rates stood for before the first rollout
     questions: tuple[str, ...] = ()  # [N], or none
     answers: tuple[str, ...] = ()  # [N] gold, or none
 
@@ -95,7 +96,14 @@ def read_run(path: Path | str) -> RunLog:
         if not rows[kind]:
             raise ValueError(f"{path / 'metrics.jsonl'}: no {kind} in it yet: let the run go on")
     texts = (tuple(prompts.get(key, ())) for key in ("questions", "answers"))
-    return RunLog(path, config, labels, tuple(rows["step"]), tuple(rows["eval"]), *texts)
+    known = _from_pass_rates(prompts.get("pass_rates"), config["allocator"].get("pass_rate_rollouts", 0), len(labels))
+    return RunLog(path, config, labels, tuple(rows["step"]), tuple(rows["eval"]), known, *texts)
+
+
+def _from_pass_rates(rates: list[float | None] | None, rollouts: float, num_prompts: int) -> np.ndarray:
+    """[2, N] float64, the evidence that a run began with: successes and failures."""
+    shares = np.array([None] * num_prompts if rates is None else rates, float)
+    return np.nan_to_num(rollouts * np.stack([shares, 1 - shares]))
 
 
 def _read(path: Path) -> str:
@@ -241,7 +249,7 @@ def epochs(run: RunLog) -> Iterator[EpochLog]:
         )
     prior = np.array(settings["prior"], float)[:, None]
     # evidence at a prompt's last visit, and when that was
-    seen, seen_at, spent = np.zeros((2, number)), np.zeros(number, int), 0
+    seen, seen_at, spent = run.known.copy(), np.zeros(number, int), 0
 
     def held(which) -> np.ndarray:
         return prior + seen[:, which] * kept(run, spent - seen_at[which])
@@ -298,7 +306,7 @@ def replay(run: RunLog, prompts: Collection[int] | None = None) -> tuple[list[li
     wanted = np.full(len(visits), prompts is None)
     wanted[list(prompts or ())] = True
     prior = np.array(run.config["allocator"]["prior"], float)[:, None]
-    after, spent = np.repeat(prior, len(visits), axis=1), np.zeros(len(visits), int)  # a prompt's last visit
+    after, spent = prior + run.known, np.zeros(len(visits), int)  # a prompt's last visit
     for epoch in epochs(run):
         expected = epoch.fitted if run.config["allocator"]["name"] == "cero" else epoch.held
         unjudged = epoch.rollouts - epoch.evidence

@@ -1,6 +1,7 @@
 """Question and answer from files: the rows of GSM8K, MATH, DAPO and AIME, and JSONL, CSV or Parquet of your own."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Row(NamedTuple):
     messages: list[dict[str, str]]  # role and content; the question is the last
     answer: str
     label: str
+    pass_rate: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class Dataset:
     """Field of the question, text or messages; "reward_model.ground_truth" looks inside, "problem|question" at both."""
     answer_field: str = "answer"
     """Field of the gold answer, in the same way."""
+    pass_rate_field: str | None = None
+    """Field of how often another model was right on the question, a share from 0 to 1, null where that is not known:
+    `cero` begins with it (allocator.pass_rate_rollouts)."""
     template: str = "{question}"
     """The prompt; {question} stands for the question, any other text for itself."""
     system: str | None = None
@@ -93,7 +98,7 @@ class Dataset:
             raise ValueError("chat=True needs a tokenizer with a chat template: give an instruction-tuned model_folder")
         inline, pooled = self._verifier()
         one, many = self._rewards(inline, pooled)
-        rows = self._read(self.path, "all") if self.path or not self.heldout_paths else []
+        rows = self._read(self.path, "all", self.pass_rate_field) if self.path or not self.heldout_paths else []
         if self.heldout_paths:
             names = _names(self.heldout_paths) if len(self.heldout_paths) > 1 else ["all"]
             heldout = [
@@ -143,7 +148,7 @@ class Dataset:
             judges[name] = one_by_one(one) if one else many or self._pool(name)
         return None, weighted(weights, judges)
 
-    def _read(self, pattern: str, label: str) -> list[Row]:
+    def _read(self, pattern: str, label: str, rates: str | None = None) -> list[Row]:
         rows, answered = [], 0
         for file in read_files.find_files(pattern):
             for source, row in read_files.read_rows(file):
@@ -151,7 +156,8 @@ class Dataset:
                     source, self.question_field, read_files.pick(source, row, self.question_field)
                 )
                 answer = read_files.text(source, self.answer_field, read_files.pick(source, row, self.answer_field))
-                rows.append(Row(source, question, answer, label))
+                rate = read_files.share(source, rates, read_files.pick(source, row, rates)) if rates else math.nan
+                rows.append(Row(source, question, answer, label, rate))
                 answered += left_out > 0
         if not rows:
             raise ValueError(f"{pattern}: no row in it: expected one JSON object a line")
@@ -195,6 +201,7 @@ class Dataset:
             self.max_prompt_tokens,
             [row.source for row in rows],
             drop_long=True,
+            pass_rates=[row.pass_rate for row in rows] if self.pass_rate_field and name == "train" else None,
         )
         dropped = len(rows) - len(prompts.questions)
         if rows and not prompts.questions:
