@@ -65,18 +65,19 @@ class Arm(NamedTuple):
 
 
 HALF = WHOLE // 2
-LATE, EARLY = (HALF, 2 * WHOLE // 3, WHOLE), (WHOLE // 4, HALF, 2 * WHOLE // 3, WHOLE)
+LATE, EARLY = (HALF, 2 * WHOLE // 3, WHOLE), (WHOLE // 4, HALF, WHOLE)
+BUDGETS = sorted({*LATE, *EARLY})
+OWN = "smollm2-135m-instruct"
 ARMS = {
     "uniform": Arm("uniform", "grpo", 4, WHOLE, (WHOLE,)),
     "cero": Arm("cero", "grpo", 4, WHOLE, LATE),
     "uniform + reward": Arm("uniform", "reward", 1, HALF, EARLY),
     "cero + reward": Arm("cero", "reward", 1, HALF, EARLY),
-    "cero + reward + pass rates": Arm(
-        "cero", "reward", 1, HALF, EARLY, rates="smollm2-135m-instruct", rate_rollouts=8.0
-    ),
+    "cero + reward + pass rates": Arm("cero", "reward", 1, HALF, EARLY, rates=OWN, rate_rollouts=8.0),
     "cero + reward + pass rates, Gemma's": Arm(
         "cero", "reward", 1, HALF, EARLY, rates="gemma-3-270m", rate_rollouts=4.0
     ),
+    "cero + posterior + pass rates": Arm("cero", "posterior", 1, HALF, EARLY, rates=OWN, rate_rollouts=8.0),
     "cero + posterior": Arm("cero", "posterior", 1, WHOLE, LATE),
     "cero + reward, prompts permuted": Arm("cero", "reward", 1, HALF, EARLY, matched=True),
     "cero_dual": Arm("cero_dual", "grpo", 4, WHOLE, LATE),
@@ -236,15 +237,15 @@ def judge(folder: Path, best: dict[str, Setting], results: dict[str, list[list[d
     print(f"\n{folder.name}, seeds {SEEDS[0]} to {SEEDS[-1]}; before {before:.3f}")
     print(
         "| arm | rate, rows a step | accuracy at the end of "
-        + " | ".join(f"{budget:,}" for budget in EARLY)
+        + " | ".join(f"{budget:,}" for budget in BUDGETS)
         + " | worst | over uniform's end, points (95 %) | steps | rows with variance | times fewer rollouts to "
-        "uniform's end (95 %) |\n" + "|---" * (len(EARLY) + 7) + "|"
+        "uniform's end (95 %) |\n" + "|---" * (len(BUDGETS) + 7) + "|"
     )
     for arm, some in results.items():
         column = dict(zip(ARMS[arm].judged, map(mean_and_error, ends[arm].T), strict=True))
         saved = savings(uniform, WHOLE, ends[arm], ARMS[arm].judged)
         whole = [of_seed[-1] for of_seed in some]
-        cells = [f"{best[arm].learning_rate:g}, {best[arm].rows}", *(column.get(budget, "") for budget in EARLY)]
+        cells = [f"{best[arm].learning_rate:g}, {best[arm].rows}", *(column.get(budget, "") for budget in BUDGETS)]
         cells += [f"{ends[arm][:, -1].min():.3f}", interval(ends[arm][:, -1] - uniform)]
         cells += [f"{np.mean([r['curve'][-1][1] for r in whole]):.0f}"]
         cells += [f"{np.mean([r['live_share'] for r in whole]):.0%}", in_words(saved)]
