@@ -75,7 +75,7 @@ ARMS = {
     "cero + reward": Arm("cero", "reward", 1, HALF, EARLY),
     "cero + reward + pass rates": Arm("cero", "reward", 1, HALF, EARLY, rates=OWN, rate_rollouts=8.0),
     "cero + reward + pass rates, Gemma's": Arm(
-        "cero", "reward", 1, HALF, EARLY, rates="gemma-3-270m", rate_rollouts=4.0
+        "cero", "reward", 1, HALF, EARLY, rates="gemma-3-270m", rate_rollouts=2.0
     ),
     "cero + posterior + pass rates": Arm("cero", "posterior", 1, HALF, EARLY, rates=OWN, rate_rollouts=8.0),
     "cero + posterior": Arm("cero", "posterior", 1, WHOLE, LATE),

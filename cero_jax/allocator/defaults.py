@@ -7,6 +7,6 @@ GROUP_SIZE = 8  # rollouts of a group under `uniform` and `cero_dual`, on averag
 PRIOR = (0.5, 0.5)  # Beta(alpha, beta) of a prompt's success probability
 DISCOUNT = 0.9  # share of the evidence that is kept over a pass of 8 N rollouts
 EXPLORE = 0.1  # share of an epoch's budget for prompts whose evidence has faded
-PASS_RATE_ROLLOUTS = 4.0  # what a pass rate of another model is worth, in rollouts of the policy
+PASS_RATE_ROLLOUTS = 2.0  # what a pass rate of another model is worth, in rollouts of the policy
 UTILITY = "exponential"  # how a prompt's utility saturates in its cumulative rollouts
 ADVANTAGE = "rloo"  # whose variance `variance` minimises
