@@ -7,10 +7,11 @@ XLA optimises little here; test_optimised.py has what hangs on its optimisations
 import os
 import tempfile
 
-from little_optimisation import xla_flags
+from little_optimisation import with_little_optimisation
 
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers, and the processes that tests start, inherit it
-    os.environ["XLA_FLAGS"] = xla_flags()
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = with_little_optimisation(flags)
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["NPROC"] = "8"  # fixes the size of XLA's thread pool, and with it the bits of a matrix product
     compiled = tempfile.TemporaryDirectory(prefix="cero_jax-compiled-", ignore_cleanup_errors=True)

@@ -10,9 +10,8 @@ LITTLE_OPTIMISATION = (
 )
 
 
-def xla_flags() -> str:
-    """Those of this process's environment, with 8 virtual devices; a level of optimisation among them is left as is."""
-    given = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+def with_little_optimisation(given: str) -> str:
+    """XLA_FLAGS as given and these; as given where a level of optimisation is among them."""
     if "xla_backend_optimization_level" in given or not _known(LITTLE_OPTIMISATION):
         return given
     return given + LITTLE_OPTIMISATION

@@ -17,21 +17,17 @@ ALLOCATORS = (  # integers that real numbers decide on: exact sums, and the same
     "test_contract.py::test_jit_equals_eager",
     "test_cero.py::test_replicated_integers_are_those_of_one_device",
     "test_cero.py::test_extreme_states_keep_bounds_and_sums",
-    "test_cero.py::test_ten_million_prompts_sharded_keep_sum_and_bounds_and_the_shares_agree",
     "test_cero_dual.py::test_every_round_is_that_of_a_plain_transcript_of_algorithm_1[0]",
     "test_rounding.py::test_the_sum_is_exact_at_a_million_prompts",
     "test_rounding.py::test_groups_are_within_bounds_and_sum_to_the_closest_feasible_budget[4-10-2]",
 )
 POLICIES = (  # rounding in the model, memory, and bits over processes
     "test_learner.py::test_loss_equals_float64_loops",
-    "test_learner.py::test_rematerialised_layers_give_the_same_gradient_and_keep_less",
-    "test_memory.py::test_activations_and_logits_are_near_the_compilers_figure",
+    "test_memory.py::test_activations_and_logits_are_near_the_compilers_figure[False]",
     "test_prefill.py",
     "test_sampler.py::test_refilled_slots_draw_what_slots_of_their_own_do[8-2-8]",
-    "test_sharding.py::test_a_step_is_that_of_one_device_and_keeps_its_sharding[data 2 x fsdp 4]",
     "test_sharding.py::test_draws_are_those_of_one_device[data 2 x fsdp 4]",
     "test_weights.py::test_greedy_decoding_with_the_cache_gives_the_tokens_of_transformers[qwen3]",
-    "test_train.py::test_ledger_and_metrics_agree[allocator.name0]",
     "test_resume.py::test_kill_and_resume_is_bit_identical",
 )
 
