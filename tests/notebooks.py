@@ -1,7 +1,7 @@
 """Runs a notebook's cells in order, in one namespace, as its reader would: `python -m tests.notebooks FILE [--write]`.
 
 With --write, what they print and draw is stored in the notebook, for code hosts and the site to show. With --quick, a
-warm start is cut to a few steps: all cells run, on a policy that knows little.
+warm start is cut to a few steps, and compiled with little optimisation: all cells run, on a policy that knows little.
 """
 
 import ast
@@ -9,11 +9,14 @@ import base64
 import contextlib
 import io
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
 import matplotlib
+
+from tests.little_optimisation import with_little_optimisation
 
 matplotlib.use("agg")
 from matplotlib import pyplot as plt
@@ -54,6 +57,9 @@ def write(path: Path, outputs: list[list[dict]]) -> None:
 
 
 if __name__ == "__main__":
-    outputs = run(Path(sys.argv[1]), quick="--quick" in sys.argv[2:])
+    quick = "--quick" in sys.argv[2:]
+    if quick:
+        os.environ["XLA_FLAGS"] = with_little_optimisation(os.environ.get("XLA_FLAGS", ""))
+    outputs = run(Path(sys.argv[1]), quick)
     if "--write" in sys.argv[2:]:
         write(Path(sys.argv[1]), outputs)

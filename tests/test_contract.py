@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from quick import quick_jit
 
 import cero_jax
 
@@ -155,7 +154,7 @@ def test_padding_gets_nothing_and_changes_nothing(make):
 def test_shares_of_a_stream_of_batches_sum_to_an_epochs_budget(make):
     num_prompts, total, epochs = 50, 7777, 10
     allocator = make(total_budget=total, num_epochs=epochs, min_group=2)
-    allocate = quick_jit(allocator.allocate)
+    allocate = jax.jit(allocator.allocate)
     state = allocator.init(num_prompts)
     for _ in range(3):
         before = int(state.ledger.left)
@@ -171,7 +170,7 @@ def test_shares_of_a_stream_of_batches_sum_to_an_epochs_budget(make):
 def test_groups_are_multiples_and_a_run_loses_nothing_by_it(make, multiple_of):
     total, epochs = 3001, 23  # epochs of 130.5 rollouts
     allocator = make(total_budget=total, num_epochs=epochs, min_group=4, max_group=16, multiple_of=multiple_of)
-    allocate, update = quick_jit(allocator.allocate), quick_jit(allocator.update)
+    allocate, update = jax.jit(allocator.allocate), jax.jit(allocator.update)
     state, sums = allocator.init(PROMPTS), []
     for _ in range(epochs + 1):
         n, state = allocate(state)
@@ -200,7 +199,7 @@ def test_groups_of_one_size_lose_nothing_and_need_no_more_epochs(make, group, to
     own = {} if make in (GREEDY, cero_jax.cero) else {"group_size": group}
     own |= {"units_per_group": 1} if make is cero_jax.cero_dual else {}
     allocator = make(total_budget=total, num_epochs=epochs, min_group=group, max_group=group, **own)
-    allocate, update = quick_jit(allocator.allocate), quick_jit(allocator.update)
+    allocate, update = jax.jit(allocator.allocate), jax.jit(allocator.update)
     state, sums = allocator.init(100), []
     for _ in range(epochs):
         n, state = allocate(state)

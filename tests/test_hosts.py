@@ -35,10 +35,7 @@ def as_srun_starts(index):
 def two(tmp_path_factory):
     """A folder in which two processes, of a device each, ran until one of them got SIGTERM; and what they printed."""
     folder = tmp_path_factory.mktemp("two")
-    shared = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    shared = {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=1")}
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.two_hosts", str(folder)],
@@ -77,11 +74,8 @@ def test_what_one_process_knows_all_know_and_what_fails_in_one_fails_in_all(two)
 
 @pytest.fixture
 def as_there(monkeypatch):
-    """This process compiles as those two did, for as many devices."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    """This process compiles for as many devices as those two had."""
     monkeypatch.setattr(sharding, "make_mesh", partial(sharding.make_mesh, devices=jax.devices()[:2]))
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_two_processes_and_then_one_are_as_one_to_the_bit(two, as_there):
