@@ -265,8 +265,10 @@ def test_long_prompts_are_dropped_and_duplicates_reported(write, caplog):
 
 
 class ChatTokenizer(ByteTokenizer):
-    def chat(self, messages):
-        return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
+    def chat(self, conversations):
+        return [
+            "".join(f"<{each['role']}>{each['content']}" for each in some) + "<assistant>" for some in conversations
+        ]
 
 
 def test_chat_renders_by_the_tokenizers_template(write):
