@@ -10,14 +10,9 @@ from types import TracebackType
 
 
 def install(extra: str) -> str:
-    """The command that brings an extra: by the package's name or, where that is not installed, from its clone."""
-    from importlib import metadata  # slow, and seldom needed
-
-    try:
-        metadata.version("cero_jax")
-    except metadata.PackageNotFoundError:
-        return f"pip install '{Path(__file__).resolve().parent.parent}[{extra}]'"
-    return f"pip install 'cero_jax[{extra}]'"
+    """The command that brings an extra: of the clone that this file lies in, or else of the installed package."""
+    clone = Path(__file__).resolve().parent.parent
+    return f"pip install '{clone if (clone / 'pyproject.toml').is_file() else 'cero_jax'}[{extra}]'"
 
 
 def what_to_install(error: BaseException | None) -> str | None:
