@@ -6,14 +6,14 @@ step of a batch: settle (posterior and budget), learn (advantages and policy).
 The run ends when there is nothing left to allocate. Stopped by SIGTERM, SIGINT or a crash, the same command resumes it.
 """
 
-import signal
 import sys
 import time
 from contextlib import closing
 
-# Before the slow imports: Ctrl-C there, and a second one, leave no traceback. Where a shell has it ignored, it stays.
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+from cero_jax import starting
+
+if __name__ == "__main__":  # before the slow imports, which so leave no traceback
+    starting.without_traceback()
 
 import jax
 import numpy as np
@@ -70,8 +70,7 @@ def train_epoch(run: Run, state: State, cursor: Cursor, stop: StopSignal) -> tup
         hosts.alike(run.checkpoints.check)  # a save goes on in the background, and may have failed there
         if cursor.step >= cursor.saved_step + config.checkpoint_every_steps:
             cursor = run.save(state, cursor)
-        # Not before the first batch: a resume would allocate the epoch again.
-        if stop.agreed() or run.trouble(cursor) or run.ended(cursor):
+        if stop.agreed() or run.trouble(cursor) or run.ended(cursor):  # after a batch: a resume would allocate again
             break
     if cursor.epoch_step == len(epoch_plans):
         # Nothing was left to allocate; but `cero_dual` may also leave an epoch empty that is not the last.
@@ -128,8 +127,7 @@ def learn(run: Run, state: State, cursor: Cursor, scored: ScoredStep) -> tuple[S
         if (rows := rows_with_gradient(batch, advantages, config)).any():
             rate = learning_rate(config, cursor.spent, run.config.allocator.total_budget)
             policy, measured = run.learner.step(state.policy, run.fixed, batch, advantages, np.float32(rate), rows)
-            # Read at once: the next step, or the next rollouts, need this policy, so there is nothing to do meanwhile.
-            measured = {name: float(value) for name, value in jax.device_get(measured).items()}
+            measured = {name: float(value) for name, value in jax.device_get(measured).items()}  # all else waits for it
             skipped = int(measured.pop("skipped"))  # 1: the gradient is no number, and nothing was moved
             metrics |= {"skipped_steps": 1} if skipped else measured | {"learning_rate": rate}
             cursor = cursor._replace(optimizer_steps=cursor.optimizer_steps + 1 - skipped)

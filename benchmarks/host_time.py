@@ -21,6 +21,7 @@ import numpy as np
 from cero_jax.config import AllocatorConfig, Config
 from cero_jax.data import Prompts, Task, epoch_order, prompts_hash
 from cero_jax.huggingface.chat_template import ChatTemplate
+from cero_jax.huggingface.tokenizer import RENDERED_AT_ONCE
 from cero_jax.packing import plan
 from cero_jax.report.mechanism import epoch_row
 from cero_jax.report.read_run import prompt_history, read_run
@@ -63,8 +64,10 @@ def measure(number: int, folder: Path) -> None:
         write_settings(folder, config, task, digest)
     with printed(f"once: {RENDERED:,} prompts rendered by a chat template, in its process"):
         render = ChatTemplate(CHATML, {}, datetime.now())
-        for question in task.train.questions[:RENDERED]:
-            render([{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}])
+        system = {"role": "system", "content": "Be brief."}
+        asked = [[system, {"role": "user", "content": question}] for question in task.train.questions[:RENDERED]]
+        for start in range(0, RENDERED, RENDERED_AT_ONCE):
+            render(asked[start : start + RENDERED_AT_ONCE])
         del render  # waits for its process, whose time counts, too
     best("an epoch: order of the prompts", lambda: epoch_order(number, 0, 1))
     order, whole = epoch_order(number, 0, 1), np.full(number, 8, np.int32)

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from cero_jax import hosts
+from cero_jax import hosts, starting
 from cero_jax.checksums import described, text_checksum, type_of
 from cero_jax.terminal import say
 
@@ -384,6 +384,8 @@ def fail_at_once(*expected: type[Exception]) -> NoReturn:
             hosts.wait_for_the_dead()
         elif isinstance(error, expected):
             say(f"error: {hosts.noted(error)}")
+        elif line := starting.what_to_install(error):
+            say(f"error: {line}")
         else:
             traceback.print_exc()
         sys.stdout.flush()  # os._exit flushes nothing

@@ -11,6 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cero_jax import starting
+
+if __name__ == "__main__":
+    starting.name_what_is_missing()
+
 import jax
 
 from cero_jax import hosts, lora, model, sharding

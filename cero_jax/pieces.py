@@ -21,6 +21,7 @@ from cero_jax.initial_policy import dtypes
 from cero_jax.learner import Learner, make_learner
 from cero_jax.sampler import Sampler, make_sampler
 from cero_jax.saved_config import flat
+from cero_jax.starting import install
 from cero_jax.tasks.dataset import Dataset
 from cero_jax.verify import probe
 
@@ -156,6 +157,6 @@ def slow_here(config: Config) -> str:
     if config.model_folder is None or jax.default_backend() != "cpu":
         return ""
     return (
-        "WARNING: JAX sees no GPU and no TPU here: this model will run on the CPU, and slowly. For an NVIDIA GPU: pip "
-        "install 'cero_jax[train,cuda]'; for a TPU: 'cero_jax[train,tpu]'"
+        "WARNING: JAX sees no GPU and no TPU here: this model will run on the CPU, and slowly. For an NVIDIA GPU: "
+        f"{install('train,cuda')}; for a TPU: {install('train,tpu')}"
     )

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from cero_jax.huggingface import hub
 from cero_jax.paths import local_path
+from cero_jax.starting import install
 
 OTHERS = {  # how a file begins that holds no rows to be read -> what it is, and what to do
     b"PK\x03\x04": "a zip archive or a spreadsheet: unpack it, or export it as CSV",
@@ -237,9 +238,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ValueError(
-            f"{path}: Parquet needs pyarrow: pip install 'cero_jax[train]', or give JSONL or CSV"
-        ) from error
+        raise ValueError(f"{path}: Parquet needs pyarrow: {install('train')}, or give JSONL or CSV") from error
     number = 0
     try:
         with parquet.ParquetFile(path) as file:

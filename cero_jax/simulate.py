@@ -16,6 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from cero_jax import starting
+
+if __name__ == "__main__":
+    starting.name_what_is_missing()
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,6 +1,6 @@
 """Text to ids and back: what a run needs of a tokenizer, one for any text, and one for the embedded task."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 
@@ -31,8 +31,8 @@ class Tokenizer(Protocol):
         ...
 
     @property
-    def chat(self) -> Callable[[list[dict[str, str]]], str] | None:
-        """Renders messages, each {"role": ..., "content": ...}, as the prompt of a chat; None: without a template."""
+    def chat(self) -> Callable[[Sequence[list[dict[str, str]]]], list[str]] | None:
+        """Renders conversations, each messages {"role": ..., "content": ...}, as prompts; None: without a template."""
         ...
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cero_jax.starting import install
 from cero_jax.terminal import one_line, say
 
 COLUMNS = ("prompt_id", "question", "completion", "answer", "extracted", "status", "reward")
@@ -36,7 +37,7 @@ def _package(project: str) -> Any:
     except ImportError:
         wandb = None
     if not hasattr(wandb, "init"):  # a folder wandb/, as W&B leaves, is imported, too
-        raise ValueError(f"wandb={project!r} needs the package wandb: pip install 'cero_jax[train,wandb]'")
+        raise ValueError(f"wandb={project!r} needs the package wandb: {install('train,wandb')}")
     return wandb
 
 

@@ -232,7 +232,7 @@ def test_parquet_columns_of_other_types(tmp_path):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"rows.parquet: Parquet needs pyarrow: pip install 'cero_jax\[train\]'"):
+    with pytest.raises(ValueError, match=r"rows.parquet: Parquet needs pyarrow: pip install '.*\[train\]'"):
         Dataset(str(tmp_path / "rows.parquet")).build(seed=0)
 
 
@@ -265,8 +265,10 @@ def test_long_prompts_are_dropped_and_duplicates_reported(write, caplog):
 
 
 class ChatTokenizer(ByteTokenizer):
-    def chat(self, messages):
-        return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
+    def chat(self, conversations):
+        return [
+            "".join(f"<{each['role']}>{each['content']}" for each in some) + "<assistant>" for some in conversations
+        ]
 
 
 def test_chat_renders_by_the_tokenizers_template(write):

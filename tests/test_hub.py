@@ -12,6 +12,7 @@ from stand_in_hub import serving
 from stand_in_wandb import wandb_stand_in
 
 from cero_jax import run
+from cero_jax.checksums import type_of
 from cero_jax.command_line import from_command_line
 from cero_jax.huggingface import hub
 from cero_jax.read_files import find_files
@@ -153,7 +154,7 @@ def test_without_a_hub_or_its_library_there_is_one_line(stand_in, monkeypatch):
         hub.model_folder("hf:Qwen/tiny:train")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     for had in (lambda: hub.model_folder(MODEL), lambda: find_files(DATA)):
-        with pytest.raises(ValueError, match=r"need huggingface_hub: pip install 'cero_jax\[train\]'"):
+        with pytest.raises(ValueError, match=r"need huggingface_hub: pip install '.*\[train\]'"):
             had()
 
 
@@ -176,6 +177,8 @@ def test_the_config_for_one_gpu_begins_from_the_hub_and_goes_on_as_it_began_with
     stand_in, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.chdir(ROOT)
+    # Checksums are tested elsewhere: a program of them would be compiled for this model alone.
+    monkeypatch.setattr("cero_jax.checkpoint.described", lambda arrays: {x: [type_of(arrays[x]), 0] for x in arrays})
     name = "Qwen/Qwen2.5-0.5B-Instruct"
     files = {path.name: path.read_bytes() for path in (FIXTURES / "qwen2").iterdir()}
     files["config.json"] = files["config.json"].replace(

@@ -91,7 +91,7 @@ def test_a_folder_encodes_decodes_and_chats_as_transformers_does(name):
         assert tokenizer.encode(text) == ids
         if not set(ids) & set(tokenizer.eos_ids):  # transformers decodes beyond an eos
             assert tokenizer.decode(ids) == decoded
-    assert tokenizer.chat(want["messages"]) == want["chat"]
+    assert tokenizer.chat([want["messages"]] * 2) == [want["chat"]] * 2
     assert tokenizer.encode(want["chat"]) == want["chat_ids"]  # the template's BOS is the only one
 
 
@@ -136,10 +136,10 @@ def test_a_template_that_attacks_or_refuses_is_an_error(tmp_path):
     for template, message in ((attack, "refuses .* unsafe"), ("{% set x = messages.append(1) %}", "refuses")):
         tokenizer = FolderTokenizer(folder_of("qwen2", tmp_path / str(template)[:5], {"chat_template": template}))
         with pytest.raises(ValueError, match=message):
-            tokenizer.chat([{"role": "user", "content": "x"}])
+            tokenizer.chat([[{"role": "user", "content": "x"}]])
     assert FolderTokenizer(folder_of("qwen2", tmp_path / "plain", {"chat_template": None})).chat is None
-    with pytest.raises(ValueError, match="unknown role robot"):
-        FolderTokenizer(FIXTURES / "qwen2").chat([{"role": "robot", "content": "x"}])
+    with pytest.raises(ValueError, match=r"refuses \[{'role': 'robot'.*: unknown role robot"):
+        FolderTokenizer(FIXTURES / "qwen2").chat([ASKED, [{"role": "robot", "content": "x"}]])
 
 
 def test_truncation_padding_and_dropout_in_the_file_are_off(tmp_path):
@@ -174,11 +174,11 @@ def test_the_generation_tag_renders_as_without_it_and_the_date_is_the_starts(tmp
     plain = tagged.replace("    {% generation %}\n", "").replace("    {% endgeneration %}\n", "")
     started = datetime(2024, 2, 29, 23, 59)
     found = [
-        FolderTokenizer(with_template(tmp_path / name, template), started).chat(ASKED)
+        FolderTokenizer(with_template(tmp_path / name, template), started).chat([ASKED])
         for name, template in (("tagged", tagged), ("plain", plain))
     ]
-    assert found == ["29 Feb 2024<What is 3 + 4?>7!\n"] * 2
-    assert FolderTokenizer(FIXTURES / "llama").chat(ASKED)  # without a date given, today's
+    assert found == [["29 Feb 2024<What is 3 + 4?>7!\n"]] * 2
+    assert FolderTokenizer(FIXTURES / "llama").chat([ASKED])  # without a date given, today's
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_broken_or_boundless_template_is_one_line(tmp_path, monkeypatch, templ
     monkeypatch.setattr(chat_template, "MEMORY_MB", 128)
     tokenizer = FolderTokenizer(with_template(tmp_path, template))
     with pytest.raises(ValueError, match=message) as caught:
-        tokenizer.chat(ASKED)
+        tokenizer.chat([ASKED])
     assert str(caught.value).startswith(f"{tokenizer.folder / 'tokenizer_config.json'}: its chat template refuses ")
     assert str(caught.value).isprintable()
 
@@ -212,13 +212,19 @@ def test_a_template_that_was_ended_renders_the_next_messages(tmp_path):
     tokenizer = FolderTokenizer(
         with_template(tmp_path, "{{ messages[0].content }}{% if messages[1] %}{{ 'x' * 10**10 }}{% endif %}")
     )
-    for _ in range(2):
-        with pytest.raises(ValueError, match="more than 512 MB"):
-            tokenizer.chat(ASKED)
-        assert tokenizer.chat(ASKED[:1]) == "What is 3 + 4?"
+    with pytest.raises(ValueError, match="more than 512 MB"):  # among others, and then alone
+        tokenizer.chat([ASKED[:1]] * 70 + [ASKED])
+    assert tokenizer.chat([ASKED[:1]] * 70) == ["What is 3 + 4?"] * 70
     process = tokenizer._template[1]._process
     del tokenizer
     assert process.wait(20) == 0  # it ends with what asked it
+
+
+def test_without_jinja_there_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "jinja2.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(ValueError, match=r"it needs jinja2: pip install '.*\[train\]'$"):
+        FolderTokenizer(FIXTURES / "qwen2").chat([ASKED])
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,19 @@ import signal
 import subprocess
 import sys
 import weakref
+from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from typing import Any, TextIO
 
 SECONDS = 1.0  # of processor time for a prompt, compiling the template included: hundreds of times what one takes
 MEMORY_MB = 512  # address space of the process
 MAX_CHARS = 10**7  # of a rendered prompt: more tokens than any model's context
-OUT_OF_MEMORY = 77  # exit code
+OUT_OF_MEMORY, NO_JINJA = 77, 78  # exit codes
 
 
 class ChatTemplate:
-    """Messages, each {"role": ..., "content": ...}, to the prompt, which ends where the assistant's turn begins.
+    """Conversations, each messages {"role": ..., "content": ...}, to prompts that end where the assistant answers.
 
     source: the template. tokens: its special tokens, "bos_token" and such, by name. started: the time that its function
     strftime_now tells. The process starts with the first prompt and ends with this object.
@@ -34,27 +36,33 @@ class ChatTemplate:
         self._setup |= {"seconds": SECONDS, "memory_bytes": MEMORY_MB * 2**20}
         self._process: subprocess.Popen | None = None
 
-    def __call__(self, messages: list[dict[str, str]]) -> str:
-        """The prompt. Raises ValueError where the template is broken, refuses the messages or reaches a limit."""
+    def __call__(self, conversations: Sequence[list[dict[str, str]]]) -> list[str]:
+        """The prompts, asked for at once: to and fro costs more than to render one.
+
+        Raises ValueError where the template is broken, refuses one of them or reaches a limit.
+        """
         if self._process is None:
             self._process = _start_process()
             self._end = weakref.finalize(self, _end, self._process)
             _send(self._process, self._setup)
-        _send(self._process, messages)
+        _send(self._process, conversations)
         answer = self._process.stdout.readline()  # type: ignore[union-attr] (a pipe)
         if not answer.endswith("\n"):  # it was ended
             self._end()
             code, self._process = self._process.returncode, None
+            from cero_jax.starting import install  # here, as the process has nothing of cero_jax
+
             raise ValueError(
                 {
                     -signal.SIGPROF: f"it had not ended after {SECONDS:g} s of processor time",
                     OUT_OF_MEMORY: f"it needs more than {MEMORY_MB} MB of memory",
-                }.get(code, f"its process ended with status {code} (it needs the package jinja2)")
+                    NO_JINJA: f"it needs jinja2: {install('train')}",
+                }.get(code, f"its process ended with status {code}")
             )
         found = json.loads(answer)
-        if "text" not in found:
+        if "error" in found:
             raise ValueError(found["error"])
-        return found["text"]
+        return found["prompts"]
 
 
 def _start_process() -> subprocess.Popen:
@@ -88,27 +96,36 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _main() -> None:
-    """Answer a line of messages with a line of what became of them, until there are no more."""
+    """Answer a line of conversations with a line of their prompts, until there are no more."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     setup = json.loads(sys.stdin.readline())
     resource.setrlimit(resource.RLIMIT_AS, (setup["memory_bytes"], setup["memory_bytes"]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    environment, template = _environment(datetime.fromisoformat(setup["started"])), None
-    for line in sys.stdin:
-        messages = json.loads(line)
+    try:
+        environment = _environment(datetime.fromisoformat(setup["started"]))
+    except ImportError:
+        os._exit(NO_JINJA)
+    compiled = cache(lambda: environment.from_string(setup["source"]))
+
+    def render(messages: list[dict[str, str]]) -> str:
         signal.setitimer(signal.ITIMER_PROF, setup["seconds"])  # the kernel ends the process then
         try:
-            template = template or environment.from_string(setup["source"])
-            text = template.render(
+            text = compiled().render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=True, **setup["tokens"]
             )
-            too_long = f"it makes a prompt of {len(text):,} characters, more than {MAX_CHARS:,}"
-            answer = json.dumps({"text": text} if len(text) <= MAX_CHARS else {"error": too_long})
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+        if len(text) > MAX_CHARS:
+            raise ValueError(f"it makes a prompt of {len(text):,} characters, more than {MAX_CHARS:,}")
+        return text
+
+    for line in sys.stdin:
+        try:
+            answer = json.dumps({"prompts": [render(messages) for messages in json.loads(line)]})
         except MemoryError:
             os._exit(OUT_OF_MEMORY)
         except Exception as error:  # a template is a program: it may raise anything
             answer = json.dumps({"error": _what_went_wrong(error)})
-        signal.setitimer(signal.ITIMER_PROF, 0)
         print(answer, flush=True)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cero_jax.paths import local_path
+from cero_jax.starting import install
 from cero_jax.terminal import one_line
 
 Kind = Literal["model", "dataset"]
@@ -111,7 +112,7 @@ def _library(given: object) -> Any:
         import huggingface_hub
         from huggingface_hub import constants, errors  # noqa: F401 (so that they are loaded)
     except ImportError as error:
-        raise ValueError(f"{given}: names on the hub need huggingface_hub: pip install 'cero_jax[train]'") from error
+        raise ValueError(f"{given}: names on the hub need huggingface_hub: {install('train')}") from error
     return huggingface_hub
 
 

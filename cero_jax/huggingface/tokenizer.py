@@ -4,7 +4,7 @@ The packages `tokenizers` and `jinja2` are imported when a FolderTokenizer first
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,8 @@ from cero_jax.huggingface.chat_template import ChatTemplate
 from cero_jax.huggingface.families import read_json, what_it_must_be
 from cero_jax.terminal import one_line
 from cero_jax.tokenizer import text_ids
+
+RENDERED_AT_ONCE = 64  # conversations
 
 
 class FolderTokenizer:
@@ -79,22 +81,28 @@ class FolderTokenizer:
         return self._backend.decode(text_ids(ids, self), skip_special_tokens=True)
 
     @property
-    def chat(self) -> Callable[[list[dict[str, str]]], str] | None:
-        """Renders messages, each {"role": ..., "content": ...}, by the folder's chat template; None: it has none.
+    def chat(self) -> Callable[[Sequence[list[dict[str, str]]]], list[str]] | None:
+        """Renders conversations, each messages {"role": ..., "content": ...}, by the folder's chat template, if any.
 
-        Raises ValueError where what is there is no template; the function where it is broken, refuses the messages, or
+        Raises ValueError where what is there is no template; the function where it is broken, refuses messages, or
         takes too long or too much memory.
         """
         return None if self._template is None else self._render
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    def _render(self, conversations: Sequence[list[dict[str, str]]]) -> list[str]:
         assert self._template is not None
-        source, template = self._template
-        try:
-            return template(messages)
-        except ValueError as error:
-            shown = one_line(repr(messages), 200)
-            raise ValueError(f"{source}: its chat template refuses {shown}: {one_line(str(error))}") from None
+        (source, template), prompts = self._template, []
+        for start in range(0, len(conversations), RENDERED_AT_ONCE):
+            some = conversations[start : start + RENDERED_AT_ONCE]
+            try:
+                prompts += template(some)
+            except ValueError as error:
+                if len(conversations) == 1:
+                    shown = one_line(repr(some[0]), 200)
+                    raise ValueError(f"{source}: its chat template refuses {shown}: {one_line(str(error))}") from None
+                for each in some:  # which it was, and whether it is one alone
+                    prompts += self._render([each])
+        return prompts
 
     @cached_property
     def _template(self) -> tuple[Path, ChatTemplate] | None:

@@ -10,6 +10,11 @@ import argparse
 import contextlib
 from collections.abc import Sequence
 
+from cero_jax import starting
+
+if __name__ == "__main__":
+    starting.name_what_is_missing()
+
 from cero_jax.paths import local_path
 from cero_jax.report.html import write_page
 from cero_jax.report.picture import draw_report

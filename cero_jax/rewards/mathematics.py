@@ -24,12 +24,13 @@ from cero_jax.rewards import ERROR, NO_ANSWER, TOO_LONG, Verdict, compared
 from cero_jax.rewards.final_number import one_number
 from cero_jax.rewards.find import after_thought, between, boxes, find, joined, last_line, without_reason
 from cero_jax.rewards.plain import plain
+from cero_jax.starting import install
 
 try:
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy import nan, zoo
 except ImportError as error:
-    raise ImportError("verifier 'math' needs math-verify: pip install 'cero_jax[train]'") from error
+    raise ImportError(f"verifier 'math' needs math-verify: {install('train')}") from error
 
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # silence its warning that its time limits are off
 

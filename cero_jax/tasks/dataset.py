@@ -31,7 +31,7 @@ POOLED = {"math": "cero_jax.rewards.mathematics:mathematics"}
 _STREAM = 3  # keeps this draw apart from other uses of the same seed
 
 
-Render = Callable[[list[dict[str, str]]], str]  # messages, each with role and content -> the prompt
+Render = Callable[[Sequence[list[dict[str, str]]]], list[str]]  # conversations, messages of role and content -> prompts
 
 
 class Row(NamedTuple):
@@ -194,7 +194,7 @@ class Dataset:
 
     def _encode(self, rows: list[Row], tokenizer: Tokenizer, render: Render, name: str) -> Prompts:
         prompts = encode_prompts(
-            [render(self._messages(row)) for row in rows],
+            render([self._messages(row) for row in rows]),
             [row.answer for row in rows],
             [row.label for row in rows],
             tokenizer,
@@ -222,9 +222,9 @@ class Dataset:
         return [*system, *before, last]
 
 
-def _paragraphs(messages: list[dict[str, str]]) -> str:
-    """The messages' texts, a paragraph each: the prompt where there is no chat template."""
-    return "\n\n".join(message["content"] for message in messages if message["content"].strip())
+def _paragraphs(conversations: Sequence[list[dict[str, str]]]) -> list[str]:
+    """The messages' texts, a paragraph each: the prompts where there is no chat template."""
+    return ["\n\n".join(each["content"] for each in messages if each["content"].strip()) for messages in conversations]
 
 
 def _report_duplicates(train: Prompts, heldout: Prompts) -> None:
