@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import generation
 import jax
@@ -26,8 +27,8 @@ from allocator_speed import state_of
 from jax.sharding import Mesh
 
 import cero_jax
-from cero_jax import model, sharding
-from cero_jax.attention import Causal, Kernel, attend
+from cero_jax import model, sampler, sharding
+from cero_jax.attention import Causal, Choice, Kernel, attend
 from cero_jax.learner import Batch, Fixed, LearnerConfig, make_learner
 from cero_jax.microbatches import Shape
 from cero_jax.model import Cache, ModelConfig, Params
@@ -47,7 +48,6 @@ class Sizes(NamedTuple):
     prompt_tokens: int
     new_tokens: int
     rows: int  # of a training step
-    rows_at_once: int
     row_tokens: tuple[int, int]  # of a training row: prompt, completion
     heads: tuple[int, int, int]  # of attention alone: queries', keys' and values', size of each
     lengths: tuple[int, ...]  # tokens of a row there
@@ -57,13 +57,18 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(
-    ("qwen2.5-1.5b", "qwen2.5-0.5b"), 2**29, 16_384, (64, 256), 64, 128, 32, 8, (128, 896), (12, 2, 128),
+    ("qwen2.5-1.5b", "qwen2.5-0.5b"), 2**29, 16_384, (64, 256), 64, 128, 32, (128, 896), (12, 2, 128),
     (1024, 4096, 8192), 8192, (10**6, 10**7), (),
 )  # fmt: skip
 TINY = Sizes(
-    ("tiny",), 2**20, 256, (4,), 8, 8, 4, 2, (8, 24), (4, 2, 16), (32, 64), 64, (10**3,),
+    ("tiny",), 2**20, 256, (4,), 8, 8, 4, (8, 24), (4, 2, 16), (32, 64), 64, (10**3,),
     ("--warm-start.num-steps=5", "--allocator.total-budget=32", "--allocator.num-epochs=2"),
 )  # fmt: skip
+ONE_GRAPH = {  # of the compiler: a step of decoding is launched at once, its layers behind each other
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE",
+    "xla_gpu_command_buffer_unroll_loops": True,
+}
+CUBLAS_ALONE = {"xla_gpu_enable_triton_gemm": False}  # for a learner's products: fewer to try as it compiles
 Cases = dict[str, Callable[[], Iterator[dict]]]  # a case's name, and what measures its rows
 
 
@@ -150,11 +155,13 @@ class Decoding(NamedTuple):
     read: float  # bytes that it must read
 
 
-def make_decoding(sizes: Sizes, shape: str, rows: int) -> Decoding:
-    """Of random weights in bfloat16, in groups of 8 rollouts."""
+def make_decoding(sizes: Sizes, shape: str, rows: int, options: dict[str, Any] | None = None) -> Decoding:
+    """Of random weights in bfloat16, in groups of 8 rollouts. options: of the compiler, beside the sampler's own."""
     config, vocab_size, params, mesh = make_model(shape, param_dtype="bfloat16", attention="xla")
     new, row = sizes.new_tokens, np.arange(rows, dtype=np.int32)
-    sample = make_sampler(config, SamplerConfig(new, window=new), (), 0, mesh)
+    told = (sampler._decode_options(mesh) or {}) | (options or {})
+    with mock.patch.object(sampler, "_decode_options", return_value=told):
+        sample = make_sampler(config, SamplerConfig(new, window=new), (), 0, mesh)
     batch = SamplingBatch(
         prompt_tokens=np.random.default_rng(0).integers(0, vocab_size, (-(-rows // 8), sizes.prompt_tokens), np.int32),
         prompt_lengths=np.full(-(-rows // 8), sizes.prompt_tokens, np.int32),
@@ -183,14 +190,14 @@ def make_decoding(sizes: Sizes, shape: str, rows: int) -> Decoding:
     return Decoding(lambda i: sample(params, np.uint32(0), np.uint32(i), batch).tokens, window, rows * new, read)
 
 
-def decode(sizes: Sizes) -> Cases:
+def decode(sizes: Sizes, options: dict[str, Any] | None = None) -> Cases:
     every = itertools.product(sizes.shapes, sizes.slots)
-    return {f"{shape}, {rows} rows": partial(decode_rows, sizes, shape, rows) for shape, rows in every}
+    return {f"{shape}, {rows} rows": partial(decode_rows, sizes, shape, rows, options) for shape, rows in every}
 
 
-def decode_rows(sizes: Sizes, shape: str, rows: int) -> Iterator[dict]:
+def decode_rows(sizes: Sizes, shape: str, rows: int, options: dict[str, Any] | None) -> Iterator[dict]:
     """Of the sampler's call and of its window: seconds of a step, tokens and bytes a second."""
-    made = make_decoding(sizes, shape, rows)
+    made = make_decoding(sizes, shape, rows, options)
     for part, call in (("the sampler's call", made.call), ("its window", made.window)):
         seconds = median_seconds(call)
         speeds = {"tokens_per_second": made.tokens / seconds, "bytes_per_second": made.read / seconds}
@@ -207,11 +214,25 @@ class Training(NamedTuple):
     exact: float  # FLOPs with attention's, and with logits of completion tokens alone
 
 
-def make_training(sizes: Sizes, shape: str, kernel: str, remat: bool) -> Training:
+class Learning(NamedTuple):
+    """How a learner's step is computed."""
+
+    kernel: Choice  # of attention
+    remat: bool
+    parts: int  # micro-batches of a step
+    options: dict[str, Any] | None = None  # of the compiler
+    chunk: int = LearnerConfig.logit_chunk_tokens
+
+    def __str__(self) -> str:
+        remat, products = ", remat" * self.remat, ", cuBLAS alone" * bool(self.options)
+        return f"{self.kernel}{remat}, {self.parts} micro-batches, logits of {self.chunk}{products}"
+
+
+def make_training(sizes: Sizes, shape: str, how: Learning) -> Training:
     """Of random weights, stored in float32 and computed with in bfloat16; rows are as long as they may be."""
-    config, vocab_size, params, mesh = make_model(shape, attention=kernel, remat=remat)
-    rows, at_once, (width, limit) = sizes.rows, sizes.rows_at_once, sizes.row_tokens
-    settings = LearnerConfig(rows_per_step=rows, rows_per_microbatch=at_once)
+    config, vocab_size, params, mesh = make_model(shape, attention=how.kernel, remat=how.remat)
+    rows, at_once, (width, limit) = sizes.rows, sizes.rows // how.parts, sizes.row_tokens
+    settings = LearnerConfig(rows_per_step=rows, rows_per_microbatch=at_once, logit_chunk_tokens=how.chunk)
     learner = make_learner(config, vocab_size, settings, 1.0, mesh)
     rng, fixed = np.random.default_rng(0), Fixed({}, None)
     batch = Batch(
@@ -231,7 +252,8 @@ def make_training(sizes: Sizes, shape: str, kernel: str, remat: bool) -> Trainin
     inside, longest = inspect.getclosurevars(learner.step).nonlocals, Shape(width + limit, limit)
     inputs = (inside["nothing"](state.params), state.params, fixed, jax.device_put(batch, sharding.rows(mesh)))
     some = np.zeros(at_once, np.int32), np.ones(at_once, bool)
-    inside["compiled"][longest] = inside["add"].lower(*inputs, advantages, *some, shape=longest).compile()
+    lowered = inside["add"].lower(*inputs, advantages, *some, shape=longest)
+    inside["compiled"][longest] = lowered.compile(compiler_options=how.options)
 
     def step(_: int) -> Any:
         nonlocal state
@@ -243,17 +265,19 @@ def make_training(sizes: Sizes, shape: str, kernel: str, remat: bool) -> Trainin
 
 
 def training(sizes: Sizes) -> Cases:
-    kinds = (("cudnn", True), ("xla", True), ("cudnn", False))  # kernel of attention, remat
-    every = [(shape, *kind) for kind in kinds for shape in sizes.shapes]
-    return {
-        f"{shape}, {kernel}{', remat' if remat else ''}": partial(train, sizes, shape, kernel, remat)
-        for shape, kernel, remat in every
-    }
+    kinds = [
+        Learning("cudnn", False, 4, CUBLAS_ALONE, 224),
+        Learning("cudnn", True, 4, CUBLAS_ALONE),
+        Learning("cudnn", True, 1, CUBLAS_ALONE, 224),
+        Learning("cudnn", False, 4, chunk=224),
+    ]
+    every = itertools.product(kinds, sizes.shapes)
+    return {f"{shape}, {how}": partial(train, sizes, shape, how) for how, shape in every}
 
 
-def train(sizes: Sizes, shape: str, kernel: str, remat: bool) -> Iterator[dict]:
+def train(sizes: Sizes, shape: str, how: Learning) -> Iterator[dict]:
     """Of a learner's step: seconds, tokens and FLOPs a second."""
-    made = make_training(sizes, shape, kernel, remat)
+    made = make_training(sizes, shape, how)
     seconds = median_seconds(made.step, repeats=3)
     speeds = {"tokens_per_second": made.tokens / seconds, "flops_per_second": made.flops / seconds}
     note = f"{made.exact / seconds / 1e12:.3g} TFLOP/s with attention's, logits of completions alone"
@@ -314,17 +338,16 @@ def allocate(num_prompts: int) -> Iterator[dict]:
 
 
 def kernels(sizes: Sizes) -> Cases:
-    shape = sizes.shapes[0]
-    windows = {f"{shape}, {rows} rows, a window": partial(decode_kernels, sizes, shape, rows) for rows in sizes.slots}
-    return windows | {f"{shape}, remat, a learner's step": partial(training_kernels, sizes, shape)}
+    shape, how = sizes.shapes[0], Learning("auto", False, 4, CUBLAS_ALONE, 224)
+    made = {f"{shape}, {rows} rows, a window": partial(make_decoding, sizes, shape, rows) for rows in sizes.slots}
+    cases: Cases = {name: partial(profiled, make, "window") for name, make in made.items()}
+    return cases | {
+        f"{shape}, {how}, a learner's step": partial(profiled, partial(make_training, sizes, shape, how), "step")
+    }
 
 
-def decode_kernels(sizes: Sizes, shape: str, rows: int) -> Iterator[dict]:
-    yield profile(make_decoding(sizes, shape, rows).window)
-
-
-def training_kernels(sizes: Sizes, shape: str) -> Iterator[dict]:
-    yield profile(make_training(sizes, shape, "auto", True).step)
+def profiled(make: Callable[[], Any], call: str) -> Iterator[dict]:
+    yield profile(getattr(make(), call))
 
 
 def profile(call: Callable[[int], Any]) -> dict:
@@ -373,6 +396,7 @@ def run_embedded(sizes: Sizes) -> Iterator[dict]:
 MEASURES: dict[str, Callable[[Sizes], Cases]] = {
     "ceilings": ceilings,
     "decode": decode,
+    "graph": partial(decode, options=ONE_GRAPH),
     "training": training,
     "attention": attention,
     "allocator": allocator,
