@@ -266,10 +266,10 @@ def make_training(sizes: Sizes, shape: str, how: Learning) -> Training:
 
 def training(sizes: Sizes) -> Cases:
     kinds = [
-        Learning("cudnn", False, 4, CUBLAS_ALONE, 224),
+        Learning("cudnn", False, 2, CUBLAS_ALONE, 224),
         Learning("cudnn", True, 4, CUBLAS_ALONE),
-        Learning("cudnn", True, 1, CUBLAS_ALONE, 224),
-        Learning("cudnn", False, 4, chunk=224),
+        Learning("cudnn", False, 4, CUBLAS_ALONE, 224),
+        Learning("cudnn", False, 2, chunk=224),
     ]
     every = itertools.product(kinds, sizes.shapes)
     return {f"{shape}, {how}": partial(train, sizes, shape, how) for how, shape in every}
@@ -338,7 +338,7 @@ def allocate(num_prompts: int) -> Iterator[dict]:
 
 
 def kernels(sizes: Sizes) -> Cases:
-    shape, how = sizes.shapes[0], Learning("auto", False, 4, CUBLAS_ALONE, 224)
+    shape, how = sizes.shapes[0], Learning("auto", False, 2, CUBLAS_ALONE, 224)
     made = {f"{shape}, {rows} rows, a window": partial(make_decoding, sizes, shape, rows) for rows in sizes.slots}
     cases: Cases = {name: partial(profiled, make, "window") for name, make in made.items()}
     return cases | {
