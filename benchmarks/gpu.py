@@ -12,7 +12,6 @@ crashes or is stopped is a row with its error. The table is of each section's la
 - `ceilings`: bytes a second of a large copy, read and written, and FLOPs a second of a large bfloat16 matmul.
 - `decode`: tokens a second of the sampler's call (prompts read, one window, copied to the host) and of that window
   alone. Bytes: weights once a step, keys and values of the tokens so far.
-- `graph`: the same with a step as one CUDA graph.
 - `training`: the learner's step, FLOPs as 6 x parameters x tokens (what `remat` computes again is not counted).
 - `attention`: forward and backward of causal attention alone.
 - `allocator`: a round of allocate and update, beside reading and writing the state once.
@@ -51,7 +50,6 @@ DATA_SHEETS = {  # NVIDIA's, by the name of the card: bytes a second of memory; 
 SECTIONS = {  # seconds after which each is stopped, tiny ones aside
     "ceilings": 40,
     "decode": 90,
-    "graph": 90,
     "training": 120,
     "allocator": 60,
     "attention": 60,

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import generation
 import jax
@@ -27,7 +26,7 @@ from allocator_speed import state_of
 from jax.sharding import Mesh
 
 import cero_jax
-from cero_jax import model, sampler, sharding
+from cero_jax import model, sharding
 from cero_jax.attention import Causal, Choice, Kernel, attend
 from cero_jax.learner import Batch, Fixed, LearnerConfig, make_learner
 from cero_jax.microbatches import Shape
@@ -64,11 +63,6 @@ TINY = Sizes(
     ("tiny",), 2**20, 256, (4,), 8, 8, 4, (8, 24), (4, 2, 16), (32, 64), 64, (10**3,),
     ("--warm-start.num-steps=5", "--allocator.total-budget=32", "--allocator.num-epochs=2"),
 )  # fmt: skip
-ONE_GRAPH = {  # of the compiler: a step of decoding is launched at once, its layers behind each other
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE",
-    "xla_gpu_command_buffer_unroll_loops": True,
-}
-CUBLAS_ALONE = {"xla_gpu_enable_triton_gemm": False}  # for a learner's products: fewer to try as it compiles
 Cases = dict[str, Callable[[], Iterator[dict]]]  # a case's name, and what measures its rows
 
 
@@ -155,13 +149,11 @@ class Decoding(NamedTuple):
     read: float  # bytes that it must read
 
 
-def make_decoding(sizes: Sizes, shape: str, rows: int, options: dict[str, Any] | None = None) -> Decoding:
-    """Of random weights in bfloat16, in groups of 8 rollouts. options: of the compiler, beside the sampler's own."""
+def make_decoding(sizes: Sizes, shape: str, rows: int) -> Decoding:
+    """Of random weights in bfloat16, in groups of 8 rollouts."""
     config, vocab_size, params, mesh = make_model(shape, param_dtype="bfloat16", attention="xla")
     new, row = sizes.new_tokens, np.arange(rows, dtype=np.int32)
-    told = (sampler._decode_options(mesh) or {}) | (options or {})
-    with mock.patch.object(sampler, "_decode_options", return_value=told):
-        sample = make_sampler(config, SamplerConfig(new, window=new), (), 0, mesh)
+    sample = make_sampler(config, SamplerConfig(new, window=new), (), 0, mesh)
     batch = SamplingBatch(
         prompt_tokens=np.random.default_rng(0).integers(0, vocab_size, (-(-rows // 8), sizes.prompt_tokens), np.int32),
         prompt_lengths=np.full(-(-rows // 8), sizes.prompt_tokens, np.int32),
@@ -190,14 +182,14 @@ def make_decoding(sizes: Sizes, shape: str, rows: int, options: dict[str, Any] |
     return Decoding(lambda i: sample(params, np.uint32(0), np.uint32(i), batch).tokens, window, rows * new, read)
 
 
-def decode(sizes: Sizes, options: dict[str, Any] | None = None) -> Cases:
+def decode(sizes: Sizes) -> Cases:
     every = itertools.product(sizes.shapes, sizes.slots)
-    return {f"{shape}, {rows} rows": partial(decode_rows, sizes, shape, rows, options) for shape, rows in every}
+    return {f"{shape}, {rows} rows": partial(decode_rows, sizes, shape, rows) for shape, rows in every}
 
 
-def decode_rows(sizes: Sizes, shape: str, rows: int, options: dict[str, Any] | None) -> Iterator[dict]:
+def decode_rows(sizes: Sizes, shape: str, rows: int) -> Iterator[dict]:
     """Of the sampler's call and of its window: seconds of a step, tokens and bytes a second."""
-    made = make_decoding(sizes, shape, rows, options)
+    made = make_decoding(sizes, shape, rows)
     for part, call in (("the sampler's call", made.call), ("its window", made.window)):
         seconds = median_seconds(call)
         speeds = {"tokens_per_second": made.tokens / seconds, "bytes_per_second": made.read / seconds}
@@ -220,12 +212,10 @@ class Learning(NamedTuple):
     kernel: Choice  # of attention
     remat: bool
     parts: int  # micro-batches of a step
-    options: dict[str, Any] | None = None  # of the compiler
     chunk: int = LearnerConfig.logit_chunk_tokens
 
     def __str__(self) -> str:
-        remat, products = ", remat" * self.remat, ", cuBLAS alone" * bool(self.options)
-        return f"{self.kernel}{remat}, {self.parts} micro-batches, logits of {self.chunk}{products}"
+        return f"{self.kernel}{', remat' * self.remat}, {self.parts} micro-batches, logits of {self.chunk}"
 
 
 def make_training(sizes: Sizes, shape: str, how: Learning) -> Training:
@@ -252,8 +242,7 @@ def make_training(sizes: Sizes, shape: str, how: Learning) -> Training:
     inside, longest = inspect.getclosurevars(learner.step).nonlocals, Shape(width + limit, limit)
     inputs = (inside["nothing"](state.params), state.params, fixed, jax.device_put(batch, sharding.rows(mesh)))
     some = np.zeros(at_once, np.int32), np.ones(at_once, bool)
-    lowered = inside["add"].lower(*inputs, advantages, *some, shape=longest)
-    inside["compiled"][longest] = lowered.compile(compiler_options=how.options)
+    inside["compiled"][longest] = inside["add"].lower(*inputs, advantages, *some, shape=longest).compile()
 
     def step(_: int) -> Any:
         nonlocal state
@@ -266,10 +255,11 @@ def make_training(sizes: Sizes, shape: str, how: Learning) -> Training:
 
 def training(sizes: Sizes) -> Cases:
     kinds = [
-        Learning("cudnn", False, 2, CUBLAS_ALONE, 224),
-        Learning("cudnn", True, 4, CUBLAS_ALONE),
-        Learning("cudnn", False, 4, CUBLAS_ALONE, 224),
-        Learning("cudnn", False, 2, chunk=224),
+        Learning("cudnn", False, 2, 224),
+        Learning("cudnn", True, 1, 224),
+        Learning("cudnn", False, 4),
+        Learning("cudnn", True, 4),
+        Learning("xla", True, 4),
     ]
     every = itertools.product(kinds, sizes.shapes)
     return {f"{shape}, {how}": partial(train, sizes, shape, how) for how, shape in every}
@@ -338,7 +328,7 @@ def allocate(num_prompts: int) -> Iterator[dict]:
 
 
 def kernels(sizes: Sizes) -> Cases:
-    shape, how = sizes.shapes[0], Learning("auto", False, 2, CUBLAS_ALONE, 224)
+    shape, how = sizes.shapes[0], Learning("auto", False, 2, 224)
     made = {f"{shape}, {rows} rows, a window": partial(make_decoding, sizes, shape, rows) for rows in sizes.slots}
     cases: Cases = {name: partial(profiled, make, "window") for name, make in made.items()}
     return cases | {
@@ -396,7 +386,6 @@ def run_embedded(sizes: Sizes) -> Iterator[dict]:
 MEASURES: dict[str, Callable[[Sizes], Cases]] = {
     "ceilings": ceilings,
     "decode": decode,
-    "graph": partial(decode, options=ONE_GRAPH),
     "training": training,
     "attention": attention,
     "allocator": allocator,
