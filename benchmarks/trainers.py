@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -68,37 +69,43 @@ class Judge:
         return [float(zlib.crc32(text.encode()) % 2) for text in completions]
 
 
+JUDGE = Judge()  # of this process
+
+
 # --- the sides ---
 
 
-def ours(texts: list[str], steps: int, judge: Judge) -> None:
-    """A run of train.py: GRPO in groups of one size, without evaluations or saves in between."""
-    from dataclasses import dataclass
+@dataclass(frozen=True)
+class Words:
+    """The task of our run: the prompts, and the judge."""
 
+    prompts: str
+    path: str | None
+
+    def build(self, seed, tokenizer=None):
+        from cero_jax.data import Task, encode_prompts
+
+        texts, tokenizer = prompts(self.prompts, self.path), Tokenizer()
+        every, few = (encode_prompts(some, some, ["all"] * len(some), tokenizer) for some in (texts, texts[:GROUP]))
+        return Task(every, few, tokenizer, lambda question, completion, answer: JUDGE([], [completion])[0])
+
+
+def ours(steps: int, name: str, path: str | None) -> None:
+    """A run of train.py: GRPO in groups of one size, without evaluations or saves in between."""
     from cero_jax.config import AllocatorConfig, Config
-    from cero_jax.data import Task, encode_prompts
     from cero_jax.evaluation import EvaluationConfig
     from cero_jax.learner import LearnerConfig
     from cero_jax.model import ModelConfig
     from cero_jax.sampler import SamplerConfig
     from cero_jax.train import main
 
-    @dataclass(frozen=True)
-    class Words:
-        def build(self, seed, tokenizer=None):
-            blank = [""] * len(texts)
-            all_of = encode_prompts(texts, blank, blank, Tokenizer())
-            few = encode_prompts(texts[:GROUP], blank[:GROUP], blank[:GROUP], Tokenizer())
-            return Task(all_of, few, Tokenizer(), lambda question, completion, answer: judge([], [completion])[0])
-
     budget, never = ROLLOUTS * steps, 10**9
-    group = {"min_group": GROUP, "max_group": GROUP, "group_size": GROUP}
     with tempfile.TemporaryDirectory() as folder:
         main(
             Config(
                 name="trainers",
-                task=Words(),
-                allocator=AllocatorConfig(name="uniform", total_budget=budget, num_epochs=1, **group),
+                task=Words(name, path),
+                allocator=AllocatorConfig("uniform", budget, num_epochs=1, max_group=GROUP, group_size=GROUP),
                 model=ModelConfig(LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, MLP, qkv_bias=True, rope_base=1e6),
                 sampler=SamplerConfig(TOKENS),
                 learner=LearnerConfig(rows_per_step=ROLLOUTS, kl_coef=KL, learning_rate=RATE),
@@ -125,7 +132,7 @@ class Tokenizer:
         return said(i for i in ids[: ids.index(1) if 1 in ids else None] if i != 0)
 
 
-def trl(texts: list[str], steps: int, judge: Judge) -> None:
+def trl(steps: int, name: str, path: str | None) -> None:
     """TRL's GRPOTrainer, all rollouts of a step at once, without checkpointed gradients: the quickest here."""
     import torch
     from datasets import Dataset
@@ -151,8 +158,8 @@ def trl(texts: list[str], steps: int, judge: Judge) -> None:
             model_init_kwargs={"dtype": "float32"},
         )  # fmt: skip
         GRPOTrainer(
-            model=folder, reward_funcs=judge, args=config, processing_class=tokenizer,
-            train_dataset=Dataset.from_dict({"prompt": texts}),
+            model=folder, reward_funcs=JUDGE, args=config, processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": prompts(name, path)}),
         ).train()  # fmt: skip
 
 
@@ -166,7 +173,7 @@ class TunixTokenizer(Tokenizer):
     pad_id = lambda self: 0  # noqa: E731
 
 
-def tunix(texts: list[str], steps: int, judge: Judge) -> None:
+def tunix(steps: int, name: str, path: str | None) -> None:
     """Tunix's GRPOLearner with its own sampler, all rollouts of a step at once."""
     import jax
     import optax
@@ -182,6 +189,7 @@ def tunix(texts: list[str], steps: int, judge: Judge) -> None:
     config = ModelConfig(**shape, **heads, rope_theta=1_000_000, norm_eps=1e-6)
     with mesh:
         actor, reference = (Qwen2(config, rngs=nnx.Rngs(0)) for _ in range(2))
+    texts = prompts(name, path)
     longest = max(len(text.split()) for text in texts)
     roles = (clusters.Role.ACTOR, clusters.Role.ROLLOUT, clusters.Role.REFERENCE)
     cluster = clusters.RLCluster(
@@ -201,7 +209,7 @@ def tunix(texts: list[str], steps: int, judge: Judge) -> None:
             ),
         ),
     )
-    learner = GRPOLearner(cluster, GRPOConfig(num_generations=GROUP, beta=KL), reward_fns=judge)
+    learner = GRPOLearner(cluster, GRPOConfig(num_generations=GROUP, beta=KL), reward_fns=JUDGE)
     at_once = ROLLOUTS // GROUP
     chosen = [texts[i * at_once : (i + 1) * at_once] for i in range(steps)]
     learner.train([{"prompts": np.array(each)} for each in chosen])
@@ -215,12 +223,11 @@ SIDES = {"ours": ours, "TRL": trl, "Tunix": tunix}
 
 def measure(args: argparse.Namespace) -> None:
     """One side on one set of prompts: prints wall and CPU seconds of its steps, and tokens drawn a step."""
-    judge = Judge()
-    SIDES[args.side](prompts(args.prompts, args.path), args.steps + WARM, judge)
+    SIDES[args.side](args.steps + WARM + 1, args.prompts, args.path)
     # Ours evaluates before the first step and behind the last, with as many completions as a step has.
-    marks = judge.marks[1:-1] if args.side == "ours" else judge.marks
+    marks = JUDGE.marks[1:-1] if args.side == "ours" else JUDGE.marks
     seconds = np.diff(marks, axis=0)[WARM:]
-    print(json.dumps({"seconds": seconds.tolist(), "tokens": judge.tokens / len(judge.marks)}))
+    print(json.dumps({"seconds": seconds.tolist(), "tokens": JUDGE.tokens / len(JUDGE.marks)}))
 
 
 def compare(args: argparse.Namespace) -> None:
