@@ -66,8 +66,8 @@ ENVIRONMENTS = {
 # --- a section in a process of its own ---
 
 
-def measure(section: str, tiny: bool, shared: dict, out: Path) -> None:
-    """Append a line to `out` for each row of the section, and for what fails."""
+def measure(section: str, cases: str, tiny: bool, shared: dict, out: Path) -> None:
+    """Append a line to `out` for each row of the section, and for what fails. cases: in the names of those wanted."""
     import jax
     from gpu_sections import FULL, MEASURES, TINY
 
@@ -80,6 +80,8 @@ def measure(section: str, tiny: bool, shared: dict, out: Path) -> None:
     jax.monitoring.register_event_duration_secs_listener(listen)
     shared |= {"section": section, "card": jax.devices()[0].device_kind, "jax": jax.__version__}
     for case, rows in MEASURES[section](TINY if tiny else FULL).items():
+        if cases not in case:
+            continue
         compiling.clear()
         try:
             for row in rows():
@@ -112,6 +114,7 @@ def run_sections(sections: list[str], cores: set[int], args: argparse.Namespace,
             write(args.out, shared | {"section": section, "error": f"not begun: --limit-s={args.limit_s} is used up"})
             continue
         given = [sys.executable, __file__, "--measure", section, "--shared", json.dumps(shared), f"--out={args.out}"]
+        given.append(f"--cases={args.cases}")
         env = os.environ | ENVIRONMENTS.get(section, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"})
         process = subprocess.Popen(given + ["--tiny"] * args.tiny, env=env, start_new_session=True)
         begun.append(process)
@@ -184,13 +187,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", nargs="*", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, added to")
+    parser.add_argument("--cases", default="", help="only those whose name holds this, such as 1.5b")
     parser.add_argument("--limit-s", type=float, default=240, help="seconds for all sections together")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the program anywhere")
     parser.add_argument("--measure", choices=SECTIONS, help=argparse.SUPPRESS)
     parser.add_argument("--shared", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        return measure(args.measure, args.tiny, args.shared, args.out)
+        return measure(args.measure, args.cases, args.tiny, args.shared, args.out)
     shared = {
         "began": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),

@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 import cero_jax
 from cero_jax import model, sharding
-from cero_jax.attention import Causal, Kernel, attend
+from cero_jax.attention import Causal, Choice, Kernel, attend
 from cero_jax.learner import Batch, Fixed, LearnerConfig, make_learner
 from cero_jax.microbatches import Shape
 from cero_jax.model import Cache, ModelConfig, Params
@@ -47,7 +47,6 @@ class Sizes(NamedTuple):
     prompt_tokens: int
     new_tokens: int
     rows: int  # of a training step
-    rows_at_once: int
     row_tokens: tuple[int, int]  # of a training row: prompt, completion
     heads: tuple[int, int, int]  # of attention alone: queries', keys' and values', size of each
     lengths: tuple[int, ...]  # tokens of a row there
@@ -57,11 +56,11 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(
-    ("qwen2.5-1.5b", "qwen2.5-0.5b"), 2**29, 16_384, (64, 256), 64, 128, 32, 8, (128, 896), (12, 2, 128),
+    ("qwen2.5-1.5b", "qwen2.5-0.5b"), 2**29, 16_384, (64, 256), 64, 128, 32, (128, 896), (12, 2, 128),
     (1024, 4096, 8192), 8192, (10**6, 10**7), (),
 )  # fmt: skip
 TINY = Sizes(
-    ("tiny",), 2**20, 256, (4,), 8, 8, 4, 2, (8, 24), (4, 2, 16), (32, 64), 64, (10**3,),
+    ("tiny",), 2**20, 256, (4,), 8, 8, 4, (8, 24), (4, 2, 16), (32, 64), 64, (10**3,),
     ("--warm-start.num-steps=5", "--allocator.total-budget=32", "--allocator.num-epochs=2"),
 )  # fmt: skip
 Cases = dict[str, Callable[[], Iterator[dict]]]  # a case's name, and what measures its rows
@@ -207,11 +206,23 @@ class Training(NamedTuple):
     exact: float  # FLOPs with attention's, and with logits of completion tokens alone
 
 
-def make_training(sizes: Sizes, shape: str, kernel: str, remat: bool) -> Training:
+class Learning(NamedTuple):
+    """How a learner's step is computed."""
+
+    kernel: Choice  # of attention
+    remat: bool
+    parts: int  # micro-batches of a step
+    chunk: int = LearnerConfig.logit_chunk_tokens
+
+    def __str__(self) -> str:
+        return f"{self.kernel}{', remat' * self.remat}, {self.parts} micro-batches, logits of {self.chunk}"
+
+
+def make_training(sizes: Sizes, shape: str, how: Learning) -> Training:
     """Of random weights, stored in float32 and computed with in bfloat16; rows are as long as they may be."""
-    config, vocab_size, params, mesh = make_model(shape, attention=kernel, remat=remat)
-    rows, at_once, (width, limit) = sizes.rows, sizes.rows_at_once, sizes.row_tokens
-    settings = LearnerConfig(rows_per_step=rows, rows_per_microbatch=at_once)
+    config, vocab_size, params, mesh = make_model(shape, attention=how.kernel, remat=how.remat)
+    rows, at_once, (width, limit) = sizes.rows, sizes.rows // how.parts, sizes.row_tokens
+    settings = LearnerConfig(rows_per_step=rows, rows_per_microbatch=at_once, logit_chunk_tokens=how.chunk)
     learner = make_learner(config, vocab_size, settings, 1.0, mesh)
     rng, fixed = np.random.default_rng(0), Fixed({}, None)
     batch = Batch(
@@ -243,17 +254,20 @@ def make_training(sizes: Sizes, shape: str, kernel: str, remat: bool) -> Trainin
 
 
 def training(sizes: Sizes) -> Cases:
-    kinds = (("cudnn", True), ("xla", True), ("cudnn", False))  # kernel of attention, remat
-    every = [(shape, *kind) for kind in kinds for shape in sizes.shapes]
-    return {
-        f"{shape}, {kernel}{', remat' if remat else ''}": partial(train, sizes, shape, kernel, remat)
-        for shape, kernel, remat in every
-    }
+    kinds = [
+        Learning("cudnn", False, 2, 224),
+        Learning("cudnn", True, 1, 224),
+        Learning("cudnn", False, 4),
+        Learning("cudnn", True, 4),
+        Learning("xla", True, 4),
+    ]
+    every = itertools.product(kinds, sizes.shapes)
+    return {f"{shape}, {how}": partial(train, sizes, shape, how) for how, shape in every}
 
 
-def train(sizes: Sizes, shape: str, kernel: str, remat: bool) -> Iterator[dict]:
+def train(sizes: Sizes, shape: str, how: Learning) -> Iterator[dict]:
     """Of a learner's step: seconds, tokens and FLOPs a second."""
-    made = make_training(sizes, shape, kernel, remat)
+    made = make_training(sizes, shape, how)
     seconds = median_seconds(made.step, repeats=3)
     speeds = {"tokens_per_second": made.tokens / seconds, "flops_per_second": made.flops / seconds}
     note = f"{made.exact / seconds / 1e12:.3g} TFLOP/s with attention's, logits of completions alone"
@@ -314,17 +328,16 @@ def allocate(num_prompts: int) -> Iterator[dict]:
 
 
 def kernels(sizes: Sizes) -> Cases:
-    shape = sizes.shapes[0]
-    windows = {f"{shape}, {rows} rows, a window": partial(decode_kernels, sizes, shape, rows) for rows in sizes.slots}
-    return windows | {f"{shape}, remat, a learner's step": partial(training_kernels, sizes, shape)}
+    shape, how = sizes.shapes[0], Learning("auto", False, 2, 224)
+    made = {f"{shape}, {rows} rows, a window": partial(make_decoding, sizes, shape, rows) for rows in sizes.slots}
+    cases: Cases = {name: partial(profiled, make, "window") for name, make in made.items()}
+    return cases | {
+        f"{shape}, {how}, a learner's step": partial(profiled, partial(make_training, sizes, shape, how), "step")
+    }
 
 
-def decode_kernels(sizes: Sizes, shape: str, rows: int) -> Iterator[dict]:
-    yield profile(make_decoding(sizes, shape, rows).window)
-
-
-def training_kernels(sizes: Sizes, shape: str) -> Iterator[dict]:
-    yield profile(make_training(sizes, shape, "auto", True).step)
+def profiled(make: Callable[[], Any], call: str) -> Iterator[dict]:
+    yield profile(getattr(make(), call))
 
 
 def profile(call: Callable[[int], Any]) -> dict:

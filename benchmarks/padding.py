@@ -9,7 +9,9 @@ work on the machine adds to those.
 """
 
 import argparse
+import os
 import re
+import sys
 import tempfile
 import time
 import zlib
@@ -94,18 +96,29 @@ def _clocks() -> np.ndarray:
 
 
 def steps(args: argparse.Namespace, config: ModelConfig) -> None:
-    """Print seconds of sampling and of a learner's step at each limit, medians over the repeats."""
+    """Print seconds of sampling and of a learner's step at each limit, and of both together the ratio to the second.
+
+    Medians over the repeats; a ratio is of runs that followed each other, its range over the repeats in brackets.
+    """
     cases = [(limit, False) for limit in args.limits] + [(limit, True) for limit in args.padded]
     runs = [stepper(args, config, *case) for case in cases]
     compiled = [run(0).sum(axis=0)[0] for run, *_ in runs]
-    taken = np.array([[run(step) for run, *_ in runs] for step in range(1, args.repeats + 1)])
-    taken = np.median(taken, axis=0)  # [cases, 2 parts, 2 clocks]
-    print("| max_prompt_tokens | prompts | longest | widths | sampling, wall (CPU) s | step, wall (CPU) s | first s |")
-    print("|---|---|---|---|---|---|---|")
-    for (limit, padded), (_, task, widths), parts, first in zip(cases, runs, taken, compiled, strict=True):
+    every = []
+    for step in range(1, args.repeats + 1):
+        turn = range(len(runs)) if step % 2 else reversed(range(len(runs)))  # so that nobody is always first
+        every.append([taken for _, taken in sorted((i, runs[i][0](step).tolist()) for i in turn)])
+        print(f"repeat {step}: load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+    taken, whole = np.median(every, axis=0), np.sum(every, axis=2)  # [cases, parts, clocks], [repeats, cases, clocks]
+    ratios = whole / whole[:, 1:2]
+    columns = ("max_prompt_tokens", "prompts", "longest", "widths", "sampling, wall (CPU) s", "step, wall (CPU) s")
+    print(f"| {' | '.join(columns)} | both over those at {args.limits[1]}, wall; CPU | first s |\n{'|---' * 8}|")
+    for i, ((limit, padded), (_, task, widths), parts, first) in enumerate(
+        zip(cases, runs, taken, compiled, strict=True)
+    ):
         prompts, name = task.train, f"{limit}{', padded' if padded else ''}"
         times = " | ".join(f"{wall:.2f} ({cpu:.2f})" for wall, cpu in parts)
-        print(f"| {name} | {len(prompts.questions)} | {prompts.longest} | {widths} | {times} | {first:.0f} |")
+        over = "; ".join(f"{np.median(r):.3f} ({r.min():.3f} to {r.max():.3f})" for r in ratios[:, i].T)
+        print(f"| {name} | {len(prompts.questions)} | {prompts.longest} | {widths} | {times} | {over} | {first:.0f} |")
 
 
 def evaluation(args: argparse.Namespace) -> None:

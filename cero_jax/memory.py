@@ -21,6 +21,8 @@ from cero_jax.sampler import SamplerConfig
 from cero_jax.slots import cache_sizes, number_of_slots
 
 GB = 1e9
+# Arrays of a layer as wide as the MLP, as compiled programs have them: kept for the gradient, and at work on it.
+KEPT, AT_WORK = 2, 7
 
 
 class Estimate(NamedTuple):
@@ -31,9 +33,11 @@ class Estimate(NamedTuple):
     optimizer: int  # Adam's two moments, float32; no second copy of parameters in fewer bits: see optimizer.moved
     gradients: int  # float32: the sum over micro-batches, and that of one micro-batch
     reference: int  # the frozen policy that a KL term compares with
-    activations: int  # of one micro-batch
-    logits: int  # of one chunk of tokens, with softmax and gradient
-    gathered: int  # of fsdp: two layers' parameters, and the output projection with its gradient
+    cast: int  # the parameters in compute_dtype while a step learns, where they are stored otherwise
+    activations: int  # of one micro-batch, kept for its gradient
+    layer: int  # at work on a layer's gradient: activations with theirs; of fsdp two layers' parameters with theirs
+    waiting: int  # on TPUs: the output projection's gradient, which there is sent only behind the layers'
+    logits: int  # of one chunk of tokens, with softmax and gradient, and the output projection with its gradient
     cache: int  # keys and values of all slots as the last places are added, and of each prompt once
     prefill: int  # activations of the prompts that are read at once
     drawing: int  # logits of all slots, with what is drawn from them
@@ -42,7 +46,9 @@ class Estimate(NamedTuple):
     def total(self) -> int:
         """Bytes held at the worst moment, which is in an optimiser step or while completions are drawn."""
         held = self.parameters + self.optimizer + self.reference
-        learning = self.gradients + self.activations + self.logits + self.gathered
+        # Of a micro-batch's gradient little is there while logits are.
+        late = max(self.layer + self.waiting + self.gradients // 2, self.logits)
+        learning = self.gradients // 2 + self.cast + self.activations + late
         return held + max(learning, self.sampling_copy + self.cache + max(self.prefill, self.drawing))
 
 
@@ -75,8 +81,11 @@ def estimate(
     cache, read, logits = max(drawing, key=lambda parts: parts[0] + max(parts[1:]))
 
     here = microbatch_rows(learner, shards) // shards
-    layer = here * prefill.row_bytes(c, length, 2, mesh)
-    kept = here * length * c.width * size * c.num_layers + layer if c.remat else layer * c.num_layers
+    kept, at_work = (here * prefill.row_bytes(c, length, *arrays) for arrays in ((2, mesh, KEPT), (4, mesh, AT_WORK)))
+    if c.remat:
+        kept = here * length * c.width * size
+    else:
+        at_work -= kept
     chunk = min(learner.logit_chunk_tokens, sampler.max_completion_tokens)
     return Estimate(
         parameters=_sum(stored),
@@ -84,11 +93,11 @@ def estimate(
         optimizer=2 * 4 * _sum(lora.split(number)[1]),
         gradients=2 * 4 * _sum(lora.split(number)[1]),
         reference=_sum(lora.split(stored)[1]) if learner.kl_coef else 0,
-        activations=int(kept),
-        logits=3 * here * chunk * vocab_size * 4 // tensor,
-        gathered=0
-        if mesh.shape["fsdp"] == 1
-        else 2 * size * _sum(whole["layers"]) // c.num_layers + (size + 4) * vocab_size * c.width // tensor,
+        cast=0 if same else size * _sum(number),
+        activations=kept * c.num_layers,
+        layer=at_work + (0 if mesh.shape["fsdp"] == 1 else 2 * (size + 4) * _sum(whole["layers"]) // c.num_layers),
+        waiting=4 * vocab_size * c.width // tensor if mesh.devices.flat[0].platform == "tpu" else 0,
+        logits=(3 * here * chunk * 4 + (size + 4) * c.width) * vocab_size // tensor,
         cache=cache,
         prefill=read,
         drawing=logits,
@@ -152,7 +161,9 @@ def memory_report(needed: Estimate, available: int) -> str:
         "prefill": "lower task.max_prompt_tokens",
         "drawing": "lower sampler.slots",
         "activations": "lower learner.rows_per_microbatch, or set model.remat=True",
-        "gathered": "raise mesh.tensor",
+        "cast": "raise mesh.fsdp",
+        "layer": "lower learner.rows_per_microbatch",
+        "waiting": "raise mesh.tensor",
         "logits": "lower learner.logit_chunk_tokens or learner.rows_per_microbatch",
     }
     largest = sorted(advice, key=lambda name: -getattr(needed, name))[:2]

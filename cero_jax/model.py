@@ -135,6 +135,11 @@ def kernel(config: ModelConfig, mesh: Mesh | None = None) -> Kernel:
     return kernel_for(config.attention, config.compute_dtype, config.head_dim, device or jax.devices()[0])
 
 
+# Of what is cheap to compute again, the backward keeps no inner values: in float32 they would be most of a layer's.
+_again = functools.partial(jax.checkpoint, prevent_cse=False)  # False: not needed inside a scan
+
+
+@functools.partial(_again, static_argnums=2)
 def rms_norm(x: Array, scale: Array, config: ModelConfig) -> Array:
     """[..., D]: x over its root mean square, times (scale [D] + norm_offset), computed in float32, in x's dtype."""
     x32 = x.astype(jnp.float32)
@@ -218,7 +223,8 @@ class GatedMLP(nnx.Module):
         return out + getattr(self, f"{name}_lora")(x) if self.config.lora_rank else out
 
     def __call__(self, x: Array) -> Array:
-        return self._linear(self.activation(self._linear(x, "gate")) * self._linear(x, "up"), "down")
+        gated = _again(lambda gate, up: self._linear(self.activation(gate) * up, "down"))
+        return gated(self._linear(x, "gate"), self._linear(x, "up"))
 
 
 class Block(nnx.Module):
@@ -286,7 +292,7 @@ class Transformer(nnx.Module):
         indices = np.arange(config.num_layers)
         flags = jnp.asarray(indices), jnp.asarray(np.isin(indices, config.sliding_layers))
         if config.remat:
-            layer_step = jax.checkpoint(layer_step, prevent_cse=False)  # False: not needed inside a scan
+            layer_step = _again(layer_step)
         (x, cache), _ = jax.lax.scan(layer_step, (x, cache), (self.layers, *flags))
         return rms_norm(x, self.final_norm[...], config), cache
 

@@ -41,14 +41,15 @@ class Reading(NamedTuple):
     place: np.ndarray  # [U] int32, in its chunk
 
 
-def row_bytes(config: ModelConfig, length: int, num_scores: int, mesh: Mesh) -> int:
+def row_bytes(config: ModelConfig, length: int, num_scores: int, mesh: Mesh, wide: int = 3) -> int:
     """Bytes of activations that one layer holds of a row of `length` tokens, on each device that heads are split over.
 
     The inputs and outputs of the layer's matrix products in compute dtype. In float32, num_scores times attention's
     scores, before and after the mask and as probabilities; of fused attention only their sum for each token and head.
+    wide: how many arrays of the MLP's width.
     """
     tensor = mesh.shape["tensor"]
-    inner = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim + 3 * config.mlp_width
+    inner = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim + wide * config.mlp_width
     products = length * (4 * config.width + inner / tensor) * jnp.dtype(config.compute_dtype).itemsize
     scores = num_scores * length**2 if model.kernel(config, mesh) == "xla" else length
     return int(products + config.num_heads / tensor * scores * 4)

@@ -1,8 +1,8 @@
 """Qwen2.5-Math-7B, the base model, on GSM8K's training questions.
 
-Needs, by the estimate that a run prints and not measured: 45 GB on each of four H100, 15 of them the
+Needs, by the estimate that a run prints and not measured: 47 GB on each of four H100, 15 of them the
 optimiser's and as many gradients, each layer computed again for its gradient. Its 28 heads over 4 of keys and
-values: --mesh.tensor may be 2 or 4. With LoRA one will do (28 GB): --mesh.fsdp=1 --model.lora-rank=16
+values: --mesh.tensor may be 2 or 4. With LoRA one will do (27 GB): --mesh.fsdp=1 --model.lora-rank=16
 --model.param-dtype=bfloat16 --learner.learning-rate=1e-5 (whose rate is a guess). Not run at this size yet.
 Get: the model's folder from Hugging Face (Qwen/Qwen2.5-Math-7B), gsm8k_train.jsonl.
 Command: python train.py configs/qwen2_5_math_7b.py --model-folder=DIR --task.path=gsm8k_train.jsonl

@@ -1,6 +1,6 @@
 """Qwen3-4B on GSM8K's training questions, without its thinking mode.
 
-Needs, by the estimate that a run prints and not measured: 48 GB on each of two H100, 16 of them the
+Needs, by the estimate that a run prints and not measured: 49 GB on each of two H100, 16 of them the
 optimiser's and as many gradients, each layer computed again for its gradient. Not run at this size yet.
 Get: the model's folder from Hugging Face (Qwen/Qwen3-4B), gsm8k_train.jsonl.
 Command: python train.py configs/qwen3_4b.py --model-folder=DIR --task.path=gsm8k_train.jsonl
