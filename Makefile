@@ -13,7 +13,7 @@ test: $(VENV)/.test  ## every test, on 8 virtual CPU devices
 
 # Two environments, as TRL and Tunix want other versions of the same packages. On Linux pip's torch is several gigabytes
 # with CUDA; PIP_INDEX_URL=https://download.pytorch.org/whl/cpu with PIP_EXTRA_INDEX_URL=https://pypi.org/simple is less.
-test-integrations: $(VENV)-trl/.made $(VENV)-tunix/.made  ## the allocator inside the real TRL and Tunix (about five minutes of processor time)
+test-integrations: $(VENV)-trl/.made $(VENV)-tunix/.made  ## the allocator inside the real TRL and Tunix (nine minutes of processor time, with the environments)
 	$(VENV)-trl/bin/python -m pytest --confcutdir=tests/integrations tests/integrations/test_trl.py
 	$(VENV)-tunix/bin/python -m pytest --confcutdir=tests/integrations tests/integrations/test_tunix.py
 

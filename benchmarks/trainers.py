@@ -9,8 +9,9 @@ words, and `gsm8k`, the questions of that file, a token for each word and mark, 
 
 Each side is the trainer's own loop, with what it logs; ours is a run of train.py. A step is the time from its last
 reward to the next step's, so everything between counts: learning, logging, planning, drawing. The sides alternate, each
-run a process of its own on the same cores, and its first steps, which compile, are left out. CPU seconds stand beside
-wall seconds: other work on the machine adds to those.
+run a process of its own, and its first steps, which compile, are left out. CPU seconds stand beside wall seconds: other
+work on the machine adds to those. Where other work runs, `--threads 1` gives the fairer ratio, since threads then wait
+for each other at every operation, and torch's burn the processor while they do.
 """
 
 # pyright: reportMissingImports=false
@@ -65,8 +66,11 @@ class Judge:
         self.judged += len(completions)
         self.tokens += sum(len(text.split()) for text in completions)
         if self.judged % ROLLOUTS == 0:
-            self.marks.append([time.perf_counter(), time.process_time()])
+            self.mark()
         return [float(zlib.crc32(text.encode()) % 2) for text in completions]
+
+    def mark(self) -> None:
+        self.marks.append([time.perf_counter(), time.process_time()])
 
 
 JUDGE = Judge()  # of this process
@@ -87,21 +91,30 @@ class Words:
 
         texts, tokenizer = prompts(self.prompts, self.path), Tokenizer()
         every, few = (encode_prompts(some, some, ["all"] * len(some), tokenizer) for some in (texts, texts[:GROUP]))
-        return Task(every, few, tokenizer, lambda question, completion, answer: JUDGE([], [completion])[0])
+        reward = lambda question, completion, answer: float(zlib.crc32(completion.encode()) % 2)  # noqa: E731
+        return Task(every, few, tokenizer, reward)
 
 
 def ours(steps: int, name: str, path: str | None) -> None:
     """A run of train.py: GRPO in groups of one size, without evaluations or saves in between."""
+    from cero_jax import train
     from cero_jax.config import AllocatorConfig, Config
     from cero_jax.evaluation import EvaluationConfig
     from cero_jax.learner import LearnerConfig
     from cero_jax.model import ModelConfig
     from cero_jax.sampler import SamplerConfig
-    from cero_jax.train import main
 
+    settle = train.settle
+
+    def settled(run, state, cursor, scored):
+        JUDGE.mark()  # the step's rewards are there; completions that were cut have theirs unasked
+        JUDGE.tokens += int(scored.batch.lengths.sum())
+        return settle(run, state, cursor, scored)
+
+    train.settle = settled
     budget, never = ROLLOUTS * steps, 10**9
     with tempfile.TemporaryDirectory() as folder:
-        main(
+        train.main(
             Config(
                 name="trainers",
                 task=Words(name, path),
@@ -142,7 +155,7 @@ def trl(steps: int, name: str, path: str | None) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     torch.manual_seed(0)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     core = Core(models.WordLevel({"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, WORDS)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
@@ -224,15 +237,16 @@ SIDES = {"ours": ours, "TRL": trl, "Tunix": tunix}
 def measure(args: argparse.Namespace) -> None:
     """One side on one set of prompts: prints wall and CPU seconds of its steps, and tokens drawn a step."""
     SIDES[args.side](args.steps + WARM + 1, args.prompts, args.path)
-    # Ours evaluates before the first step and behind the last, with as many completions as a step has.
-    marks = JUDGE.marks[1:-1] if args.side == "ours" else JUDGE.marks
-    seconds = np.diff(marks, axis=0)[WARM:]
+    seconds = np.diff(JUDGE.marks, axis=0)[WARM:]
     print(json.dumps({"seconds": seconds.tolist(), "tokens": JUDGE.tokens / len(JUDGE.marks)}))
 
 
 def compare(args: argparse.Namespace) -> None:
     """Print a row for each side and set of prompts: medians, and the ratio to ours of each round, its range beside."""
     pythons = {"ours": sys.executable, "TRL": args.trl, "Tunix": args.tunix}
+    env = os.environ | {"JAX_PLATFORMS": "cpu"} | dict.fromkeys(("OMP_NUM_THREADS", "PJRT_NPROC"), str(args.threads))
+    if args.threads == 1:
+        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false"
     print("| prompts | trainer | tokens drawn | a step, wall s | CPU s | times ours, wall (range) | CPU (range) |")
     print("|---|---|---|---|---|---|---|")
     for name in ("even", "gsm8k") if args.path else ("even",):
@@ -241,7 +255,7 @@ def compare(args: argparse.Namespace) -> None:
             for side, python in pythons.items():
                 given = ["--side", side, "--prompts", name, "--steps", str(args.steps)]
                 given += ["--path", args.path] if args.path else []
-                run = subprocess.run([python, __file__, *given], check=True, stdout=subprocess.PIPE, text=True)
+                run = subprocess.run([python, __file__, *given], env=env, check=True, stdout=subprocess.PIPE, text=True)
                 found = json.loads(run.stdout.splitlines()[-1])
                 taken[side].append(np.median(found["seconds"], axis=0))
                 tokens[side] = found["tokens"]
@@ -261,6 +275,7 @@ def main() -> None:
     parser.add_argument("--tunix", help="Python with google-tunix")
     parser.add_argument("--path", help="GSM8K's training rows, JSONL; without it only `even`")
     parser.add_argument("--steps", type=int, default=8, help="of a run, beside those that are left out")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each side")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--prompts", choices=("even", "gsm8k"), help=argparse.SUPPRESS)
