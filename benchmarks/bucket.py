@@ -26,12 +26,14 @@ def copy_to(bucket: Path, run: Path, most: int) -> int:
 
     Of the checkpoints those that are there by now, and last: the files then reach at least as far as any of them.
     """
-    saved = [path for each in run.glob("checkpoints/*") if each.name.isdigit() for path in each.rglob("*")]
-    files = [path for path in run.rglob("*") if path.relative_to(run).parts[0] not in ("checkpoints", "lock")]
-    for path in [*files, *saved]:
+    # os.walk passes over folders that are gone by now
+    paths = [Path(folder, name) for folder, _, names in os.walk(run) for name in names if name != "lock"]
+    saved = [path for path in paths if "checkpoints" in path.parts]
+    whole = [path for path in saved if path.relative_to(run).parts[1].isdigit()]
+    for path in [*(path for path in paths if path not in saved), *whole]:
         there = bucket / path.relative_to(run)
         with contextlib.suppress(FileNotFoundError):  # an old checkpoint, deleted meanwhile
-            if path.is_file() and not (there.exists() and there.stat().st_size == path.stat().st_size):
+            if not (there.exists() and there.stat().st_size == path.stat().st_size):
                 there.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(shutil.copyfile(path, bucket / "under way"), there)
                 most -= 1
