@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hosts import Ended, address, first_difference, made, spawn, start, steps_of
+from hosts import Ended, address, compile_once, first_difference, made, spawn, start, steps_of
 
 AT_MOST = {"full": 150}  # seconds, in which the others end; 60, but for writers, who wait two minutes for each other
 HANGS = """
@@ -30,7 +30,7 @@ def on_one(question, completion, answer):
         time.sleep(1000)
     return float(int(completion) % 3 == 0)
 """
-MANY = 100  # times the prompts
+PROMPTS = "1000", "100000", "1000000"  # of runs whose exchanges are counted
 
 
 # --- a process of a run ---
@@ -49,11 +49,11 @@ def config_of(case: str, folder: Path):
         return hosts_config(folder / "run", task=judged, allocator=budget)
     changes = {"split": {"mesh": MeshConfig(fsdp=2)}, "profiled": {"profile_steps": "2:4"}}.get(case, {})
     config = hosts_config(folder / "run", **changes)
-    if case == "many":
+    if case in PROMPTS:
         import dataclasses
 
         task: Any = config.task
-        task = dataclasses.replace(task, num_prompts=MANY * task.num_prompts)
+        task = dataclasses.replace(task, num_prompts=int(case), easy_share=0.0, wrong_share=0.0)  # quick to draw
         config = dataclasses.replace(config, task=task)
     return config
 
@@ -280,25 +280,22 @@ def exchange(folder: Path) -> bool:
 
 def overhead(folder: Path) -> bool:
     """What a second process costs a step, and whether what is gathered grows with prompts or with steps."""
-    one = folder.parent / "whole-by-one"
-    ends = {"one process": started("small", one, 1, 2)}
-    folders = {"one process": one}
-    for case in ("small", "many"):
-        ends[f"two, {case}"] = started(case, folder / case)
-        folders[f"two, {case}"] = folder / case
+    ends = {"one process": started("small", folder / "one process", 1, 2)}
+    ends |= {case: started(case, folder / case) for case in ("small", *PROMPTS)}
     most = []
     for name, end in ends.items():
-        timings = [json.loads(line) for line in (folders[name] / "run/timings.jsonl").read_text().splitlines()]
-        seconds = statistics.median(row["batch_seconds"] for row in timings if "batch_seconds" in row)
+        lines = (folder / name / "run/timings.jsonl").read_text().splitlines()
+        seconds = statistics.median(row["batch_seconds"] for row in map(json.loads, lines) if "batch_seconds" in row)
         said = [line.partition(": ")[2] for line in end.printed[0].splitlines()]
-        words = f"{name}: a step {1e3 * seconds:.0f} ms (median); processor {float(said[-1]):.0f} s a process"
-        if "two" in name:
+        words = f"a step {1e3 * seconds:.0f} ms (median); processor {float(said[-1]):.0f} s a process"
+        if name != "one process":
             gathered = json.loads(said[-2])
             half = len(gathered) // 2
             most.append(max(gathered))
             words += f"; gathered a step {statistics.median(gathered):,.0f} bytes, at most {max(gathered[:half]):,} in "
             words += f"the first half of {len(gathered)} steps and {max(gathered[half:]):,} in the second"
-        print(words, flush=True)
+            name = f"two processes, {24 if name == 'small' else int(name):,} prompts"
+        print(f"{name}: {words}", flush=True)
     return all(not any(end.statuses) for end in ends.values()) and max(most) < 1.2 * min(most)
 
 
@@ -348,11 +345,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("faults", nargs="*", default=list(FAULTS), help=", ".join(FAULTS))
     folder = Path(tempfile.mkdtemp())
-    os.environ |= {  # what one run compiled serves the others
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
+    compile_once(folder)
     good = [FAULTS[name](folder / name) for name in parser.parse_args().faults]
     sys.exit(0 if all(good) else 1)
 

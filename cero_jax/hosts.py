@@ -70,6 +70,8 @@ def join() -> None:
     here = f"{socket.gethostname()} (pid {os.getpid()}, {jax.local_device_count()} x {jax.devices()[0].device_kind})"
     _joined[:] = each_has(lambda: here)
     tell(f"{jax.process_count()} processes, {jax.device_count()} devices: {names()}")
+    if not leads():  # where the first host hangs, JAX ends this process and says only that its service is silent
+        say(f"process {jax.process_index()} on {here} joined process 0, JAX's leader and its service, on {_joined[0]}")
 
 
 def names() -> str:

@@ -85,6 +85,8 @@ def test_two_processes_and_then_one_are_as_one_to_the_bit(two, as_there):
     assert "stopped and saved" in out
     assert all(line.startswith("[Gloo]") for line in other_out.splitlines())  # which the library prints
     assert "SIGTERM: stopping after this step" in other_said
+    first, second = (f"{socket.gethostname()} (pid {process.pid}, 1 x cpu)" for process in processes)
+    assert f"process 1 on {second} joined process 0, JAX's leader and its service, on {first}" in other_said
     assert f"2 processes, 2 devices: 0 on {socket.gethostname()} (pid {processes[0].pid}, 1 x cpu), 1 on " in out
     stopped = (folder / "runs/two/metrics.jsonl").read_bytes()
     assert STOPPED_AFTER <= stopped.count(b"\n") <= STOPPED_AFTER + 2
