@@ -105,7 +105,7 @@ from cero_jax.huggingface import hub
 from cero_jax.report.__main__ import main as report
 
 allocator = cero_jax.uniform(total_budget=64, num_epochs=1)
-print(int(allocator.allocate(allocator.init(num_prompts=8))[0].sum()))
+print(int(allocator.init(num_prompts=8).ledger.total))
 
 def own_file():
     exec("import no_such_module", {"__name__": "config file /x.py"})
