@@ -210,3 +210,17 @@ def test_command_line(run, tmp_path):
     failed = subprocess.run([*command, "--prompt", "99"], capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert failed.stderr.splitlines()[-1].endswith("no prompt 99: its ids are 0 to 5")
+
+
+def test_kinds_stand_in_the_order_of_their_numbers(run):
+    run, _ = run
+    kinds = ["length 13-18", "length 2-4", "length 8-12"]
+    score = run.evals[0]["scores"]["all"]
+    row = run.evals[0] | {
+        "scores": dict.fromkeys([*kinds, "all"], score),
+        "accuracy_by_label": dict.fromkeys(kinds, 0.5),
+    }
+    (data,) = page_data([run._replace(evals=(row,))])["runs"]
+    wanted = ["all", "length 2-4", "length 8-12", "length 13-18"]
+    assert list(data["scores"]) == wanted
+    assert list(data["pictures"][0]["lines"]) == wanted

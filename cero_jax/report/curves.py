@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cero_jax.report.read_run import RunLog, live_curve
+from cero_jax.report.read_run import RunLog, by_number, live_curve
 from cero_jax.report.summary import Summary
 
 STRETCHES = 60  # of steps, each a point: one step alone is noise
@@ -62,7 +62,7 @@ def pictures(run: RunLog, timings: Sequence[dict], found: Summary | None) -> lis
 
 def _accuracy(run: RunLog) -> dict[str, dict[str, Line]]:
     """The first picture: of all held-out prompts, and by label where there are several."""
-    labels = sorted({name for row in run.evals for name in row.get("accuracy_by_label", {})})
+    labels = sorted({name for row in run.evals for name in row.get("accuracy_by_label", {})}, key=by_number)
     shown = labels[: MAX_LINES - 1] if len(labels) > 1 else []
     found = {"all": stretches(((row["spent"], row["accuracy"]) for row in run.evals), 300)}
     for label in shown:

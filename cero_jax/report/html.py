@@ -16,7 +16,7 @@ import numpy as np
 
 from cero_jax.report.curves import pictures, seconds
 from cero_jax.report.mechanism import BIN_NAMES, EDGES, defined, lift
-from cero_jax.report.read_run import RunLog, allocation, mean, read_samples, read_timings, replay
+from cero_jax.report.read_run import RunLog, allocation, by_number, mean, read_samples, read_timings, replay
 from cero_jax.report.summary import CONFIDENCE, effective_groups, exposure_and_pace, summarise
 
 MAX_PROMPTS = 2000  # of all runs of a page together
@@ -79,6 +79,7 @@ def _run_data(run: RunLog, name: str, room: int) -> dict[str, Any]:
     shown = _chosen(run, room)
     visits, posterior = replay(run, shown)
     where, timings, scores = allocation(run), read_timings(run), run.evals[-1].get("scores", {})
+    kinds = sorted(scores, key=lambda name: (name != "all", by_number(name)))
     try:
         found = summarise(run)
     except ValueError as error:
@@ -91,7 +92,7 @@ def _run_data(run: RunLog, name: str, room: int) -> dict[str, Any]:
         "settings": _settings(run.config),
         "spent": run.steps[-1]["spent"],
         "budget": run.config["allocator"].get("total_budget"),
-        "scores": dict(list(scores.items())[:MAX_SCORES]),
+        "scores": {name: scores[name] for name in kinds[:MAX_SCORES]},
         "more_scores": max(len(scores) - MAX_SCORES, 0),
         "pictures": pictures(run, timings, found),
         "seconds": seconds(timings),

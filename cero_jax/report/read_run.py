@@ -171,7 +171,7 @@ def allocation(run: RunLog) -> Allocation:
     """
     prompt_labels = run.labels if len(set(run.labels)) > 1 else success_labels(run)
     counts = Counter(prompt_labels)
-    labels = sorted(counts, key=_by_number)
+    labels = sorted(counts, key=by_number)
     if len(labels) > MAX_LABELS:
         most = {label for label, _ in counts.most_common(MAX_LABELS - 1)}
         labels = [*(label for label in labels if label in most), f"{len(labels) - len(most):,} other kinds"]
@@ -211,7 +211,7 @@ def success_labels(run: RunLog) -> list[str]:
     return [label(prompt) for prompt in range(len(run.labels))]
 
 
-def _by_number(label: str) -> tuple:
+def by_number(label: str) -> tuple:
     """Sorts "length 8-12" before "length 13-18", and labels without a number last."""
     numbers = [int(number) for number in re.findall(r"[0-9]+", label)]
     return (not numbers, numbers, label)
