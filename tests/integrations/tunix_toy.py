@@ -60,7 +60,8 @@ def learner(
     config = ModelConfig(vocab_size=len(WORDS), rope_theta=10_000, norm_eps=1e-6, use_tied_embedding=False, **shape)
     with mesh:
         model = Qwen2(config, rngs=nnx.Rngs(seed))
-    every = ocp.CheckpointManagerOptions(save_interval_steps=3, max_to_keep=3)
+    # at once: else a quick stop comes before the save of step 3 is whole
+    every = ocp.CheckpointManagerOptions(save_interval_steps=3, max_to_keep=3, enable_async_checkpointing=False)
     training = clusters.RLTrainingConfig(
         actor_optimizer=optax.adam(learning_rate),
         max_steps=max_steps,
