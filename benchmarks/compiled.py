@@ -11,7 +11,7 @@ is that of the jax installed; libtpu's is the one that `pip install 'jax[tpu]'` 
         nvidia-nvjitlink-cu12 nvidia-cuda-runtime-cu12 nvidia-cuda-cupti-cu12
 
 Programs: a micro-batch of the learner (`add`), a step of decoding (`run_window`, over its steps), reading the prompts
-(`read`), the weights' copy for sampling (`copy`) and the optimiser (`finish`): the very functions that a run
+(`read`), the largest parameter's copy for sampling (`copy`) and the optimiser (`finish`): the very functions that a run
 calls. Speeds are bounds, from bandwidths that the makers publish: no program reaches them.
 """
 
@@ -257,7 +257,8 @@ def functions(given: Setting) -> Functions:
     chosen = np.zeros(size, np.int32), np.ones(size, bool)
     summed = learning["nothing"].lower(trained).out_info
     state = made.init.lower(trained).out_info
-    weights = jax.tree.map(place, sampling["copy"].lower(params).out_info, sharding.shard_copy(params, mesh))
+    weights = jax.tree.map(place, jax.eval_shape(sampling["copy"], params), sharding.shard_copy(params, mesh))
+    largest = max(zip(*map(jax.tree.leaves, (params, weights)), strict=True), key=lambda pair: pair[0].size)
     visits = rows * given.learner.steps_per_batch // given.min_group
     prompts = prefill.chunk_rows(given.model, (given.prompt_tokens,), visits, mesh)[given.prompt_tokens]
     shape = microbatches.Shape(given.prompt_tokens + tokens, tokens)
@@ -270,14 +271,14 @@ def functions(given: Setting) -> Functions:
         lower={
             "add": partial(learning["add"].lower, summed, trained, fixed, batch, advantages, *chosen, shape=shape),
             "finish": partial(learning["finish"].lower, state, summed, rate),
-            "copy": partial(sampling["copy"].lower, params),
+            "copy": partial(sharding.moved.lower, *largest, largest[1].sharding),
             "read": partial(sampling["read"].lower, weights, **texts),
             "run_window": partial(sampling["run_window"].lower, slots, weights),
         },
         beside={
             "add": moments,
             "finish": on_a_chip(frozen),
-            "copy": moments,
+            "copy": learned + moments + on_a_chip(weights) - on_a_chip(largest),
             "read": learned + moments + on_a_chip(slots.cache),
             "run_window": learned + moments + on_a_chip(sampling["read"].lower(weights, **texts).out_info),
         },

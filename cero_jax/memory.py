@@ -30,6 +30,7 @@ class Estimate(NamedTuple):
 
     parameters: int
     sampling_copy: int  # the parameters in compute_dtype, split over tensor alone, where they are stored otherwise
+    moving: int  # the largest parameter as it is gathered for that copy, with it there
     optimizer: int  # Adam's two moments, float32; no second copy of parameters in fewer bits: see optimizer.moved
     gradients: int  # float32: the sum over micro-batches, and that of one micro-batch
     reference: int  # the frozen policy that a KL term compares with
@@ -49,7 +50,8 @@ class Estimate(NamedTuple):
         # Of a micro-batch's gradient little is there while logits are.
         late = max(self.layer + self.waiting + self.gradients // 2, self.logits)
         learning = self.gradients // 2 + self.cast + self.activations + late
-        return held + max(learning, self.sampling_copy + self.cache + max(self.prefill, self.drawing))
+        drawing = self.cache + max(self.prefill, self.drawing)
+        return held + max(learning, self.sampling_copy + max(self.moving, drawing))
 
 
 def estimate(
@@ -90,6 +92,7 @@ def estimate(
     return Estimate(
         parameters=_sum(stored),
         sampling_copy=0 if same and mesh.shape["fsdp"] == 1 else size * _sum(whole),
+        moving=0 if mesh.shape["fsdp"] == 1 else size * max(jax.tree.leaves(whole)),
         optimizer=2 * 4 * _sum(lora.split(number)[1]),
         gradients=2 * 4 * _sum(lora.split(number)[1]),
         reference=_sum(lora.split(stored)[1]) if learner.kl_coef else 0,
@@ -154,6 +157,7 @@ def memory_report(needed: Estimate, available: int) -> str:
     advice = {
         "parameters": "raise mesh.fsdp or mesh.tensor, or train adapters (model.lora_rank) of a bfloat16 model",
         "sampling_copy": "raise mesh.tensor",
+        "moving": "raise mesh.tensor",
         "optimizer": "raise mesh.fsdp",
         "gradients": "raise mesh.fsdp",
         "reference": "set learner.kl_coef=0, or raise mesh.fsdp",

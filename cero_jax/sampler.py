@@ -310,10 +310,9 @@ def make_sampler(
         settings = {"model_config": model_config, "config": config, "eos_ids": eos_ids, "pad_id": pad_id}
         return sharding.on(mesh, decode)(params, slots, stop_early=mesh.size == 1, **settings)
 
-    @jax.jit
     def copy(params: Params) -> Params:
-        weights = model.cast(params, model_config.compute_dtype)
-        return jax.lax.with_sharding_constraint(weights, sharding.shard_copy(weights, mesh))
+        weights = jax.eval_shape(partial(model.cast, dtype=model_config.compute_dtype), params)
+        return jax.tree.map(sharding.moved, params, weights, sharding.shard_copy(weights, mesh))
 
     some = jax.jit(_some, out_shardings=everywhere)
     as_read: Any = Prefilled(by_row, by_row, layout.cache)  # type: ignore[arg-type]

@@ -7,10 +7,10 @@ What a jitted function computes `on` a mesh stays split as its rows are (`keep_r
 follows the parameters, gives every device all rows and adds activations over devices.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -122,6 +122,15 @@ def shard_copy(params: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda layout: NamedSharding(mesh, _without_fsdp(layout.spec)), shard_params(params, mesh))
 
 
+@partial(jax.jit, static_argnums=(1, 2))
+def moved(x: Array, like: jax.ShapeDtypeStruct, layout: NamedSharding) -> Array:
+    """The array in the dtype of `like`, in another layout.
+
+    One parameter at a time: a program that gathers all of them holds them twice, as gathered and as results.
+    """
+    return jax.lax.with_sharding_constraint(x.astype(like.dtype), layout)
+
+
 def _without_fsdp(spec: P) -> P:
     return P(*(None if axis == "fsdp" else axis for axis in spec))
 
@@ -165,7 +174,7 @@ def fetch(tree: Any) -> Any:
 def on(mesh: Mesh, function: Callable) -> Callable:
     """The function, to be jitted, with this mesh in use: the functions below lay out its arrays over it."""
 
-    @functools.wraps(function)
+    @wraps(function)
     def inside(*args, **kwargs):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return function(*args, **kwargs)

@@ -81,6 +81,16 @@ def test_a_step_needs_the_larger_of_two_moments():
     assert estimate().waiting == 0  # a CPU's
 
 
+def test_the_copy_for_sampling_is_gathered_a_parameter_at_a_time_before_there_is_a_cache():
+    split = estimate(mesh_config=MeshConfig(data=2, fsdp=4))
+    largest = max(leaf.nbytes for leaf in jax.tree.leaves(model.init_params(CONFIG, VOCAB, 0)))
+    assert (estimate().moving, split.moving) == (0, largest)
+    none = memory.Estimate(**dict.fromkeys(memory.Estimate._fields, 0))
+    drawn = none._replace(parameters=1, sampling_copy=10, moving=4, cache=2, prefill=1)
+    assert drawn.total == 1 + 10 + 4
+    assert drawn._replace(drawing=3).total == 1 + 10 + 2 + 3
+
+
 PUBLISHED = {  # shapes and vocabularies of the models' own config.json
     "deepseek_r1_distill_qwen_1_5b": (28, 1536, 12, 2, 128, 8960, False, 151_936),
     "llama3_2_1b": (16, 2048, 32, 8, 64, 8192, True, 128_256),

@@ -285,11 +285,11 @@ def exchanged(compiled):
     return hlo.collectives(hlo.instructions(compiled.as_text()))
 
 
-def shaped(mesh):
+def shaped(mesh, layout=sharding.shard_params):
     """The parameters' shapes, laid out over the mesh."""
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        shapes(CONFIG), sharding.shard_params(shapes(CONFIG), mesh),
+        shapes(CONFIG), layout(shapes(CONFIG), mesh),
     )  # fmt: skip
 
 
@@ -322,7 +322,7 @@ def test_a_microbatch_adds_up_gradients_and_no_activations():
 def decode_on(mesh):
     """A window of decoding and the reading of the prompts, compiled."""
     parts = parts_of(make_sampler(CONFIG, SamplerConfig(LIMIT), (1,), 0, mesh))
-    weights, slots = parts["copy"].lower(shaped(mesh)).out_info, parts["empty"].lower(ROWS, WIDTH + LIMIT).out_info
+    weights, slots = shaped(mesh, sharding.shard_copy), parts["empty"].lower(ROWS, WIDTH + LIMIT).out_info
     texts = {"tokens": np.zeros((ROWS, WIDTH), np.int32), "lengths": np.ones(ROWS, np.int32)}
     return parts["run_window"].lower(slots, weights).compile(), parts["read"].lower(weights, **texts).compile()
 
