@@ -124,10 +124,16 @@ class Program(NamedTuple):
 def main() -> None:
     args = _arguments()
     find_compilers(args.libtpu, args.cuda)
+    rows = []
     for config in args.configs:
         for name in args.targets:
             for mesh in args.meshes or [_usual_mesh(config, TARGETS[name])]:
-                report(Case(config, name, mesh, args.completion_tokens), args.programs, args.largest)
+                rows += report(Case(config, name, mesh, args.completion_tokens), args.programs, args.largest)
+    print(
+        "\n| config | target, mesh | GB a chip | memory.py | sent a micro-batch, GB | sent a token step, MB "
+        "| decode, tokens/s a chip | a step, s |\n|---|---|---|---|---|---|---|---|"
+    )
+    print("\n".join(rows))
 
 
 def _arguments() -> argparse.Namespace:
@@ -326,8 +332,8 @@ def account(text: str, width: int, argument: int, output: int, alias: int, temp:
     )
 
 
-def report(case: Case, names: list[str], largest: int) -> None:
-    """Print what a case costs."""
+def report(case: Case, names: list[str], largest: int) -> list[str]:
+    """Print what a case costs; its row of the table, none where the mesh does not fit."""
     from cero_jax import memory
 
     target = TARGETS[case.target]
@@ -335,7 +341,7 @@ def report(case: Case, names: list[str], largest: int) -> None:
         given = setting(case)
     except (NotImplementedError, ValueError) as error:  # not every mesh fits every pod
         print(f"\n{case.config} on {case.target}, {case.mesh}: {error}", flush=True)
-        return
+        return []
     run, found = functions(given), {}
     print(f"\n{case.config} on {case.target}, data x fsdp x tensor = {case.mesh}", flush=True)
     for name in names:
@@ -357,29 +363,35 @@ def report(case: Case, names: list[str], largest: int) -> None:
     held = max(program.held + run.beside[name] for name, program in found.items())
     parts = ", ".join(f"{name} {amount / GB:.2f}" for name, amount in needed._asdict().items() if amount)
     print(f"memory: {held / GB:.2f} of {target.memory / GB:.0f} GB; memory.py: {needed.total / GB:.2f} ({parts})")
-    for line in bounds(found, run.read, given, target):
-        print(line, flush=True)
+    speed = bounds(found, run.read, given, target)
+    print("bounds: " + ", ".join(f"{name} {value:,.2f}" for name, value in speed.items()), flush=True)
+    sent = {name: sum(program.collectives.values()) for name, program in found.items()}
+    cells = [case.config, f"{case.target}, {' x '.join(map(str, case.mesh))}"]
+    cells += [f"{held / GB:.2f} of {target.memory / GB:.0f}", f"{needed.total / held - 1:+.0%}"]
+    cells += [f"{sent['add'] / GB:.1f}" if "add" in sent else ""]
+    cells += [f"{sent['run_window'] / given.sampler.window / 1e6:.1f}" if "run_window" in sent else ""]
+    cells += [f"{speed['decode']:,.0f}" if "decode" in speed else "", f"{speed['step']:.2f}" if "step" in speed else ""]
+    return [f"| {' | '.join(cells)} |"]
 
 
-def bounds(found: dict[str, Program], read: int, given: Setting, target: Target) -> list[str]:
-    """How fast it can be at most: a chip computes and reads at once, and waits for what others send."""
+def bounds(found: dict[str, Program], read: int, given: Setting, target: Target) -> dict[str, float]:
+    """How fast it can be at most: a chip computes and reads at once, and waits for what others send.
+
+    decode: tokens a second a chip. step, micro-batch: seconds of the learner's.
+    """
     from cero_jax import learner, sharding
 
-    said, rows = [], given.learner.rows_per_step
+    speed, rows = {}, given.learner.rows_per_step
     if "run_window" in found:
         window = found["run_window"]
         flops, sent = (amount / given.sampler.window for amount in (window.flops, window.sent))
         seconds = max(flops / target.flops, read / target.bandwidth) + sent / target.link
-        said.append(
-            f"decode: at most {rows / target.chips / seconds:,.0f} tokens/s a chip ({seconds * 1e3:.2f} ms a step)"
-        )
+        speed["decode"] = rows / target.chips / seconds
     if "add" in found:
         size = learner.microbatch_rows(given.learner, sharding.row_shards(given.mesh))
-        seconds = found["add"].flops / target.flops + found["add"].sent / target.link
-        said.append(
-            f"learning: at least {rows / size * seconds:.2f} s a step of {rows} rows, {seconds:.2f} s a micro-batch"
-        )
-    return said
+        speed["micro-batch"] = found["add"].flops / target.flops + found["add"].sent / target.link
+        speed["step"] = rows / size * speed["micro-batch"]
+    return speed
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
     optimizer: int  # Adam's two moments, float32; no second copy of parameters in fewer bits: see optimizer.moved
     gradients: int  # float32: the sum over micro-batches, and that of one micro-batch
     reference: int  # the frozen policy that a KL term compares with
-    cast: int  # the parameters in compute_dtype while a step learns, where they are stored otherwise
+    cast: int  # in compute_dtype while a step learns, where stored otherwise; layers computed again are cast one by one
     activations: int  # of one micro-batch, kept for its gradient
     layer: int  # at work on a layer's gradient: activations with theirs; of fsdp two layers' parameters with theirs
     waiting: int  # on TPUs: the output projection's gradient, which there is sent only behind the layers'
@@ -89,6 +89,9 @@ def estimate(
     else:
         at_work -= kept
     chunk = min(learner.logit_chunk_tokens, sampler.max_completion_tokens)
+    one_by_one, tpu = c.remat and mesh.shape["fsdp"] == 1, mesh.devices.flat[0].platform == "tpu"
+    # Off TPUs a projection that pieces of the rows have copies of is there in float32, beside the gradients of both.
+    of_projection = 12 if shards > 1 and not tpu else size + 4
     return Estimate(
         parameters=_sum(stored),
         sampling_copy=0 if same and mesh.shape["fsdp"] == 1 else size * _sum(whole),
@@ -96,11 +99,11 @@ def estimate(
         optimizer=2 * 4 * _sum(lora.split(number)[1]),
         gradients=2 * 4 * _sum(lora.split(number)[1]),
         reference=_sum(lora.split(stored)[1]) if learner.kl_coef else 0,
-        cast=0 if same else size * _sum(number),
+        cast=0 if same else size * (_sum(number) - one_by_one * _sum(number["layers"])),
         activations=kept * c.num_layers,
         layer=at_work + (0 if mesh.shape["fsdp"] == 1 else 2 * (size + 4) * _sum(whole["layers"]) // c.num_layers),
-        waiting=4 * vocab_size * c.width // tensor if mesh.devices.flat[0].platform == "tpu" else 0,
-        logits=(3 * here * chunk * 4 + (size + 4) * c.width) * vocab_size // tensor,
+        waiting=4 * vocab_size * c.width // tensor if tpu else 0,
+        logits=(3 * here * chunk * 4 + of_projection * c.width) * vocab_size // tensor,
         cache=cache,
         prefill=read,
         drawing=logits,

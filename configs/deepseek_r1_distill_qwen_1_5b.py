@@ -1,6 +1,6 @@
 """DeepSeek-R1-Distill-Qwen-1.5B on GSM8K's training questions.
 
-Needs, by the estimate that a run prints and not measured: 48 GB on one H100, 14 of them the optimiser's and as many
+Needs, by the estimate that a run prints and not measured: 45 GB on one H100, 14 of them the optimiser's and as many
 gradients, each layer computed again for its gradient; less with --mesh.fsdp=N on N devices. Not run at this size yet.
 Get: the model's folder from Hugging Face (deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B), gsm8k_train.jsonl.
 Command: python train.py configs/deepseek_r1_distill_qwen_1_5b.py --model-folder=DIR --task.path=gsm8k_train.jsonl

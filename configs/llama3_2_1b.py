@@ -1,6 +1,6 @@
 """Llama-3.2-1B-Instruct on GSM8K's training questions.
 
-Needs, by the estimate that a run prints and not measured: 30 GB on one H100, 10 of them the optimiser's and as many
+Needs, by the estimate that a run prints and not measured: 28 GB on one H100, 10 of them the optimiser's and as many
 gradients, each layer computed again for its gradient. Not run at this size yet.
 Get: the model's folder from Hugging Face (meta-llama/Llama-3.2-1B-Instruct; its licence must be accepted there),
 gsm8k_train.jsonl.

@@ -1,6 +1,6 @@
 r"""Qwen2.5-0.5B-Instruct on GSM8K: one GPU, data and model by name. Its test split is held out, and never trained on.
 
-Needs, by the estimate that a run prints and not measured: 14 GB of one GPU's memory, with parameters in float32 that
+Needs, by the estimate that a run prints and not measured: 13 GB of one GPU's memory, with parameters in float32 that
 are computed with in bfloat16, and each layer computed again for its gradient. Adapters alone (LoRA) need 6 GB:
 --model.lora-rank=16 --model.param-dtype=bfloat16 --learner.learning-rate=1e-5 (whose rate is a guess).
 The answer is read from a \boxed{} or behind "####", else it is the last number: the verifier final_number.
