@@ -197,19 +197,20 @@ class Setting(NamedTuple):
 
 
 def setting(case: Case) -> Setting:
-    """The case, its step made as large as the mesh needs: at least one row for each piece that rows are split into."""
+    """The case, its batches as large as the mesh needs: at least one row for each piece that rows are split into."""
     from cero_jax import sharding
 
     config = runpy.run_path(str(ROOT / "configs" / f"{case.config}.py"))["config"]
     shape, vocab_size = SHAPES[case.config]
     mesh = sharding.make_mesh(sharding.MeshConfig(*case.mesh), devices(TARGETS[case.target]))
-    rows = max(config.learner.rows_per_step, sharding.row_shards(mesh))
+    shards = sharding.row_shards(mesh)
+    rows, evaluated = max(config.learner.rows_per_step, shards), max(config.evaluation.rows, shards)
     return Setting(
         dataclasses.replace(config.model, **shape),
         vocab_size,
         dataclasses.replace(config.learner, rows_per_step=rows),
         dataclasses.replace(config.sampler, max_completion_tokens=case.tokens or config.sampler.max_completion_tokens),
-        config.evaluation,
+        dataclasses.replace(config.evaluation, rows=evaluated),
         config.task.max_prompt_tokens,
         config.allocator.min_group,
         mesh,

@@ -67,14 +67,14 @@ class Arm(NamedTuple):
     rate_rollouts: float = 0.0
 
 
-HALF = WHOLE // 2
-LATE, EARLY = (HALF, 2 * WHOLE // 3, WHOLE), (WHOLE // 4, HALF, WHOLE)
+HALF, TWO_THIRDS = WHOLE // 2, 2 * WHOLE // 3
+LATE, EARLY = (HALF, TWO_THIRDS, WHOLE), (WHOLE // 4, HALF, WHOLE)
 BUDGETS = sorted({*LATE, *EARLY})
 OWN = "smollm2-135m-instruct"
 ARMS = {
     "uniform": Arm("uniform", "grpo", 4, WHOLE, (WHOLE,)),
     "cero": Arm("cero", "grpo", 4, WHOLE, LATE),
-    "uniform + reward": Arm("uniform", "reward", 1, HALF, EARLY),
+    "uniform + reward": Arm("uniform", "reward", 1, HALF, (HALF, TWO_THIRDS)),
     "cero + reward": Arm("cero", "reward", 1, HALF, EARLY),
     "cero + reward + pass rates": Arm("cero", "reward", 1, HALF, EARLY, rates=OWN, rate_rollouts=8.0),
     "cero + reward + pass rates, Gemma's": Arm(
