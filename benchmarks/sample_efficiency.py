@@ -1,9 +1,7 @@
 """How many rollouts does a method save? Allocations and advantages on the embedded task, each arm at its best setting.
 
     python benchmarks/sample_efficiency.py              # tune each arm, judge it on other seeds; tables and picture
-    python benchmarks/sample_efficiency.py --mixes      # 60, 0 and 20 % wrong gold answers, not 40: when it pays
-    python benchmarks/sample_efficiency.py --effects    # less noise, or more weight?
-    python benchmarks/sample_efficiency.py --allocators # all allocators, a third of the budget
+    python benchmarks/sample_efficiency.py --mixes      # 60, 0 and 20 % wrong gold answers, not 40
 
 The question of a user: where does uniform GRPO end with 12,800 rollouts, and what budget takes another arm there? Each
 arm is run with several budgets, each a whole run that falls to its last learning rate. Every arm climbs the same grid
@@ -328,47 +326,15 @@ def draw(ends: dict[str, np.ndarray], output: Path) -> None:
     print(f"\npicture: {output}")
 
 
-def effects(setting: Setting) -> None:
-    """Less noise against more weight: by row, leave-one-out, rows over their prompt's rate keep uniform's objective."""
-    plain = {"learner.aggregation": "sequence"}
-    arms = {
-        "uniform, rloo by row": ("uniform", plain),
-        "cero, rloo by row, visit rates undone (less noise alone)": ("cero", plain | {"learner.undo-visit-rate": True}),
-        "cero, rloo by row (less noise and more weight)": ("cero", plain),
-    }
-    print(f"\nthe two effects of an allocation, all at {setting}, seeds 0 to 4, {WHOLE:,} rollouts")
-    for name, (allocator, flags) in arms.items():
-        results = run_all([cell(Arm(allocator, "rloo"), setting, s, WHOLE, **flags) for s in SEEDS])
-        print(f"| {name} | {mean_and_error([end(r) for r in results])} |")
-
-
-def allocators(best: dict[str, Setting]) -> None:
-    """Every allocator under GRPO, at the setting of `cero` or `uniform`.
-
-    Those that choose a group's size get room: half as large again as the smallest on average, up to a step's rows.
-    """
-    print(f"\nall allocators, {THIRD:,} rollouts, seeds 0 to 4")
-    for name in ("uniform", "variance", "knapsack", "cero_dual", "cero"):
-        setting = best["cero" if name.startswith("cero") else "uniform"]
-        room = {"allocator.group-size": 3 * setting.group // 2} if name in ("variance", "knapsack") else {}
-        results = run_all([cell(Arm(name, "grpo"), setting, s, THIRD, **room) for s in SEEDS])
-        print(f"| {name} | {mean_and_error([end(r) for r in results])} |", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("mixes", "effects", "allocators"):
-        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--mixes", action="store_true")
     args = parser.parse_args()
     best = {arm: tuned(arm) for arm in MAIN}
     print(f"best settings: {best}", flush=True)
     if args.mixes:
         for mix in (0.0, 0.6, 0.2):
-            judge(best, mix, {"uniform": (WHOLE,), "cero + reward": EARLY, "uniform + reward": EARLY, "cero": (WHOLE,)})
-    elif args.effects:
-        effects(best["uniform"])
-    elif args.allocators:
-        allocators(best)
+            judge(best, mix, {"uniform": (WHOLE,), "cero + reward": EARLY, "uniform + reward": EARLY})
     else:
         draw(judge(best, 0.4, {arm: ARMS[arm].judged for arm in MAIN}), HERE / "sample_efficiency.png")
 
