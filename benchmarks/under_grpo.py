@@ -1,6 +1,7 @@
 """What an allocation does under GRPO's advantage: `cero` and the others beside equal shares, on twenty seeds.
 
     python benchmarks/under_grpo.py --when       # 0 to 60 % wrong gold answers: when does it pay?
+    python benchmarks/under_grpo.py --savings    # with how many rollouts is `cero` where `uniform` ends?
     python benchmarks/under_grpo.py --allocators # every allocator, a third of the budget
     python benchmarks/under_grpo.py --effects    # less noise, or more weight? (five seeds)
 
@@ -12,7 +13,20 @@ a sum decide it. With five seeds one such run is two or three points of the mean
 import argparse
 
 import numpy as np
-from sample_efficiency import THIRD, WHOLE, Arm, Setting, cell, end, mean_and_error, run_all, tuned
+from sample_efficiency import (
+    LATE,
+    THIRD,
+    WHOLE,
+    Arm,
+    Setting,
+    cell,
+    end,
+    in_words,
+    mean_and_error,
+    run_all,
+    savings,
+    tuned,
+)
 
 from cero_jax.statistics import bootstrap_interval
 
@@ -48,6 +62,16 @@ def when(best: dict[str, Setting]) -> None:
         compare(f"{mix:.0%} wrong gold answers, {WHOLE:,} rollouts", named)
 
 
+def budgets_needed(best: dict[str, Setting]) -> None:
+    """With how many rollouts `cero` is where `uniform` ends with the whole budget, as sample_efficiency.py counts."""
+    target = np.array([end(r) for r in run_all([cell("uniform", best["uniform"], seed, WHOLE) for seed in SEEDS])])
+    results = run_all([cell("cero", best["cero"], seed, budget) for seed in SEEDS for budget in LATE])
+    ends = np.array([end(r) for r in results]).reshape(len(SEEDS), -1)
+    saved = savings(target, WHOLE, ends, LATE)
+    print(f"\ncero, 40 % wrong gold answers: {dict(zip(LATE, map(mean_and_error, ends.T), strict=True))}")
+    print(f"times fewer rollouts than uniform's {WHOLE:,}: {in_words(saved)}, {saved['ratios']}")
+
+
 def allocators(best: dict[str, Setting]) -> None:
     """Every allocator with a third of the budget, at the setting of `cero` or `uniform`.
 
@@ -78,12 +102,14 @@ def effects(setting: Setting) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("when", "allocators", "effects"):
+    for name in ("when", "savings", "allocators", "effects"):
         parser.add_argument(f"--{name}", action="store_true")
     args = parser.parse_args()
     best = {arm: tuned(arm) for arm in ("uniform", "cero")}
     if args.when:
         when(best)
+    if args.savings:
+        budgets_needed(best)
     if args.allocators:
         allocators(best)
     if args.effects:
