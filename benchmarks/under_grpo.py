@@ -8,6 +8,9 @@
 Each arm at the setting where its climb in sample_efficiency.py ended; runs are lines of the same file, and those that
 are there are not run again. Some seeds are hard for every arm, and which arm loses one is mostly luck: the last bits of
 a sum decide it. With five seeds one such run is two or three points of the mean; so here are twenty.
+
+In the climbs a group of `cero` may fill a whole step. On the tuning seeds groups of half a step at most lose fewer runs
+and end as high otherwise (LOG.md, 2026-11-27), so they are `cero` here; the climbs' own is its ablation.
 """
 
 import argparse
@@ -55,17 +58,31 @@ def compare(title: str, named: dict[str, list[dict]]) -> None:
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def half_a_step(setting: Setting) -> dict[str, int]:
+    """The flag that holds `cero`'s groups to half of a step's rows, so that no step is one prompt's."""
+    return {"allocator.max-group": setting.rows // 2}
+
+
 def when(best: dict[str, Setting]) -> None:
     """`uniform` and `cero` with the whole budget: what the share of hopeless prompts makes of them."""
+    arms = {
+        "uniform": ("uniform", {}),
+        "cero": ("cero", half_a_step(best["cero"])),
+        "cero, groups of up to a step": ("cero", {}),
+    }
     for mix in (0.0, 0.2, 0.4, 0.6):
-        named = {arm: run_all([cell(arm, best[arm], seed, WHOLE, mix) for seed in SEEDS]) for arm in best}
+        named = {
+            name: run_all([cell(arm, best[arm], seed, WHOLE, mix, **flags) for seed in SEEDS])
+            for name, (arm, flags) in arms.items()
+        }
         compare(f"{mix:.0%} wrong gold answers, {WHOLE:,} rollouts", named)
 
 
 def budgets_needed(best: dict[str, Setting]) -> None:
     """With how many rollouts `cero` is where `uniform` ends with the whole budget, as sample_efficiency.py counts."""
     target = np.array([end(r) for r in run_all([cell("uniform", best["uniform"], seed, WHOLE) for seed in SEEDS])])
-    results = run_all([cell("cero", best["cero"], seed, budget) for seed in SEEDS for budget in LATE])
+    setting, flags = best["cero"], half_a_step(best["cero"])
+    results = run_all([cell("cero", setting, seed, budget, **flags) for seed in SEEDS for budget in LATE])
     ends = np.array([end(r) for r in results]).reshape(len(SEEDS), -1)
     saved = savings(target, WHOLE, ends, LATE)
     print(f"\ncero, 40 % wrong gold answers: {dict(zip(LATE, map(mean_and_error, ends.T), strict=True))}")
@@ -75,13 +92,17 @@ def budgets_needed(best: dict[str, Setting]) -> None:
 def allocators(best: dict[str, Setting]) -> None:
     """Every allocator with a third of the budget, at the setting of `cero` or `uniform`.
 
-    Those that choose a group's size get room: half as large again as the smallest on average, up to a step's rows.
+    `variance` and `knapsack` choose a size: half as large again as the smallest on average, up to a step's rows.
     """
     named = {}
     for name in ("uniform", "cero", "cero_dual", "variance", "knapsack"):
         setting = best["cero" if name.startswith("cero") else "uniform"]
-        room = {"allocator.group-size": 3 * setting.group // 2} if name in ("variance", "knapsack") else {}
-        named[name] = run_all([cell(Arm(name, "grpo"), setting, seed, THIRD, **room) for seed in SEEDS])
+        flags = {
+            "cero": half_a_step(setting),
+            "variance": {"allocator.group-size": 3 * setting.group // 2},
+            "knapsack": {"allocator.group-size": 3 * setting.group // 2},
+        }.get(name, {})
+        named[name] = run_all([cell(Arm(name, "grpo"), setting, seed, THIRD, **flags) for seed in SEEDS])
     compare(f"every allocator, 40 % wrong gold answers, {THIRD:,} rollouts", named)
 
 
