@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -257,6 +258,15 @@ def savings(target: np.ndarray, whole: int, ends: np.ndarray, budgets: tuple[int
     }
 
 
+def name_other_starts(found: dict[str, list[dict]]) -> None:
+    """Say which seeds are no pairs: the last bits of a warm start, and so its policy, hang on the kind of CPU."""
+    starts: dict[int, set[float]] = {}
+    for result in chain.from_iterable(found.values()):
+        starts.setdefault(result["seed"], set()).add(result["curve"][0][2])
+    if apart := sorted(seed for seed, accuracies in starts.items() if len(accuracies) > 1):
+        print(f"seeds whose runs did not start from one policy, and so are not paired: {apart}")
+
+
 def mean_and_error(values) -> str:
     return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}"
 
@@ -284,6 +294,7 @@ def judge(best: dict[str, Setting], wrong_share: float, judged: dict[str, tuple[
         cells += [f"{np.mean([r['curve'][-1][i] for r in whole]):.0f}" for i in (1, 3)]
         cells += [f"{np.mean([r[key] for r in results]):.0%}" for key in ("live_share", "wrong_gold_share")]
         print(f"| {arm} | {' | '.join(cells)} | {in_words(saved)} |\n  seed by seed: {saved['ratios']}", flush=True)
+    name_other_starts(found)
     # The allocation alone, under the advantage that needs least: with more than this both are at the top.
     place = EARLY.index(EIGHTH)
     early = {arm: ends[arm][:, : len(EARLY)] for arm in ("uniform + reward", "cero + reward")}
