@@ -39,8 +39,8 @@ class AllocatorConfig:
     """Calls of `allocate` that the budget is spread over; an epoch may be a few steps or more than a pass."""
     min_group: int = defaults.MIN_GROUP
     """Fewest rollouts of a group, and of each part of one that is cut over two steps."""
-    max_group: int = 16
-    """Most rollouts of a prompt in an epoch; above half of learner.rows_per_step a step may be one prompt's."""
+    max_group: int = defaults.MAX_GROUP
+    """Most rollouts of a prompt in an epoch."""
     group_size: int = defaults.GROUP_SIZE
     """Rollouts of a group (uniform, cero_dual), or of one on average (variance, knapsack)."""
     multiple_of: int = defaults.MULTIPLE_OF

@@ -74,7 +74,7 @@ config = Config(
     name="equations",
     task=Equations(),
     # groups of 4 under `uniform` too
-    allocator=AllocatorConfig(total_budget=1536, num_epochs=24, min_group=4, max_group=8, group_size=4),
+    allocator=AllocatorConfig(total_budget=1536, num_epochs=24, min_group=4, max_group=16, group_size=4),
     sampler=SamplerConfig(max_completion_tokens=6, window=6),  # tokens: a space, four digits, the end of the line
     learner=LearnerConfig(
         rows_per_step=16, rows_per_microbatch=4, learning_rate=1e-5, warmup_share=0.1, max_grad_norm=0.3

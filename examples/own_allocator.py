@@ -58,7 +58,7 @@ class Proportional(AllocatorConfig):
 config = Config(
     name="own_allocator",
     task=ChainSum(),
-    allocator=Proportional(total_budget=12_800, num_epochs=25, min_group=4, max_group=8),
+    allocator=Proportional(total_budget=12_800, num_epochs=25, min_group=4, max_group=16),
     sampler=SamplerConfig(max_completion_tokens=25),
     learner=LearnerConfig(rows_per_step=16, learning_rate=2.5e-4),
     warm_start=WarmStartConfig(num_steps=500, learning_rate=3e-3),

@@ -100,7 +100,7 @@ def noisy_answer(rng: np.random.Generator, row: str) -> str:
 config = Config(
     name="own_task",
     task=Brackets(),
-    allocator=AllocatorConfig(total_budget=6_400, num_epochs=16, min_group=4, max_group=8),
+    allocator=AllocatorConfig(total_budget=6_400, num_epochs=16, min_group=4, max_group=16),
     sampler=SamplerConfig(max_completion_tokens=LONGEST + 1),
     learner=LearnerConfig(rows_per_step=16, learning_rate=4e-4),
     warm_start=WarmStartConfig(num_steps=400, learning_rate=3e-3),
