@@ -81,12 +81,13 @@ def largest_group(best: dict[str, Setting]) -> None:
 
 def budgets_needed(best: dict[str, Setting]) -> None:
     """With how many rollouts `cero` is where `uniform` ends with the whole budget, as sample_efficiency.py counts."""
-    target = np.array([end(r) for r in run_all([cell("uniform", best["uniform"], seed, WHOLE) for seed in SEEDS])])
+    uniform = run_all([cell("uniform", best["uniform"], seed, WHOLE) for seed in SEEDS])
     results = run_all([cell("cero", best["cero"], seed, budget) for seed in SEEDS for budget in LATE])
     ends = np.array([end(r) for r in results]).reshape(len(SEEDS), -1)
-    saved = savings(target, WHOLE, ends, LATE)
+    saved = savings(np.array([end(r) for r in uniform]), WHOLE, ends, LATE)
     print(f"\ncero, 40 % wrong gold answers: {dict(zip(LATE, map(mean_and_error, ends.T), strict=True))}")
     print(f"times fewer rollouts than uniform's {WHOLE:,}: {in_words(saved)}, {saved['ratios']}")
+    name_other_starts({"uniform": uniform, "cero": results})
 
 
 def allocators(best: dict[str, Setting]) -> None:
